@@ -1,0 +1,1105 @@
+#!/usr/bin/env python3
+"""Tests of convert.py, with Python's standard library only: python3 tests/test_convert.py
+
+They make their own little checkpoints, tokenizers and data sets in a temporary directory: right
+ones, which must come through bit for bit, and wrong ones, each of which must be refused with one
+line, exit status 1 and nothing left behind. If ../shared/data lies beside the project, the real
+tokenizers and the golden checkpoints there are tried, too.
+"""
+
+import contextlib
+import functools
+import gzip
+import io
+import itertools
+import json
+import math
+import os
+import pickle
+import random
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+import types
+import unicodedata
+import unittest
+import zipfile
+
+PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+SHARED = os.path.join(os.path.dirname(PROJECT), "shared", "data")
+sys.path.insert(0, PROJECT)
+import convert                                                              # noqa: E402
+
+convert.unicode_tables = functools.lru_cache(None)(convert.unicode_tables)  # they take a second
+
+NEOX = {"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"], "vocab_size": 320,
+        "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 32, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+        "bos_token_id": 0, "eos_token_id": 0, "torch_dtype": "float16"}
+BTLM = {"model_type": "btlm", "architectures": ["BTLMLMHeadModel"], "vocab_size": 320, "n_embd": 12,
+        "n_layer": 2, "n_head": 3, "n_inner": 20, "n_positions": 32,
+        "activation_function": "swiglu",
+        "position_embedding_type": "alibi", "mup_embeddings_scale": 14.6, "mup_output_alpha": 2.22,
+        "mup_width_scale": 0.1, "mup_scale_qk_dot_by_d": True, "bos_token_id": 0,
+        "eos_token_id": 0, "torch_dtype": "bfloat16"}
+STORAGES = {"f32": "FloatStorage", "f16": "HalfStorage", "bf16": "BFloat16Storage",
+            "u8": "ByteStorage", "f64": "DoubleStorage"}
+
+
+def random_tensors(hf, dtype):
+    """{name: (dtype, shape, bytes)} of a checkpoint with the shapes that the config asks for."""
+    rng = random.Random(1)
+    size = convert.ITEM_BYTES[dtype]
+    shapes = convert.expected_tensors(convert.canonical_config("test", hf))
+    return {name: (dtype, shape, bytes(rng.randrange(256) for _ in range(math.prod(shape) * size)))
+            for name, (shape, _layout) in shapes.items()}
+
+
+def safetensors(tensors, header=None):
+    entries, data = {"__metadata__": {"format": "pt"}}, b""
+    for name, (dtype, shape, content) in tensors.items():
+        entries[name] = {"dtype": dtype.upper(), "shape": list(shape),
+                         "data_offsets": [len(data), len(data) + len(content)]}
+        data += content
+    text = json.dumps(entries if header is None else header(entries)).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+class Persistent:
+    """A storage as torch.save pickles it: by reference to a member of the archive."""
+
+    def __init__(self, dtype, key, numel):
+        self.dtype, self.key, self.numel = dtype, key, numel
+
+
+class Rebuilt:
+    """A tensor as torch.save pickles it: a call that rebuilds it from a storage."""
+
+    def __init__(self, storage, offset, shape, strides):
+        self.arguments = (storage, offset, tuple(shape), tuple(strides), False, {})
+
+    def __reduce__(self):
+        return sys.modules["torch._utils"]._rebuild_tensor_v2, self.arguments
+
+
+@contextlib.contextmanager
+def pretended_torch():
+    """Modules with the names that a checkpoint's pickle refers to."""
+    torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
+    for name in STORAGES.values():
+        setattr(torch, name, type(name, (), {"__module__": "torch"}))
+    exec("def _rebuild_tensor_v2(*arguments): pass", utils.__dict__)
+    utils._rebuild_tensor_v2.__module__ = "torch._utils"
+    sys.modules.update({"torch": torch, "torch._utils": utils})
+    try:
+        yield torch
+    finally:
+        del sys.modules["torch"], sys.modules["torch._utils"]
+
+
+def state_pickle(state):
+    with pretended_torch() as torch:
+        class Pickler(pickle.Pickler):
+            def persistent_id(self, value):
+                if isinstance(value, Persistent):
+                    kind = getattr(torch, STORAGES[value.dtype])
+                    return "storage", kind, value.key, "cpu", value.numel
+                return None
+
+        out = io.BytesIO()
+        Pickler(out, 2).dump(state)
+        return out.getvalue()
+
+
+def torch_file(state_or_pickle, storages=(), top="archive", method=zipfile.ZIP_STORED, more=()):
+    """An archive as torch.save writes it. storages: {key: bytes}."""
+    out = io.BytesIO()
+    data = state_or_pickle if isinstance(state_or_pickle, bytes) else state_pickle(state_or_pickle)
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, content in [("data.pkl", data), *more,
+                              *(("data/" + key, dict(storages)[key]) for key in dict(storages))]:
+            info = zipfile.ZipInfo(f"{top}/{name}")
+            info.extra = b"FB" + struct.pack("<H", 11) + b"Z" * 11      # torch's padding
+            info.compress_type = method
+            archive.writestr(info, content)
+    return out.getvalue()
+
+
+def torch_checkpoint(tensors, strided=False):
+    """The tensors as a .bin file; if strided, as views that are anything but contiguous."""
+    state, storages = {}, {}
+    for number, (name, (dtype, shape, content)) in enumerate(tensors.items()):
+        size, key = convert.ITEM_BYTES[dtype], str(number)
+        items = [content[i:i + size] for i in range(0, len(content), size)]
+        strides, offset = [math.prod(shape[i + 1:]) for i in range(len(shape))], 0
+        if strided and len(shape) == 2 and number % 2:          # transposed
+            rows, columns = shape
+            items = [items[i * columns + j] for j in range(columns) for i in range(rows)]
+            strides = [1, rows]
+        elif strided:                                           # every third element, from the 7th
+            junk = b"\xee" * size
+            items = [junk] * 7 + [piece for item in items for piece in (item, junk, junk)]
+            strides, offset = [3 * stride for stride in strides], 7
+        storages[key] = b"".join(items)
+        state[name] = Rebuilt(Persistent(dtype, key, len(items)), offset, shape, strides)
+    return torch_file(state, storages)
+
+
+def byte_level_vocabulary():
+    """A small byte-level BPE: ids 0 and 1 special, 256 bytes, five merges, two added tokens."""
+    ids = {"<|endoftext|>": 0, "<|pad|>": 1}
+    ids.update((symbol, 2 + byte) for byte, symbol in sorted(convert.SYMBOLS.items()))
+    merges = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("Ġ", "Ġ"), ("Ċ", "Ċ")]
+    for left, right in merges:
+        ids[left + right] = len(ids)
+    return ids, merges
+
+
+def tokenizer_json(**changes):
+    ids, merges = byte_level_vocabulary()
+    flags = {"single_word": False, "lstrip": False, "rstrip": False}
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+             "end_of_word_suffix": None, "fuse_unk": False, "vocab": ids,
+             "merges": [" ".join(pair) for pair in merges]}
+    added = [{"id": 0, "content": "<|endoftext|>", "normalized": False, "special": True, **flags},
+             {"id": 1, "content": "<|pad|>", "normalized": False, "special": True, **flags},
+             {"id": len(ids), "content": "   ", "normalized": True, "special": False, **flags},
+             {"id": len(ids) + 1, "content": "\u00e9\u00e9", "normalized": True, "special": False,
+              **flags}]
+    model.update(changes.pop("model", {}))
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+            "normalizer": {"type": "NFC"}, "pre_tokenizer": byte_level, "decoder": byte_level,
+            "post_processor": byte_level, "model": model, **changes}
+
+
+class ConvertTest(unittest.TestCase):
+    def setUp(self):
+        self.home = tempfile.mkdtemp(prefix="test_convert.")
+        self.addCleanup(shutil.rmtree, self.home)
+        self.counter = itertools.count()
+
+    def path(self, *names):
+        return os.path.join(self.home, *names)
+
+    def directory(self, **files):
+        """A new directory; a key like model__safetensors is a file name with dots for __."""
+        path = self.path(f"in{next(self.counter)}")
+        os.mkdir(path)
+        for name, content in files.items():
+            if not isinstance(content, bytes):
+                content = json.dumps(content).encode()
+            with open(os.path.join(path, name.replace("__", ".")), "wb") as file:
+                file.write(content)
+        return path
+
+    def run_main(self, *arguments):
+        out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+        sys.argv = ["convert.py", *arguments]
+        try:
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+                status = convert.main()
+        except SystemExit as exit_:
+            status = exit_.code
+        finally:
+            sys.argv = argv
+        return status, out.getvalue(), err.getvalue()
+
+    def good(self, *arguments):
+        status, out, err = self.run_main(*arguments)
+        self.assertEqual(status, 0, err)
+        return out + err
+
+    def refused(self, pattern, *arguments):
+        """One line that says why, status 1, and the directory as it was."""
+        before = sorted(os.listdir(self.home))
+        status, out, err = self.run_main(*arguments)
+        errors = [line for line in err.splitlines() if not line.startswith("convert.py: note: ")]
+        self.assertEqual((status, out, len(errors)), (1, "", 1), err)
+        self.assertTrue(errors[0].startswith("convert.py: "), err)
+        self.assertRegex(errors[0], pattern)
+        self.assertEqual(before, sorted(os.listdir(self.home)))
+
+    def imported(self, directory):
+        model = self.path(f"model{next(self.counter)}.bin")
+        self.output = self.good("import", directory, model)
+        return model
+
+    def contents(self, model, *without):
+        """A container's entries but for those whose names begin with one of `without`."""
+        return {name: entry for name, entry in convert.read_container(model, convert.MODEL).items()
+                if not name.startswith(without or ("\0",))}
+
+
+class ContainerTest(ConvertTest):
+    ENTRIES = [("config", "u8", (5,), 0, b"{   }"), ("w", "f32", (3, 2), 1, bytes(range(24))),
+               ("empty", "u32", (0,), 0, b""),
+               ("v", "bf16", (4,), 0, [b"\1\2", b"", b"\3\4\5\6\7\0"])]
+
+    def test_round_trip_and_layout(self):
+        path = self.path("c")
+        convert.write_container(path, 5, self.ENTRIES)
+        read = convert.read_container(path, 5)
+        self.assertEqual(list(read), ["config", "w", "empty", "v"])
+        self.assertEqual(read["w"], ("f32", (3, 2), 1, bytes(range(24))))
+        self.assertEqual(read["v"], ("bf16", (4,), 0, bytes([1, 2, 3, 4, 5, 6, 7, 0])))
+        with open(path, "rb") as file:
+            data = file.read()
+        self.assertEqual(data[:16], b"dpo.h\r\n\x1a" + struct.pack("<II", 1, 5))
+        self.assertEqual(struct.unpack_from("<QQI", data, 16), (len(data), 64 + 4 * 144, 4))
+        self.assertEqual(struct.unpack_from("<QQ", data, 64 + 144 + 128), (704, 24))
+        self.assertEqual(data[704:728], bytes(range(24)))
+
+    def test_every_damage_is_found(self):
+        path = self.path("c")
+        convert.write_container(path, 1, self.ENTRIES)
+        with open(path, "rb") as file:
+            data = file.read()
+        used = [*range(64 + 4 * 144), *range(640, 645), *range(704, 728), *range(768, 776)]
+        for position in used[::2]:
+            damaged = bytearray(data)
+            damaged[position] ^= 1 + position % 255
+            with open(path, "wb") as file:
+                file.write(damaged)
+            with self.assertRaises(convert.ConvertError, msg=f"byte {position}"):
+                convert.read_container(path, 1)
+        for length in (*range(0, len(data), 7), len(data) + 1):
+            with open(path, "wb") as file:
+                file.write((data + b"\0")[:length])
+            with self.assertRaises(convert.ConvertError, msg=f"length {length}"):
+                convert.read_container(path, 1)
+
+    def test_wrong_size_leaves_nothing(self):
+        with self.assertRaises(convert.ConvertError):
+            convert.write_container(self.path("c"), 1, [("a", "f32", (3,), 0, b"1234")])
+        self.assertEqual(os.listdir(self.home), [])
+
+
+class CheckpointTest(ConvertTest):
+    def test_safetensors_come_back_byte_for_byte(self):
+        for hf, dtype in ((NEOX, "f16"), (BTLM, "bf16"), (NEOX, "f32"),
+                          ({**BTLM, "position_embedding_type": "learned", "n_inner": None,
+                            "activation_function": "gelu"}, "f32"),
+                          ({**NEOX, "attention_bias": False, "tie_word_embeddings": True}, "bf16")):
+            hf = {**hf, "torch_dtype": convert.TORCH_DTYPES[dtype]}
+            tensors = random_tensors(hf, dtype)
+            source = self.directory(
+                config__json=b" " + json.dumps(hf).encode(),
+                model__safetensors=safetensors({name: tensors[name] for name in sorted(tensors)}))
+            model, target = self.imported(source), self.path(f"out{next(self.counter)}")
+            self.good("export", model, target)
+            back = {name: (tensor.dtype, tensor.shape, convert.read_entry(tensor))
+                    for name, tensor in
+                    convert.read_safetensors(os.path.join(target, "model.safetensors")).items()}
+            self.assertEqual(back, tensors)
+            self.assertEqual(list(back), sorted(tensors))
+            with open(os.path.join(target, "config.json"), "rb") as file:
+                self.assertEqual(file.read(), b" " + json.dumps(hf).encode())
+
+    def test_all_sources_give_the_same_file(self):
+        for hf in (NEOX, {**BTLM, "tie_word_embeddings": False}):
+            tensors, prefix = random_tensors(hf, "f16"), convert.PREFIX[hf["model_type"]]
+            names = list(tensors)
+            parts = [{name: tensors[name] for name in names[k::2]} for k in range(2)]
+            shards = ["model-00001-of-00002", "model-00002-of-00002"]
+            index = {"metadata": {"total_size": 1}, "weight_map": {
+                name: shards[i % 2] for i, name in enumerate(names)}}
+
+            def indexed(ending):
+                return json.dumps(index).replace("of-00002", "of-00002" + ending).encode()
+
+            sources = [
+                {"model__safetensors": safetensors(tensors)},
+                {"pytorch_model__bin": torch_checkpoint(tensors)},
+                {"pytorch_model__bin": torch_checkpoint(tensors, strided=True)},
+                {"pytorch_model__bin": torch_checkpoint(
+                    {name.replace(prefix, ""): tensors[name] for name in reversed(names)})},
+                {"model__safetensors": safetensors({     # what transformers 5 calls the head
+                    name.replace("embed_out", "lm_head"): tensors[name] for name in names})},
+                {"model__safetensors__index__json": indexed(".safetensors"),
+                 **{shard + "__safetensors": safetensors(part)
+                    for shard, part in zip(shards, parts)}},
+                {"pytorch_model__bin__index__json": indexed(".bin"),
+                 **{shard + "__bin": torch_checkpoint(part) for shard, part in zip(shards, parts)}}]
+            models = [self.imported(self.directory(config__json=hf, **files)) for files in sources]
+            with open(models[0], "rb") as file:
+                first = file.read()
+            for model in models[1:]:
+                with open(model, "rb") as file:
+                    self.assertEqual(file.read(), first)
+
+    def test_buffers_tied_heads_and_mixed_dtypes(self):
+        tensors = random_tensors(NEOX, "f16")
+        tensors["gpt_neox.final_layer_norm.bias"] = ("f32", (16,), bytes(64))
+        buffers = {"gpt_neox.layers.0.attention.bias": ("bool", (1, 1, 4, 4), bytes(16)),
+                   "gpt_neox.layers.0.attention.masked_bias": ("f32", (), bytes(4)),
+                   "gpt_neox.layers.1.attention.rotary_emb.inv_freq": ("f16", (2,), bytes(4))}
+        model = self.imported(self.directory(
+            config__json=NEOX, model__safetensors=safetensors({**tensors, **buffers})))
+        entries = self.contents(model, "config", "file")
+        self.assertEqual({name: (e[0], e[1], e[3]) for name, e in entries.items()}, tensors)
+        self.assertEqual({name: e[2] for name, e in entries.items() if e[2]},
+                         {name: 1 for name in tensors if len(tensors[name][1]) == 2
+                          and "embed_in" not in name})
+
+        tied = random_tensors(BTLM, "bf16")
+        del tied["transformer.relative_pe.slopes"]              # may be missing
+        embedding = tied["transformer.wte.weight"]
+        for head, noted in ((embedding, False), (("bf16", (320, 12), bytes(320 * 24)), True)):
+            model = self.imported(self.directory(config__json=BTLM, model__safetensors=safetensors(
+                {**tied, "lm_head.weight": head})))
+            self.assertEqual("differs from the embedding" in self.output, noted)
+            self.assertEqual(list(self.contents(model, "config", "file")), list(tied))
+
+    def test_wrong_tensors(self):
+        tensors = random_tensors(NEOX, "f16")
+        name = "gpt_neox.layers.1.mlp.dense_h_to_4h.weight"
+        dtype, shape, data = tensors[name]
+        without = {key: value for key, value in tensors.items() if key != name}
+        for wrong, pattern in (
+                (without, f"'{name}' .*missing"),
+                ({**tensors, "gpt_neox.extra.weight": ("f32", (1,), bytes(4))},
+                 "extra.weight.*not part"),
+                ({**tensors, "gpt_neox.layers.2.attention.dense.bias": ("f16", (16,), bytes(32))},
+                 "layers.2.attention.dense.bias"),
+                ({**tensors, name: (dtype, shape[::-1], data)}, f"'{name}' has shape"),
+                ({**tensors, name: ("f64", shape, data * 4)}, f"'{name}' is F64"),
+                ({**tensors, name: ("i16", shape, data)}, f"'{name}' is I16"),
+                ({**tensors, name[9:]: (dtype, shape, data)}, "under two names"),
+                ({}, "0 tensors for 2 layers")):
+            self.refused(pattern, "import", self.directory(
+                config__json=NEOX, model__safetensors=safetensors(wrong)), self.path("m"))
+        self.refused("no model.safetensors", "import", self.directory(config__json=NEOX),
+                     self.path("m"))
+        self.refused("config.json", "import", self.directory(), self.path("m"))
+        self.refused("No such file", "import", self.path("nowhere"), self.path("m"))
+
+    def test_hostile_safetensors(self):
+        tensors = {"a": ("f32", (2, 2), bytes(16)), "b": ("f32", (3,), bytes(12))}
+        whole = safetensors(tensors)
+
+        def changed(name, **changes):
+            return safetensors(tensors, lambda header: {
+                **header, name: {**header.get(name, {}), **changes}})
+
+        text = whole[8:-28]
+        for data, pattern in (
+                (b"", "truncated"), (whole[:7], "truncated"), (whole[:50], "header of"),
+                (whole[:-1], "describes"), (whole + b"x", "describes"),
+                (struct.pack("<Q", 2**63) + whole[8:], "header of"),
+                (struct.pack("<Q", 100_000_001) + bytes(100), "header of"),
+                (struct.pack("<Q", 4) + b"null", "not a JSON object"),
+                (struct.pack("<Q", 4) + b"{\xff\xff}", "UTF-8"),
+                (struct.pack("<Q", 100_000) + b"{\"a\":" + b"[" * 99_995, "JSON"),
+                (struct.pack("<Q", len(text)) + text.replace(b'"b"', b'"a"') + bytes(28), "twice"),
+                (changed("a", data_offsets=[0, 12]), "cannot have"),
+                (changed("b", data_offsets=[4, 16]), "overlap"),
+                (changed("b", data_offsets=[20, 32]), "overlap or leave a hole"),
+                (changed("b", data_offsets=[28, 16]), "cannot have"),
+                (changed("b", data_offsets=[16.0, 28]), "malformed"),
+                (changed("b", data_offsets=[-12, 0]), "malformed"),
+                (changed("b", shape=[2**62, 2**62]), "cannot have"),
+                (changed("b", shape=[True, 3]), "malformed"), (changed("b", shape=3), "malformed"),
+                (changed("b", dtype="Q9"), "unknown dtype"), (changed("b", dtype=4), "malformed"),
+                (changed("__metadata__", format=1), "__metadata__"),
+                (safetensors(tensors, lambda header: {**header, "b": 1}), "malformed")):
+            self.refused(pattern, "import",
+                         self.directory(config__json=NEOX, model__safetensors=data),
+                         self.path("m"))
+
+    def test_hostile_pickles(self):
+        storage = Persistent("f32", "0", 4)
+        ok = Rebuilt(storage, 0, (2, 2), (2, 1))
+        files = {"0": bytes(16)}
+
+        class Evil:
+            def __init__(self, function, *arguments):
+                self.call = function, arguments
+
+            def __reduce__(self):
+                return self.call
+
+        flag = self.path("flag")
+        for state, pattern in (
+                ({"a": Evil(os.system, "touch " + flag)}, "asks for (posix|nt).system.*refused"),
+                ({"a": Evil(eval, f"open({flag!r}, 'w')")},
+                 "asks for builtins.eval|__builtin__.eval"),
+                ({"a": Evil(getattr, ok, "count")}, "asks for .*getattr"),
+                (pickle.dumps({"a": b"bytes"}, 4), "asks for the instruction SHORT_BINBYTES"),
+                (pickle.dumps({"a": {1, 2}}, 4), "asks for the instruction EMPTY_SET"),
+                (pickle.dumps(bytearray(3), 5), "asks for the instruction BYTEARRAY8"),
+                (b"\x80\x02}q\x01" + b"ios\nsystem\n", "asks for the instruction INST"),
+                (b"\x80\x02" + b"r\xff\xff\xff\xff" * 2 + b".", "damaged"),
+                (b"\x80\x02}r\xff\xff\xff\xff.", "memo"),
+                (b"\x80\x02ctorch\nFloatStorage\n)R.", "damaged"),
+                (b"\x80\x02ccollections\nOrderedDict\n)}b.", "damaged|state dict"),
+                (b"\x80\x02ccollections\nOrderedDict\n}U", "instruction|damaged"),
+                (b"", "damaged"), (b"\x80\x02", "damaged"), (b"hello", "damaged|instruction"),
+                (b"\x80\x02]" + b"]a" * 3 + b".", "state dict"),
+                ({"a": Rebuilt(storage, 1, (2, 2), (2, 1))}, "outside its storage"),
+                ({"a": Rebuilt(storage, 0, (2**40, 2**40), (1, 1))}, "outside its storage"),
+                ({"a": Rebuilt(Persistent("f32", "0", 5), 0, (5,), (1,))}, "outside its storage"),
+                ({"a": Rebuilt(storage, -1, (2, 2), (2, 1))}, "malformed"),
+                ({"a": Rebuilt(storage, 0, (2, 2), (2, -1))}, "malformed"),
+                ({"a": Rebuilt(storage, 0, (2, 2), (2,))}, "malformed"),
+                ({"a": Rebuilt(None, 0, (2, 2), (2, 1))}, "malformed"),
+                ({"a": Rebuilt(Persistent("f32", "7", 4), 0, (4,), (1,))},
+                 "lacks 'archive/data/7'"),
+                ({"a": Rebuilt(Persistent("f32", "../0", 4), 0, (4,), (1,))}, "damaged"),
+                ({"a": Rebuilt(Persistent("f32", "0", -4), 0, (4,), (1,))}, "damaged"),
+                ({"b": 1}, "0 tensors"), ({}, "0 tensors")):
+            self.refused(pattern, "import", self.directory(
+                config__json=NEOX, pytorch_model__bin=torch_file(state, files)), self.path("m"))
+        self.assertFalse(os.path.exists(flag))
+
+        whole = torch_file({"a": ok}, files)
+        for data, pattern in (
+                (b"", "not a zip"), (whole[:-30], "not a zip"),
+                (whole[40:], "zip|outside|lacks|damaged"),
+                (pickle.dumps({"a": 1}), "not a zip"),
+                (torch_file({"a": ok}, files, method=zipfile.ZIP_DEFLATED), "compressed"),
+                (torch_file({"a": ok}, files, more=[("constants.pkl", b"")]), "TorchScript"),
+                (torch_file({"a": ok}, files, more=[("byteorder", b"big")]), "big-endian"),
+                (torch_file({"a": ok}, {}), "lacks")):
+            self.refused(pattern, "import", self.directory(
+                config__json=NEOX, pytorch_model__bin=data), self.path("m"))
+
+    def test_damaged_files_never_crash(self):
+        """A byte changed anywhere in the structure of a checkpoint: it is read or refused."""
+        tensors, rng = random_tensors(NEOX, "f16"), random.Random(2)
+        for name, data in (("model.safetensors", safetensors(tensors)),
+                           ("pytorch_model.bin", torch_checkpoint(tensors, strided=True))):
+            path = self.path(name)
+            for _ in range(400):
+                damaged = bytearray(data)
+                for _ in range(rng.randrange(1, 4)):
+                    damaged[rng.randrange(min(6000, len(data)))
+                            if rng.random() < 0.5 else -rng.randrange(1, 3000)] = rng.randrange(256)
+                with open(path, "wb") as file:
+                    file.write(damaged[:rng.choice((len(damaged), rng.randrange(len(damaged))))])
+                try:
+                    for tensor in convert.read_checkpoint(self.home).values():
+                        if convert.tensor_bytes(tensor) < 1e6:
+                            convert.read_entry(tensor)
+                except convert.ConvertError:
+                    pass
+            os.remove(path)
+
+    def test_hostile_index(self):
+        name = "gpt_neox.embed_in.weight"
+        one = safetensors({name: ("f16", (1,), bytes(2))})
+        for index, pattern in (
+                ({}, "no weight_map"), ({"weight_map": {name: "../x"}}, "file name"),
+                ({"weight_map": {name: 3}}, "file name"),
+                ({"weight_map": {name: ".."}}, "file name"),
+                ({"weight_map": {name: "missing.safetensors"}}, "missing.safetensors"),
+                ({"weight_map": {"other": "a.safetensors"}}, "'other' is not in a.safetensors"),
+                ({"weight_map": {name: "a.safetensors", "b": "b.safetensors"}}, "'b' is not in"),
+                ([1], "not a JSON object")):
+            self.refused(pattern, "import", self.directory(
+                config__json=NEOX, a__safetensors=one, b__safetensors=one,
+                model__safetensors__index__json=index), self.path("m"))
+        both = safetensors({name: ("f16", (1,), bytes(2)), "b": ("f16", (1,), bytes(2))})
+        self.refused("another shard", "import", self.directory(
+            config__json=NEOX, a__safetensors=one, b__safetensors=both,
+            model__safetensors__index__json={
+                "weight_map": {name: "a.safetensors", "b": "b.safetensors"}}), self.path("m"))
+
+    def test_memory_is_bounded(self):
+        """An import of a 200 MB tensor (a hole in a sparse file) stays below 60 MB."""
+        hf = {**NEOX, "vocab_size": 3_250_000, "tie_word_embeddings": True}
+        shapes = convert.expected_tensors(convert.canonical_config("test", hf))
+        header, end = {}, 0
+        for name, (shape, _layout) in shapes.items():
+            header[name] = {"dtype": "F32", "shape": shape,
+                            "data_offsets": [end, end + 4 * math.prod(shape)]}
+            end += 4 * math.prod(shape)
+        text = json.dumps(header).encode()
+        source = self.directory(config__json=hf)
+        with open(os.path.join(source, "model.safetensors"), "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+        program = ("import convert, resource, sys; sys.argv[1:] = ['import', *sys.argv[1:]]; "
+                   "status = convert.main(); print(status, "
+                   "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)")
+        out = subprocess.run([sys.executable, "-c", program, source, self.path("m")], cwd=PROJECT,
+                             check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL).stdout
+        status, peak = map(int, out.split()[-2:])
+        kilobyte = 1024 if sys.platform == "darwin" else 1
+        self.assertEqual(status, 0)
+        self.assertLess(peak / kilobyte, 60_000)
+
+
+class ConfigTest(ConvertTest):
+    def canonical(self, hf):
+        with contextlib.redirect_stderr(io.StringIO()) as notes:
+            config = convert.canonical_config("config.json", hf)
+        self.notes = notes.getvalue()
+        return config
+
+    def expect(self, hf, changes, **expected):
+        hf = {key: value for key, value in {**hf, **changes}.items() if value != "absent"}
+        config = self.canonical(hf)
+        self.assertEqual({key: config[key] for key in expected}, expected, changes)
+
+    def test_neox(self):
+        self.expect(NEOX, {}, arch="gpt_neox", rotary_dims=2, attention_scale=8 ** -0.5, d_ff=24,
+                    parallel_residual=True, attention_bias=True, tied_head=False,
+                    mup_width_scale=1.0,
+                    position="rotary", activation="gelu", embedding_scale=1.0, bos_id=0, eos_id=0)
+        both = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5,
+                                    "partial_rotary_factor": 0.5}}
+        self.expect(NEOX, both, rotary_base=5e5, rotary_dims=4)
+        self.expect(NEOX, {"rope_theta": 7.0, "partial_rotary_factor": 1.0}, rotary_base=10000.0,
+                    rotary_dims=2)
+        self.expect(NEOX, {"rotary_emb_base": None, "rope_theta": 7, "rotary_pct": "absent",
+                           "partial_rotary_factor": 1.0}, rotary_base=7.0, rotary_dims=8)
+        self.expect(NEOX, {"hidden_act": "gelu_pytorch_tanh", "use_parallel_residual": False,
+                           "eos_token_id": None, "bos_token_id": "absent"},
+                    activation="gelu_new", parallel_residual=False, eos_id=-1, bos_id=0)
+        self.expect(NEOX, {"hidden_act": "swish", "tie_word_embeddings": True,
+                           "eos_token_id": "absent"},
+                    activation="silu", tied_head=True, eos_id=2)
+        self.expect(NEOX, {"num_attention_heads": 1, "hidden_size": 100, "rotary_pct": 0.29},
+                    rotary_dims=28)                             # int(100 * 0.29): floored, as in HF
+
+    def test_btlm(self):
+        self.expect(BTLM, {}, arch="btlm", position="alibi", rotary_dims=0, attention_scale=1 / 4,
+                    logit_scale=2.22 * 0.1, embedding_scale=14.6, mup_width_scale=0.1,
+                    tied_head=True,
+                    activation="swiglu", parallel_residual=False, attention_bias=True,
+                    alibi_factor=1.0)
+        self.expect(BTLM, {"mup_scale_qk_dot_by_d": False}, attention_scale=0.5)
+        self.expect(BTLM, {"scale_attn_weights": False}, attention_scale=1.0)
+        self.expect(BTLM, {"scale_attn_by_inverse_layer_idx": True}, attention_scale_by_layer=True)
+        self.expect(BTLM, {"n_inner": None}, d_ff=48)
+        self.expect(BTLM, {"alibi_scaling": {"type": "linear", "factor": 2}}, alibi_factor=2.0)
+        self.expect(BTLM, {"tie_word_embeddings": False, "position_embedding_type": "absent",
+                           "activation_function": "absent"},
+                    tied_head=False, position="learned", activation="gelu_new")
+        plain = {key: "absent" for key in BTLM if key.startswith("mup_")}
+        self.expect(BTLM, plain, logit_scale=1.0, mup_width_scale=1.0, embedding_scale=1.0,
+                    attention_scale=0.5)
+        self.expect(BTLM, {**plain, "embeddings_scale": 14.6, "output_logits_scale": 0.222,
+                           "width_scale": 0.1, "scale_qk_dot_by_d": True},
+                    logit_scale=0.222, mup_width_scale=0.1, embedding_scale=14.6,
+                    attention_scale=1 / 4)
+        self.expect(BTLM, {**plain, "width_scale": 0.2}, logit_scale=0.2, mup_width_scale=1.0)
+        self.expect(BTLM, {"embeddings_scale": 3.0, "output_logits_scale": 0.5, "width_scale": 0.5},
+                    logit_scale=2.22 * 0.1, mup_width_scale=0.1, embedding_scale=14.6)
+        self.assertEqual(self.notes.count("the older is ignored"), 3)
+        self.expect(BTLM, {"resid_pdrop": 0.1}, d_model=12)
+        self.assertIn("resid_pdrop", self.notes)
+
+    def test_refused(self):
+        for hf, changes, pattern in (
+                (NEOX, {"model_type": "llama"}, "model_type is 'llama'"),
+                (NEOX, {"model_type": ["gpt_neox"]}, "model_type"),
+                (NEOX, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaling"),
+                (NEOX, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),
+                (NEOX, {"rope_parameters": [1]}, "rope_parameters"),
+                (NEOX, {"hidden_act": "swiglu"}, "'swiglu'"),
+                (NEOX, {"hidden_act": "mish"}, "'mish'"),
+                (BTLM, {"activation_function": "tanh"}, "'tanh'"),
+                (BTLM, {"position_embedding_type": "rotary"}, "'rotary'"),
+                (BTLM, {"alibi_scaling": {"type": "linear", "train_seq_len": 2048}},
+                 "train_seq_len"),
+                (BTLM, {"alibi_scaling": {"type": "dynamic", "factor": 2.0}}, "alibi_scaling"),
+                (BTLM, {"alibi_scaling": {"type": "linear", "factor": 0}}, "positive"),
+                (NEOX, {"hidden_size": 0}, "hidden_size"),
+                (NEOX, {"hidden_size": 16.0}, "hidden_size"),
+                (NEOX, {"hidden_size": True}, "hidden_size"),
+                (NEOX, {"hidden_size": 2**31}, "hidden_size"),
+                (NEOX, {"hidden_size": 17}, "divide"), (NEOX, {"rotary_pct": 0.5001e9}, "rotates"),
+                (NEOX, {"rotary_pct": 0.4}, "rotates 3"), (NEOX, {"rotary_pct": 0.01}, "rotates 0"),
+                (NEOX, {"layer_norm_eps": 0.0}, "positive"), (NEOX, {"layer_norm_eps": "x"}, "eps"),
+                (NEOX, {"layer_norm_eps": float("nan")}, "eps"),
+                (NEOX, {"eos_token_id": 320}, "eos_token_id"), (NEOX, {"bos_token_id": -1}, "bos"),
+                (NEOX, {"eos_token_id": [0]}, "eos_token_id"),
+                (NEOX, {"num_hidden_layers": 2**31 - 1}, "layers; fetch"),
+                (NEOX, {"use_parallel_residual": 1}, "use_parallel_residual")):
+            self.refused(pattern, "import", self.directory(
+                config__json={**hf, **changes}, model__safetensors=safetensors(
+                    {"a": ("f32", (1,), bytes(4))})), self.path("m"))
+        for data, pattern in ((b"{", "JSON"), (b"[]", "JSON object"), (b"\xff", "UTF-8"),
+                              (b'{"model_type": "btlm", "model_type": "gpt_neox"}', "twice")):
+            self.refused(pattern, "import", self.directory(config__json=data), self.path("m"))
+
+
+class TokenizerTest(ConvertTest):
+    def import_tokenizer(self, hf=NEOX, **files):
+        if not hasattr(self, "weights"):
+            self.weights = safetensors(random_tensors(NEOX, "f16"))
+        model = self.imported(self.directory(config__json=hf, model__safetensors=self.weights,
+                                             **files))
+        return {name[10:]: entry for name, entry in self.contents(model).items()
+                if name.startswith("tokenizer/")}
+
+    def test_tables(self):
+        ids, merges = byte_level_vocabulary()
+        tables = self.import_tokenizer(tokenizer__json=tokenizer_json())
+        n = len(ids) + 2
+        self.assertEqual(json.loads(tables["info"][3]), {
+            "n_tokens": n, "nfc": True, "unicode": unicodedata.unidata_version})
+        ends = struct.unpack(f"<{n}I", tables["token_ends"][3])
+        data = tables["token_bytes"][3]
+        tokens = [data[start:end] for start, end in zip((0, *ends), ends)]
+        self.assertEqual(tokens[2:258], [bytes([byte]) for byte in range(256)])
+        self.assertEqual(tokens[258:], [b" t", b"he", b" the", b"  ", b"\n\n", b"   ",
+                                        b"\xc3\xa9" * 2])
+        self.assertEqual(tokens[0], b"<|endoftext|>")
+        self.assertEqual(struct.unpack("<256I", tables["byte_ids"][3]), tuple(range(2, 258)))
+        self.assertEqual(tables["merges"][1], (5, 3))
+        self.assertEqual(struct.unpack("<15I", tables["merges"][3])[6:9], (258, 259, 260))
+        self.assertEqual(struct.unpack("<8I", tables["added"][3]), (0, 1, 1, 1, 263, 2, 264, 2))
+
+    def test_unicode_tables(self):
+        tables = convert.unicode_tables(True)
+        for name, major in (("letters", "L"), ("numbers", "N")):
+            covered = [point for first, last in tables[name] for point in range(first, last + 1)]
+            self.assertEqual(covered, [
+                point for point in range(0x110000) if unicodedata.category(chr(point))[0] == major])
+        for rows in tables.values():
+            self.assertEqual(rows, sorted(rows))
+        classes = dict(tables["classes"])
+        parts = {point: [p for p in pair if p] for point, *pair in tables["decompositions"]}
+        pairs = {(first, second): point for first, second, point in tables["compositions"]}
+
+        def nfc(text):          # decompose, put marks in order, compose
+            points = [ord(c) for c in text]
+            while any(point in parts for point in points):
+                points = [part for point in points for part in parts.get(point, [point])]
+            for i in range(1, len(points)):
+                while i and 0 < classes.get(points[i], 0) < classes.get(points[i - 1], 0):
+                    points[i - 1], points[i] = points[i], points[i - 1]
+                    i -= 1
+            out, starter, last = [], None, 0
+            for point in points:
+                rank = classes.get(point, 0)
+                if starter is not None and (last < rank or last == 0 and starter == len(out) - 1):
+                    joined = pairs.get((out[starter], point))
+                    if joined:
+                        out[starter] = joined
+                        continue
+                out.append(point)
+                last = rank
+                if not rank:
+                    starter = len(out) - 1
+            return "".join(map(chr, out))
+
+        rng = random.Random(3)
+        interesting = [*parts, *classes, *(p for pair in pairs for p in pair), 0x20, 0x41, 0x3042]
+        for point in interesting:
+            self.assertEqual(nfc(chr(point)), unicodedata.normalize("NFC", chr(point)))
+        for _ in range(3000):
+            text = "".join(chr(rng.choice(interesting)) for _ in range(rng.randrange(1, 6)))
+            self.assertEqual(nfc(text), unicodedata.normalize("NFC", text))
+
+    def test_forms_agree(self):
+        ids, merges = byte_level_vocabulary()
+        strings = self.import_tokenizer(tokenizer__json=tokenizer_json())
+        pairs = self.import_tokenizer(tokenizer__json=tokenizer_json(model={
+            "merges": [list(pair) for pair in merges], "ignore_merges": False,
+            "byte_fallback": False}))
+        self.assertEqual(strings, pairs)
+
+        plain = tokenizer_json(normalizer=None)
+        plain["added_tokens"] = plain["added_tokens"][:2]
+        for token in plain["added_tokens"]:
+            token["normalized"] = True
+        form = self.import_tokenizer(tokenizer__json=plain)
+        self.assertFalse(json.loads(form["info"][3])["nfc"])
+        self.assertNotIn("decompositions", form)
+        lines = ["#version: 0.2", *(" ".join(pair) for pair in merges), ""]
+        old = {"vocab__json": ids, "merges__txt": "\n".join(lines).encode(),
+               "special_tokens_map__json": {"pad_token": {"content": "<|pad|>"}}}
+        self.assertEqual(self.import_tokenizer(**old), form)
+        del ids["<|pad|>"]
+        self.assertEqual(self.import_tokenizer(**old, added_tokens__json={"<|pad|>": 1}), form)
+        listed = {"1": {"content": "<|pad|>", "special": True, "normalized": False}}
+        self.assertEqual(self.import_tokenizer(
+            **old, tokenizer_config__json={"added_tokens_decoder": listed}), form)
+        # '#version' is skipped in the first line only; '#' is a token like any other.
+        ids.update({"##": 263, "###": 264})
+        merged = self.import_tokenizer(**{**old, "special_tokens_map__json": {}}, **{
+            "added_tokens__json": {"<|pad|>": 1}})
+        self.assertEqual(merged["merges"][1], (5, 3))
+        old["merges__txt"] = b"# #\n## #\n"
+        old["special_tokens_map__json"] = {}
+        self.assertEqual(self.import_tokenizer(**old)["merges"][1], (2, 3))
+
+    def test_refused(self):
+        ids, merges = byte_level_vocabulary()
+
+        def added(**changes):
+            tokens = tokenizer_json()["added_tokens"]
+            tokens[2].update(changes)
+            return {"added_tokens": tokens}
+
+        byte_level = {"type": "ByteLevel", "add_prefix_space": False}
+        special = {"type": "TemplateProcessing",
+                   "single": [{"SpecialToken": {"id": "x", "type_id": 0}}]}
+        for changes, pattern in (
+                ({"normalizer": {"type": "NFKC"}}, "NFKC"),
+                ({"normalizer": {"type": "Sequence", "normalizers": []}}, "Sequence"),
+                ({"normalizer": "NFC"}, "normalizer"),
+                ({"pre_tokenizer": {**byte_level, "add_prefix_space": True}}, "pre_tokenizer"),
+                ({"pre_tokenizer": {**byte_level, "use_regex": False}}, "pre_tokenizer"),
+                ({"pre_tokenizer": {"type": "Whitespace"}}, "Whitespace"),
+                ({"pre_tokenizer": None}, "pre_tokenizer"),
+                ({"post_processor": special}, "post_proc"),
+                ({"model": {"type": "Unigram"}}, "Unigram"),
+                ({"model": {"dropout": 0.1}}, "dropout"),
+                ({"model": {"unk_token": "x"}}, "unk_token"),
+                ({"model": {"byte_fallback": True}}, "byte_fallback"),
+                ({"model": {"ignore_merges": True}}, "ignore_merges"),
+                ({"model": {"end_of_word_suffix": "</w>"}}, "end_of_word_suffix"),
+                ({"model": {"vocab": {}}}, "merge 0"),
+                ({"model": {"vocab": [], "merges": []}}, "malformed"),
+                ({"model": {"merges": ["a b c"]}}, "merge 0"),
+                ({"model": {"merges": [1]}}, "merge 0"),
+                ({"model": {"merges": ["q q"]}}, "merge 0, 'q q'"),
+                ({"model": {"merges": ["h e", "h e"]}}, "merge 1, 'h e'"),
+                ({"model": {"vocab": {**ids, "x": -1}}}, "'x' has the id -1"),
+                ({"model": {"vocab": {**ids, "x": 320}}}, "'x' has the id 320"),
+                ({"model": {"vocab": {**ids, "xx": 5}}}, "'xx' contradicts"),
+                ({"model": {"vocab": {**ids, "\ud800": 300}}}, "surrogate"),
+                (added(lstrip=True), "lstrip"), (added(rstrip=True), "rstrip"),
+                (added(single_word=True), "single_word"), (added(content="e\u0301"), "NFC"),
+                (added(content=""), "empty"), (added(content=None), "malformed"),
+                (added(id=400), "id 400"), (added(id=5), "contradicts"),
+                (added(id=None), "id None"),
+                (added(content="he"), "contradicts"), ({"added_tokens": [1]}, "malformed")):
+            self.refused(pattern, "import", self.directory(
+                config__json=NEOX, model__safetensors=safetensors(random_tensors(NEOX, "f16")),
+                tokenizer__json=tokenizer_json(**changes)), self.path("m"))
+        merges_txt = "\n".join(" ".join(pair) for pair in merges).encode()
+        for files, pattern in (
+                ({"vocab__json": ids}, "merges.txt"),
+                ({"vocab__json": ids, "merges__txt": b"a\n"}, "merge 0"),
+                ({"vocab__json": ids, "merges__txt": b"\xff"}, "UTF-8"),
+                ({"vocab__json": {}, "merges__txt": b""}, "no tokens"),
+                ({"vocab__json": ids, "merges__txt": merges_txt,
+                  "special_tokens_map__json": {"pad_token": "[PAD]"}},
+                 r"'\[PAD\]' has the id None"),
+                ({"tokenizer__json": tokenizer_json(),
+                  "tokenizer_config__json": {"add_prefix_space": True}}, "add_prefix_space"),
+                ({"tokenizer__json": tokenizer_json(),
+                  "tokenizer_config__json": {"add_bos_token": True}}, "add_bos_token"),
+                ({"tokenizer__json": tokenizer_json(),
+                  "tokenizer_config__json": {"added_tokens_decoder": {"x": 1}}},
+                 "added_tokens_decoder")):
+            self.refused(pattern, "import", self.directory(
+                config__json=NEOX, model__safetensors=safetensors(random_tensors(NEOX, "f16")),
+                **files),
+                self.path("m"))
+
+
+class ExportTest(ConvertTest):
+    def stripped(self, model, **changed):
+        """The model as `train init` would have made it: without files of Hugging Face's."""
+        path = self.path(f"model{next(self.counter)}.bin")
+        convert.write_container(path, convert.MODEL, [
+            changed.get(name, (name, *entry))
+            for name, entry in self.contents(model, "file").items()])
+        return path
+
+    def test_generated_files_import_again(self):
+        for hf in (NEOX, {**NEOX, "rotary_pct": 1.0, "hidden_act": "gelu_pytorch_tanh",
+                          "eos_token_id": None}, BTLM,
+                   {**BTLM, "position_embedding_type": "learned", "scale_attn_weights": False,
+                    "alibi_scaling": None, "activation_function": "relu"},
+                   {**BTLM, "mup_scale_qk_dot_by_d": False,
+                    "alibi_scaling": {"type": "linear", "factor": 2.5}}):
+            source = self.directory(config__json=hf, tokenizer__json=tokenizer_json(),
+                                    model__safetensors=safetensors(random_tensors(hf, "f16")))
+            model = self.stripped(self.imported(source))
+            target = self.path(f"out{next(self.counter)}")
+            self.good("export", model, target)
+            again = self.stripped(self.imported(target))
+            first, second = self.contents(model), self.contents(again)
+            config, config_again = (json.loads(entries.pop("config")[3])
+                                    for entries in (first, second))
+            self.assertEqual(first, second)
+            for key, value in config.items():
+                self.assertAlmostEqual(value, config_again[key], 12) if isinstance(value, float) \
+                    else self.assertEqual(value, config_again[key])
+            with open(os.path.join(target, "config.json"), "rb") as file:
+                written = json.load(file)
+            self.assertEqual(written["torch_dtype"], "float16")
+            self.assertIn("rotary_pct" if hf["model_type"] == "gpt_neox" else "auto_map", written)
+            with open(os.path.join(target, "tokenizer.json"), "rb") as file:
+                made, given = json.load(file), tokenizer_json()
+            self.assertEqual(made["added_tokens"], given["added_tokens"])
+            self.assertEqual(made["model"]["merges"], given["model"]["merges"])
+            self.assertLessEqual(given["model"]["vocab"].items(), made["model"]["vocab"].items())
+
+    def test_byte_tokenizer_without_merges(self):
+        model = self.imported(self.directory(
+            config__json=NEOX, tokenizer__json=tokenizer_json(),
+            model__safetensors=safetensors(random_tensors(NEOX, "f32"))))
+        end = "<|endoftext|>".encode()
+        entries = [(name, *entry)
+                   for name, entry in self.contents(model, "file", "tokenizer").items()]
+        entries += [convert.blob("tokenizer/info",
+                                 b'{"n_tokens":257,"nfc":false,"unicode":"14.0.0"}'),
+                    convert.u32_entry("tokenizer/token_ends", [
+                        len(end), *(len(end) + 1 + i for i in range(256))]),
+                    convert.blob("tokenizer/token_bytes", end + bytes(range(256))),
+                    convert.u32_entry("tokenizer/byte_ids", range(1, 257)),
+                    convert.u32_entry("tokenizer/added", [0, 1], 2)]
+        path, target = self.path("init.bin"), self.path("out")
+        convert.write_container(path, convert.MODEL, entries)
+        self.good("export", path, target)
+        with open(os.path.join(target, "tokenizer.json"), "rb") as file:
+            made = json.load(file)
+        self.assertEqual((made["model"]["merges"], made["normalizer"]), ([], None))
+        self.assertEqual(made["model"]["vocab"]["Ġ"], 33)
+        self.assertEqual(len(made["model"]["vocab"]), 257)
+
+    def test_dtype_tells_the_truth(self):
+        for key in ("torch_dtype", "dtype"):
+            hf = {**{k: v for k, v in NEOX.items() if k != "torch_dtype"}, "note": "\u00fc",
+                  key: "float16"}
+            model = self.imported(self.directory(
+                config__json=hf, model__safetensors=safetensors(random_tensors(NEOX, "f32"))))
+            target = self.path(f"out{next(self.counter)}")
+            self.good("export", model, target)
+            with open(os.path.join(target, "config.json"), "rb") as file:
+                self.assertEqual(json.load(file), {**hf, key: "float32"})
+
+    def test_refused(self):
+        model = self.imported(self.directory(
+            config__json=NEOX, model__safetensors=safetensors(random_tensors(NEOX, "f16"))))
+        target = self.path("full")
+        os.mkdir(target)
+        self.good("export", model, target)                      # an empty directory is filled
+        self.refused("not an empty directory", "export", model, target)
+        self.refused("not an empty directory", "export", model, model)
+        self.refused("exists already", "import", target, model)
+        self.refused("No such file", "export", self.path("nothing"), self.path("x"))
+        self.refused("header", "export", os.path.join(target, "config.json"), self.path("x"))
+        config = json.loads(self.contents(model)["config"][3])
+        for change in ({"logit_scale": 0.5}, {"attention_scale": 0.3}, {"n_layers": 10**9},
+                       {"d_model": "x"}, {"arch": "llama"}):
+            wrong = self.stripped(model, config=convert.blob("config", json.dumps(
+                {**config, **change}).encode()))
+            self.refused("cannot be said|malformed|layers|shape", "export", wrong, self.path("x"))
+        wrong = self.stripped(model, config=convert.blob("config", b"{}"))
+        self.refused("malformed", "export", wrong, self.path("x"))
+        adapter = self.path("adapter.bin")
+        convert.write_container(adapter, 2, [("config", "u8", (2,), 0, b"{}")])
+        self.refused("holds an adapter, not a model", "export", adapter, self.path("x"))
+        with open(model, "r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            file.write(b"\xff\xee\xdd")
+        self.refused("CRC-32", "export", model, self.path("x"))
+
+
+class DataTest(ConvertTest):
+    def file(self, content, name=None):
+        path = self.path(name or f"data{next(self.counter)}")
+        if not isinstance(content, bytes):
+            content = "\n".join(json.dumps(row) for row in content).encode()
+        with open(path, "wb") as file:
+            file.write(content)
+        return path
+
+    def converted(self, kind, content, *options):
+        out = self.path(f"out{next(self.counter)}.jsonl")
+        self.output = self.good("data", kind, self.file(content), out, *options)
+        with open(out, encoding="utf-8") as file:
+            return [json.loads(line) for line in file]
+
+    def test_shp(self):
+        def row(a, b, label, history="Why?", ref_a="because", ref_b="dunno"):
+            return {"history": history, "human_ref_A": ref_a, "human_ref_B": ref_b, "score_A": a,
+                    "score_B": b, "labels": label, "post_id": "x"}
+
+        rows = self.converted("shp", [row(9, 2, 1), row(2, 4, 0, ref_b="yes"), row(3, 2, True),
+                                      row(5, 0, 1),
+                                      row(8, 1, 1, ref_b=" "), row(8, 1, 1, " "),
+                                      row(4, 1, "1", "Who?")])
+        prompt = "\n\nHuman: Why?\n\nAssistant:"
+        self.assertEqual(rows, [      # the best answer of a post comes last
+            {"prompt": prompt, "chosen": " yes", "rejected": " because"},
+            {"prompt": prompt, "chosen": " because", "rejected": " dunno"},
+            {"prompt": "\n\nHuman: Who?\n\nAssistant:", "chosen": " because",
+             "rejected": " dunno"}])
+        self.assertIn("3 of 7 records kept", self.output)
+        self.assertIn("2 dropped: score ratio below 2", self.output)
+        self.assertIn("1 dropped: empty answer", self.output)
+        for wrong, pattern in (({"labels": 2}, "line 1: 'labels'"),
+                               ({"score_A": "9"}, "'score_A' is"),
+                               ({"human_ref_A": None}, "no 'human_ref_A'")):
+            self.refused(pattern, "data", "shp", self.file([{**row(9, 2, 1), **wrong}]),
+                         self.path("o"))
+
+    def test_alpaca(self):
+        rows = [{"instruction": "Add.", "input": "1 2", "output": "3"},
+                {"instruction": "Sing.", "input": "", "output": "La \u00fc"},
+                {"instruction": "Rest.", "output": " "}, {"instruction": "", "output": "x"}]
+        array = json.dumps(rows, indent=1).encode()
+        expected = self.converted("alpaca", array)
+        self.assertEqual(expected, self.converted("alpaca", rows))
+        self.assertEqual(expected, self.converted("alpaca", b"\xef\xbb\xbf" + array))
+        self.assertEqual(expected, self.converted("alpaca", gzip.compress(array)))
+        self.assertEqual(expected[0], {"prompt": (
+            "Below is an instruction that describes a task, paired with an input that provides "
+            "further context. Write a response that appropriately completes the request.\n\n"
+            "### Instruction:\nAdd.\n\n### Input:\n1 2\n\n### Response:"), "completion": "3"})
+        self.assertEqual(expected[1], {"prompt": (
+            "Below is an instruction that describes a task. Write a response that appropriately "
+            "completes the request.\n\n### Instruction:\nSing.\n\n### Response:"),
+            "completion": "La \u00fc"})
+        self.assertIn("2 of 4 records kept", self.output)
+        self.assertEqual(self.converted("alpaca", rows, "--template", "hh"), [
+            {"prompt": "\n\nHuman: Add.\n1 2\n\nAssistant:", "completion": " 3"},
+            {"prompt": "\n\nHuman: Sing.\n\nAssistant:", "completion": " La \u00fc"}])
+        pair = {"instruction": "{}", "output": "o", "chosen": "c", "rejected": "r"}
+        self.assertEqual([{"chosen": "c", "rejected": "r"}], [
+            {key: row[key] for key in row if key != "prompt"}
+            for row in self.converted("alpaca", [pair])])
+        self.refused("record 2: .*mixed", "data", "alpaca",
+                     self.file(json.dumps([rows[0], pair]).encode()),
+                     self.path("o"))
+        self.refused("no 'rejected'", "data", "alpaca", self.file([{**pair, "rejected": None}]),
+                     self.path("o"))
+
+    def test_messages(self):
+        def talk(*contents, system=None):
+            messages = [{"role": ("user", "assistant")[i % 2], "content": text}
+                        for i, text in enumerate(contents)]
+            return [{"role": "system", "content": system}] * (system is not None) + messages
+
+        def answer(text):
+            return [{"role": "assistant", "content": text}]
+
+        pair = {"prompt": "\n\nHuman: Hi\n\nAssistant:", "chosen": " good", "rejected": " bad"}
+        for row in ({"prompt": "Hi", "chosen": talk("Hi", "good"), "rejected": talk("Hi", "bad")},
+                    {"chosen": talk("Hi", "good"), "rejected": talk("Hi", "bad")},
+                    {"prompt": "Hi", "chosen": answer("good"), "rejected": answer("bad")},
+                    {"prompt": talk("Hi"), "chosen": answer("good"), "rejected": answer("bad")},
+                    {"prompt": talk("Hi"), "chosen": talk("Hi", "good"),
+                     "rejected": talk("Hi", "bad"),
+                     "messages": talk("Hi", "good"), "score_chosen": 9.0}):
+            self.assertEqual(self.converted("messages", [row]), [pair])
+        long = {"prompt": "\n\nHuman: Be kind.\n\nHi\n\nAssistant: Hello\n\nHuman: Bye\n\n"
+                          "Assistant:",
+                "completion": " So long"}
+        turns = talk("Hi", "Hello", "Bye", "So long", system="Be kind.")
+        self.assertEqual(self.converted("messages", [{"messages": turns}]), [long])
+        self.assertEqual(self.converted("messages",
+                                        [{"prompt": turns[:-1], "completion": turns[-1:]}]),
+                         [long])
+        self.assertEqual(self.converted("messages", [
+            {"prompt": turns[:1], "chosen": talk("Hi", "a"),
+             "rejected": talk("Hi", "b")}])[0]["prompt"],
+            "\n\nHuman: Be kind.\n\nHi\n\nAssistant:")
+        good = {"chosen": talk("Hi", "good"), "rejected": talk("Hi", "bad")}
+        self.assertEqual(len(self.converted("messages", [
+            good, {**good, "rejected": talk("Ho", "bad")},
+            {**good, "rejected": talk("Hi", "b", "c")},
+            {**good, "rejected": []}, {"chosen": answer("x"), "rejected": answer("y")},
+            {**good, "rejected": talk("Hi", "")},
+            {"chosen": [{"role": "tool", "content": ""}] + talk("Hi", "a"),
+             "rejected": [{"role": "tool", "content": ""}] + talk("Hi", "b")}])), 1)
+        for reason in ("2 dropped: does not end with an assistant",
+                       "1 dropped: chosen and rejected differ",
+                       "1 dropped: no user message", "1 dropped: empty answer",
+                       "1 dropped: a role"):
+            self.assertIn(reason, self.output)
+        for wrong, pattern in (
+                ({"prompt": "x"}, "no chosen"),
+                ({"chosen": "x", "rejected": "y"}, "'chosen' is \"x\""),
+                ({"messages": [1]}, "message 1 of 'messages': is not a JSON object"),
+                ({"messages": [{"role": "user"}]}, "message 1 of 'messages': has no 'content'"),
+                ({"messages": talk("a", 3)}, "message 2 of 'messages': 'content' is 3")):
+            self.refused("line 1.*" + pattern, "data", "messages", self.file([wrong]),
+                         self.path("o"))
+
+    def test_refused(self):
+        row = {"instruction": "a", "output": "b"}
+        line = json.dumps(row).encode() + b"\n"
+        for content, pattern in (
+                (b"", "no record was kept .*empty"), (b"\n \n", "empty"),
+                (line + b"{\n", "line 2: .*JSON"),
+                (line + b"\n\n3", "line 4: is not a JSON object"), (b"[1]", "record 1: is not"),
+                (b"[", "JSON"), (line + b'{"instruction": "\xff"}', "line 2: not UTF-8"),
+                (line[:-2] + b', "output": "c"}', "twice"),
+                (line + b'{"instruction": "\\ud83d", "output": "b"}',
+                 "line 2: 'instruction' has a lone"),
+                (line + b'{"instruction": 5, "output": "b"}', "line 2: 'instruction' is 5"),
+                (b"[" * 100_000, "JSON"), (gzip.compress(line * 99)[:-9], "gzip"),
+                (gzip.compress(line)[:10] + b"\xff" * 20, "gzip"),
+                (b'{"instruction": "a", "output": ""}',
+                 "no record was kept .1 dropped: empty answer")):
+            self.refused(pattern, "data", "alpaca", self.file(content), self.path("out"))
+        there = self.file([row])
+        self.refused("exists already", "data", "alpaca", there, there)
+        self.refused("No such file", "data", "alpaca", self.path("nothing"), self.path("out"))
+        self.refused("cannot be written", "data", "alpaca", there, self.path("no", "such", "place"))
+
+    def test_command_line(self):
+        for arguments in ([], ["frobnicate"], ["import", "x"], ["data", "csv", "a", "b"],
+                          ["data", "shp", "a", "b", "--template", "hh"]):
+            status, _out, err = self.run_main(*arguments)
+            self.assertEqual(status, 2, arguments)
+            self.assertIn("usage:", err)
+        for arguments in (["--help"], ["import", "--help"], ["export", "--help"],
+                          ["data", "--help"]):
+            status, out, _err = self.run_main(*arguments)
+            self.assertEqual(status, 0)
+            self.assertIn("usage: convert.py", out)
+
+
+@unittest.skipUnless(os.path.isdir(SHARED), "no ../shared/data beside the project")
+class SharedDataTest(ConvertTest):
+    def test_golden_checkpoints(self):
+        golden = os.path.join(SHARED, "golden")
+        for case in sorted(os.listdir(golden)):
+            source = os.path.join(golden, case)
+            if not os.path.isdir(source):
+                continue
+            first = self.imported(source)
+            self.good("export", first, self.path(case))
+            if os.path.exists(os.path.join(source, "model.safetensors")):
+                second = self.path(case + "_bin")
+                os.mkdir(second)
+                for name in ("config.json", "pytorch_model.bin"):
+                    shutil.copyfile(os.path.join(source, name), os.path.join(second, name))
+                both = [convert.read_safetensors(os.path.join(path, "model.safetensors"))
+                        for path in (source, self.path(case))]
+                data = [{name: (t.dtype, t.shape, convert.read_entry(t))
+                         for name, t in tensors.items()
+                         if not name.endswith(convert.IGNORED["gpt_neox"])} for tensors in both]
+                self.assertEqual(*data)
+            else:
+                second = os.path.join(source, "safetensors_shards")
+            self.assertEqual(self.contents(first), self.contents(self.imported(second)))
+
+    def test_real_tokenizers(self):
+        def tables(*names):
+            path = os.path.join(SHARED, "tokenizers", names[0])
+            files = {name.replace(".", "__"): convert.read_bytes(os.path.join(path, name))
+                     for name in names[1:]}
+            vocabulary = convert.read_tokenizer(self.directory(**files))
+            return {name: data for name, *_, data in convert.tokenizer_entries(vocabulary, 50304)}
+
+        self.assertEqual(tables("gpt2", "tokenizer.json"),
+                         tables("gpt2", "vocab.json", "merges.txt"))
+        neox = tables("neox20b", "tokenizer.json")
+        pairs = tables("pythia410m_hf", "tokenizer.json", "tokenizer_config.json",
+                       "special_tokens_map.json")
+        for name in neox:       # pythia410m_hf has one more added token, [PAD]
+            if name == "tokenizer/token_bytes":
+                self.assertEqual(neox[name] + b"[PAD]", pairs[name])
+            elif name != "tokenizer/info":
+                self.assertEqual(neox[name], pairs[name][:len(neox[name])])
+
+
+if __name__ == "__main__":
+    unittest.main()
