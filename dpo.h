@@ -1,0 +1,5137 @@
+/* ================================================================================================
+   dpo.h - Direct Preference Optimization of language models on the CPU, in one C header
+
+   0. MANUAL
+
+   What it is. A library that takes a GPT-NeoX (Pythia) or BTLM model, fine-tunes it on good answers
+   (supervised fine-tuning, SFT) and then on pairs of a better and a worse answer (DPO: Rafailov et
+   al. 2023, https://arxiv.org/abs/2305.18290), evaluates it and lets it speak. All of it is here:
+   tokenizer, data, forward and backward of the transformer, losses, optimizers, files. It needs
+   libc, libm, POSIX and, to use more than one core, OpenMP. It is written to be read from the first
+   line to the last, once, by somebody who wants to know how this really works.
+
+   What it is not. Not an inference engine (no quantised weights, no GPU), not a zoo of models (two
+   architectures, exactly as Hugging Face computes them), not a pretraining framework. This version
+   trains all weights in fp32; LoRA and bf16 are not in it yet. It wants a POSIX system and a
+   little-endian 64-bit machine.
+
+   A program. Twelve updates on preference pairs, and the model is saved:
+
+       #define DPO_IMPLEMENTATION
+       #include "dpo.h"
+
+       int main(void)
+       {
+           dpo_context context;
+           dpo_model policy;
+           dpo_data data;
+           dpo_optimizer adam;
+           dpo_data_options rules = { DPO_USE_PAIRS, .max_length = 512, .max_prompt_length = 256 };
+           dpo_loss_options loss = { DPO_LOSS_SIGMOID, .beta = 0.1 };
+           enum { N = 8 };                                     // pairs per update
+           dpo_score score[2 * N];
+           double reference[2 * N], dlogp[2 * N], norm;
+           int failed = dpo_context_init(&context, 0) ||
+                        dpo_model_load(&context, &policy, "model.bin", 1) ||
+                        dpo_data_load(&context, &data, "pairs.jsonl", &policy.tokenizer,
+                                      (uint32_t)policy.config.eos_id, &rules) ||
+                        dpo_optimizer_init(&policy, &adam, DPO_ADAMW);
+           dpo_batch batch = { data.examples, N };
+           failed = failed || dpo_forward(&policy, score, &batch, 0);
+           for (int i = 0; i < 2 * N; i++) reference[i] = score[i].logp; // before training starts
+           for (int step = 0; step < 12 && !failed; step++) {
+               failed = dpo_model_zero_grad(&policy) || dpo_forward(&policy, score, &batch, 1);
+               for (int i = 0; i < N; i++) {
+                   dpo_pair pair = dpo_pair_loss(score + 2 * i, reference + 2 * i, &loss);
+                   for (int k = 0; k < 2; k++) dlogp[2 * i + k] = pair.dlogp[k] / N;
+               }
+               failed = failed || dpo_backward(&policy, &batch, dlogp) ||
+                        dpo_grad_norm(&policy, &norm) ||
+                        dpo_optimizer_step(&policy, &adam, 1e-6, dpo_clip_scale(norm, 1.0));
+           }
+           failed = failed || dpo_model_save(&policy, "tuned.bin");
+           if (failed) fprintf(stderr, "%s\n", context.error);
+           return failed;
+       }
+
+   Compile with   cc -std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno \
+                     -fno-trapping-math -fopenmp program.c -o program -lm
+   The interface (part 1) is also strict C11 and C++; the implementation wants gnu11 and belongs in
+   one C file. Never use -ffast-math with it: it would reorder sums and lose NaNs.
+
+   The one idea. Everything here asks one question: what is the log-probability of each continuation
+   ("branch") of a prompt? SFT has one branch, the good answer. DPO has two, chosen and rejected. A
+   multiple-choice question has as many as options. Running text is one branch of an empty prompt. So
+   there is one forward, which reports log p of every branch; one backward, which takes one number a
+   branch, d loss / d log p; and in between a loss of a few lines that knows no model. The prompt is
+   computed once and shared by its branches, forwards and backwards.
+
+   Contents
+       1  interface     types and functions, with shapes, units and errors
+       2  ground        errors, memory, random numbers, the parallel loop, sums in a fixed order
+       3  matmul        the product that takes nearly all the time
+       4  layers        embedding, layer norm, linear, rotary, attention, activations
+       5  head          log-softmax over the vocabulary at scored positions; losses; metrics
+       6  model         config, table of tensors, buffers, batches as rows, the block
+       7  optimizer     AdamW, RMSprop, clipping, schedules
+       8  files         the container; models; the reference cache
+       9  text          tokenizer, JSON lines, examples
+       10 generation    key/value cache, sampling
+
+   Options, to be defined before the header is included
+       DPO_IMPLEMENTATION      in one file: the code itself
+       DPO_STATIC              functions are local to that file
+       DPO_MALLOC, DPO_FREE    instead of libc's
+       DPO_PLAIN_C             products without the compiler's vector extension
+
+   Shape letters. B examples of a batch, R rows (tokens of a micro-batch, laid end to end, never
+   padded), S scored rows (those that predict a token somebody asks for), T positions, C width of the
+   model, H heads, D = C / H head size, F width inside the MLP, V vocabulary, L layers. `dx` is the
+   gradient of some final number with respect to x, and has x's shape.
+
+   Choices, where the sources differ
+       Prompt and answers are tokenised separately, and the end token is appended to every answer.
+       If prompt and longest answer exceed max_length, the prompt keeps its last max_prompt_length
+       tokens (or first, with keep_start); then each answer is cut to what is left, and a cut answer
+       has no end token. Both answers always share one prompt.
+       A pair with equal answers is kept, and counted as a tie; it has no gradient.
+       rewards/accuracies counts strictly larger rewards: a policy that still equals its reference
+       scores 0, and its ties are reported beside it.
+       IPO averages log-probabilities per token, as its authors do; ipo-sum does not. Rewards are
+       beta times the summed log-ratio whatever the loss.
+       Weight decay (0 unless asked for) applies to matrices and embeddings, not to biases and norms.
+       muP models train each block's matrices at mup_width_scale times the learning rate.
+       Dropout that a config asks for is not done.
+
+   Numerics contract (the tests hold it)
+       fp32 parameters, activations and gradients; log-probabilities of answers, losses and norms add
+       up in fp64; log-softmax from the true maximum, never through a probability.
+       The same inputs, seed, micro-batches and build give the same bits for any number of threads:
+       every sum has one order. The score of an example does not depend on its neighbours in a batch.
+       NaN and infinity are carried, not hidden: training stops before the weights are touched.
+
+   Limits. Sequences up to the model's context (ALiBi models go beyond). Dynamic position
+   interpolation of BTLM and RoPE scaling are refused on import. A context and what belongs to it may
+   be used by one thread at a time (the library makes its own threads).
+
+   Licence: MIT, see the end of the file.
+   ============================================================================================= */
+
+/* ================================================================================================
+   1. INTERFACE
+
+   Conventions. Functions return 0 on success and nonzero on failure, with the reason in
+   `context->error`: what was wrong, where (file, line, tensor), and what to do about it. Nothing
+   here prints or exits. Sizes count elements unless the name says bytes. Arrays are row-major,
+   and their shapes stand beside them in the letters that the manual's legend defines.
+   ============================================================================================= */
+#ifndef DPO_H
+#define DPO_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* Compile-time option: with DPO_STATIC every function is local to the including file. */
+#ifdef DPO_STATIC
+#define DPO_API static __attribute__((unused))
+#else
+#define DPO_API extern
+#endif
+
+/* ---- 1.1 context: threads, scratch memory, the last error ---------------------------------- */
+
+typedef struct dpo_context {
+    int n_threads;          // threads of every parallel loop; results do not depend on it
+    char error[1024];       // why the last call failed, for people
+    size_t heap_bytes;      // bytes allocated through this context now ...
+    size_t heap_peak;       // ... and at most so far
+    float **pack;           // [n_threads] pointers to scratch for products, one block a thread
+    float **strip;          // [n_threads] pointers to scratch for attention
+    size_t strip_floats;    // size of each strip
+} dpo_context;
+
+/* n_threads 0 takes as many as OpenMP offers (1 without it). */
+DPO_API int dpo_context_init(dpo_context *context, int n_threads);
+DPO_API void dpo_context_free(dpo_context *context);
+
+/* ---- 1.2 files: one container for models, adapters, training states, reference caches ------- */
+
+typedef enum { DPO_F32 = 1, DPO_F16, DPO_BF16, DPO_U8, DPO_U32, DPO_F64, DPO_U64 } dpo_dtype;
+typedef enum { DPO_PLAIN, DPO_LINEAR, DPO_CONV1D } dpo_layout; // [out, in] and [in, out] weights
+typedef enum {
+    DPO_FILE_MODEL = 1, DPO_FILE_ADAPTER, DPO_FILE_STATE, DPO_FILE_REFERENCE, DPO_FILE_TEST
+} dpo_file_kind;
+
+#define DPO_NAME_BYTES 96   // room for an entry's name with its terminating 0
+
+typedef struct dpo_entry {
+    char name[DPO_NAME_BYTES];
+    dpo_dtype dtype;
+    dpo_layout layout;
+    size_t n_dims, shape[2];    // 1 or 2 dimensions; an unused one is 1
+    const void *data;           // in the mapped file, or the caller's when writing
+    size_t bytes;
+} dpo_entry;
+
+typedef struct dpo_file {
+    void *map;                  // the whole file, read-only
+    size_t bytes;
+    dpo_entry *entries;         // [n_entries], in file order
+    size_t n_entries;
+    uint64_t identity;          // hash over header and table, the data's checksums included
+    char path[256];             // for messages; a longer one is cut
+} dpo_file;
+
+/* Maps a container and checks all of it against the file's size; `verify` also checks the CRC-32
+   of the data, which reads every byte once. */
+DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path,
+                          dpo_file_kind kind, int verify);
+DPO_API void dpo_file_close(dpo_context *context, dpo_file *file);
+/* The entry of that name, or NULL. */
+DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name);
+/* Writes a container under a temporary name, syncs it and renames it: it appears whole or not. */
+DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
+                           const dpo_entry *entries, size_t n_entries);
+
+/* ---- 1.3 text: tokenizer, JSON lines --------------------------------------------------------- */
+
+typedef struct dpo_tokens { uint32_t *ids; size_t n, capacity; } dpo_tokens;  // grows; zero to start
+typedef struct dpo_string { char *bytes; size_t n, capacity; } dpo_string;    // likewise; not NUL-terminated
+DPO_API void dpo_tokens_free(dpo_context *context, dpo_tokens *tokens);
+DPO_API void dpo_string_free(dpo_context *context, dpo_string *string);
+
+/* Byte-level byte-pair encoding, as Hugging Face's `tokenizers` computes it for GPT-2 and GPT-NeoX.
+   The tables point into the model file they were loaded from, which must stay open. */
+typedef struct dpo_tokenizer {
+    size_t n_tokens;                            // ids are below this; 0: the file has no tokenizer
+    const uint32_t *token_ends;                 // [n_tokens] where each token's bytes end
+    const char *token_bytes;
+    const uint32_t *byte_ids;                   // [256]
+    const uint32_t *merges; size_t n_merges;    // [n_merges, 3] left, right, merged, by rank
+    const uint32_t *added; size_t n_added;      // [n_added, 2] id, flags
+    const uint32_t *letters; size_t n_letters;  // [n_letters, 2] ranges of code points
+    const uint32_t *numbers; size_t n_numbers;
+    int nfc;                                    // normalise to NFC first (GPT-NeoX)
+    const uint32_t *decompositions; size_t n_decompositions;    // [.., 3]
+    const uint32_t *compositions; size_t n_compositions;        // [.., 3]
+    const uint32_t *classes; size_t n_classes;                  // [.., 2]
+    char unicode[16];                           // version of the Unicode tables, such as "14.0.0"
+    uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
+    void *owned;                                // tables of dpo_tokenizer_init_bytes
+} dpo_tokenizer;
+
+/* Reads the tokenizer/... entries of a model file, checking every table. */
+DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file);
+/* The smallest tokenizer: one token a byte, and <|endoftext|> as id 256. */
+DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer);
+DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer);
+/* Appends the ids of n_bytes of UTF-8 text; invalid UTF-8 is an error that names the byte. */
+DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
+                                 const dpo_tokenizer *tokenizer, const char *text, size_t n_bytes);
+/* Appends the bytes of n ids. A cut through a multi-byte character stays visible as such: the
+   caller decides how to show it (dpo_string_make_valid puts U+FFFD). */
+DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
+                                 const dpo_tokenizer *tokenizer, const uint32_t *ids, size_t n);
+DPO_API int dpo_string_make_valid(dpo_context *context, dpo_string *string);
+
+/* A parsed JSON value. Objects and arrays list their children by index into one array of values. */
+typedef enum {
+    DPO_JSON_NULL, DPO_JSON_BOOL, DPO_JSON_NUMBER, DPO_JSON_STRING, DPO_JSON_ARRAY, DPO_JSON_OBJECT
+} dpo_json_kind;
+typedef struct dpo_json_value {
+    dpo_json_kind kind;
+    double number;              // of a number, or 0 and 1 of a bool
+    size_t key, n_key;          // a member's key: offset and length in dpo_json.text
+    size_t string, n_string;    // a string's bytes, likewise
+    size_t first_child, next;   // indices into values; 0 is "none" (value 0 is the root)
+} dpo_json_value;
+typedef struct dpo_json {
+    dpo_json_value *values; size_t n_values, capacity;
+    dpo_string text;            // unescaped keys and strings
+} dpo_json;
+
+/* Parses one JSON text (UTF-8). Lone surrogates become U+FFFD; `where` starts error messages. */
+DPO_API int dpo_json_parse(dpo_context *context, dpo_json *json, const char *text, size_t n_bytes,
+                           const char *where);
+/* The member of an object by key, or NULL. `object` is json->values for the root. */
+DPO_API const dpo_json_value *dpo_json_member(const dpo_json *json, const dpo_json_value *object,
+                                              const char *key);
+DPO_API void dpo_json_free(dpo_context *context, dpo_json *json);
+/* Appends s as a JSON string with its quotes. */
+DPO_API int dpo_json_quote(dpo_context *context, dpo_string *out, const char *s, size_t n_bytes);
+
+/* A JSON lines file, read record by record. */
+typedef struct dpo_jsonl {
+    void *stream;               // FILE *
+    const char *path;
+    size_t line;                // number of the record's line, from 1
+    char where[512];            // "path:line", for messages about the record
+    dpo_string buffer;
+    dpo_json json;              // the current record, always an object
+} dpo_jsonl;
+DPO_API int dpo_jsonl_open(dpo_context *context, dpo_jsonl *reader, const char *path);
+/* Sets *found to 0 at the end of the file. Blank lines are skipped. */
+DPO_API int dpo_jsonl_next(dpo_context *context, dpo_jsonl *reader, int *found);
+DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader);
+
+/* ---- 1.4 examples: a prompt and its branches ------------------------------------------------- */
+
+typedef struct dpo_branch {
+    const uint32_t *tokens;     // [n]
+    size_t n;
+    size_t first_scored;        // the first token whose log-probability counts, normally 0
+} dpo_branch;
+
+typedef struct dpo_example {
+    const uint32_t *prompt;     // [n_prompt]; empty for language modelling, where a branch's
+    size_t n_prompt;            // first token is context only and never scored
+    const dpo_branch *branches; // [n_branches], each continuing the same prompt
+    size_t n_branches;
+    size_t group;               // examples of one distinct prompt share this number
+    size_t line;                // where it begins in its file, for messages; 0: nowhere
+} dpo_example;
+
+typedef struct dpo_batch {
+    const dpo_example *examples; // [n]
+    size_t n;
+} dpo_batch;
+
+/* What a file of records is used for. */
+typedef enum {
+    DPO_USE_PAIRS,  // preference records: branch 0 is the chosen answer, branch 1 the rejected one
+    DPO_USE_SFT,    // one branch: the chosen answer (once per distinct prompt), the completion, or text
+    DPO_USE_TEXT    // windows of running text: {"text"} records or a plain text file
+} dpo_data_use;
+
+typedef struct dpo_data_options {
+    dpo_data_use use;
+    size_t max_length;          // tokens of prompt and answer together; scored ones of a text window
+    size_t max_prompt_length;   // what a prompt is cut to when it must be cut
+    int keep_start;             // cut prompts keep their start instead of their end
+    size_t limit;               // read at most this many examples; 0: all
+} dpo_data_options;
+
+/* Why records were dropped or changed; every count is reported, none is silent. */
+typedef struct dpo_data_counts {
+    size_t records;             // read from the file
+    size_t prompts_differ;      // dropped: the rejected text does not begin with the chosen one's prompt
+    size_t no_prompt;           // dropped: a transcript without "\n\nAssistant:"
+    size_t empty_answers;       // dropped: an answer or a document without a token of its own
+    size_t end_token_inside;    // dropped: text that spells the end token
+    size_t repeated_prompts;    // SFT on pairs: records whose prompt came again (the last answer stays)
+    size_t ties;                // kept: chosen equals rejected, token for token
+    size_t cut_prompts;         // kept: prompts cut to max_prompt_length
+    size_t cut_answers;         // kept: answers cut to fit, which lose their end token
+    size_t bytes;               // UTF-8 bytes of the text behind text windows
+} dpo_data_counts;
+
+typedef struct dpo_data {
+    dpo_example *examples;      // [n]
+    size_t n;
+    size_t n_groups;            // distinct prompts
+    dpo_data_counts counts;
+    uint64_t hash;              // of all tokens and their arrangement
+    dpo_branch *branches;       // storage behind examples
+    dpo_tokens tokens;
+} dpo_data;
+
+/* Reads a .jsonl file (or, for text, any other file as one document) by DESIGN's rules. */
+DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
+                          const dpo_tokenizer *tokenizer, uint32_t end_token,
+                          const dpo_data_options *options);
+DPO_API void dpo_data_free(dpo_context *context, dpo_data *data);
+/* Puts 0 .. n-1 into `order` shuffled by `seed`; members of one group stay together. */
+DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data, uint64_t seed);
+/* The rows that an example takes in a forward pass: every token but each branch's last. */
+DPO_API size_t dpo_example_rows(const dpo_example *example);
+/* How many of the leading examples make the next micro-batch: as many as fit into max_rows, at least 1. */
+DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max_rows);
+
+/* ---- 1.5 the model ---------------------------------------------------------------------------- */
+
+typedef enum { DPO_GPT_NEOX, DPO_BTLM } dpo_architecture;
+typedef enum { DPO_ROTARY, DPO_ALIBI, DPO_LEARNED } dpo_position;
+typedef enum {
+    DPO_GELU, DPO_GELU_NEW, DPO_GELU_FAST, DPO_QUICK_GELU, DPO_SILU, DPO_RELU, DPO_SWIGLU
+} dpo_activation;
+
+typedef struct dpo_config {
+    dpo_architecture architecture;  // decides tensor names, weight layout and the order inside qkv
+    size_t vocab_size;              // V, rows of the embedding, padding rows included
+    size_t context_length;          // most positions the model was made for
+    size_t d_model, n_layers, n_heads, d_ff;    // C, L, H, F
+    dpo_position position;
+    size_t rotary_dims;             // leading dimensions of each head that rotate, even
+    double rotary_base;
+    dpo_activation activation;
+    int parallel_residual;          // x + attention(norm1 x) + mlp(norm2 x), GPT-NeoX's usual form
+    int attention_bias;             // biases on qkv and on the attention's output
+    int tied_head;                  // the head is the embedding
+    double norm_epsilon;
+    double embedding_scale;         // multiplies embeddings (muP; 1 otherwise)
+    double logit_scale;             // multiplies logits (muP)
+    double attention_scale;         // multiplies q.k
+    int attention_scale_by_layer;   // and divides it by layer index + 1
+    double alibi_factor;            // position interpolation: slopes are divided by it
+    double mup_width_scale;         // learning-rate multiplier of the blocks' matrices
+    int64_t bos_id, eos_id;         // -1: none
+} dpo_config;
+
+typedef struct dpo_tensor {
+    char name[DPO_NAME_BYTES];  // Hugging Face's name
+    dpo_layout layout;
+    size_t n_dims, shape[2], n; // n elements
+    int trainable;              // ALiBi slopes are not
+    int decays;                 // weight decay applies to matrices, not to biases and norms
+    double lr_scale;            // muP learning-rate multiplier
+    float *data, *grad;         // [shape] in model.params and model.grads; grad NULL until needed
+} dpo_tensor;
+
+typedef struct dpo_model {
+    dpo_context *context;
+    dpo_config config;
+    dpo_tensor *tensors; size_t n_tensors;  // the one table that drives everything
+    size_t n_params;            // all elements; trainable tensors come first and adjoin
+    size_t n_trainable;
+    float *params;              // [n_params]
+    float *grads;               // [n_trainable], NULL before dpo_model_zero_grad
+    dpo_tokenizer tokenizer;
+    dpo_file file;              // the file it came from (tokenizer tables, original files)
+    uint64_t identity;          // of that file; 0 for a model made by dpo_model_init
+    struct dpoi_weights *weights;       // the table's tensors by role
+    struct dpoi_workspace *workspace;   // activations, allocated by dpo_model_reserve
+} dpo_model;
+
+DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path, int verify);
+/* A model with random weights: N(0, 0.02^2) matrices, the residual outputs divided by sqrt(2 L),
+   zero biases, unit norms. `tokenizer_path` names a model file whose tokenizer to take; NULL gives
+   the byte tokenizer. */
+DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
+                           const char *tokenizer_path, uint64_t seed);
+DPO_API int dpo_model_save(dpo_model *model, const char *path);
+/* Allocates the buffers for passes of up to that size, so that nothing is allocated later:
+   max_rows rows, max_scored scored tokens, max_span rows of one prompt with one branch. */
+DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scored, size_t max_span,
+                              int keep);
+DPO_API void dpo_model_free(dpo_model *model);
+DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *name);
+/* The config of an open model file alone, to plan memory before the weights are loaded. */
+DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file);
+/* Given vocab_size, context_length, d_model, n_layers, n_heads and d_ff (0: 4 d_model), sets all the
+   rest as Pythia has it (GPT-NeoX) or BTLM-3B (ALiBi, SwiGLU, and muP's scales for this width). */
+DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture);
+DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config);
+
+typedef struct dpo_score {
+    double logp;        // sum over scored tokens of log p(token | prompt, branch so far), in nats
+    size_t n_scored;
+    int greedy;         // every scored token was the most probable one
+} dpo_score;
+
+/* Scores every branch of a batch; `scores` has one element a branch, in order. With `keep` the
+   activations stay for dpo_backward. The whole batch is one pass: cut it by dpo_micro_batch. */
+DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep);
+/* Adds d(sum over branches of dlogp[b] * logp[b]) / d(parameter) to the gradients, for the batch
+   that dpo_forward kept last. */
+DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double *dlogp);
+DPO_API int dpo_model_zero_grad(dpo_model *model);
+/* Scores any number of examples in micro-batches of max_rows. */
+DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_example *examples,
+                               size_t n, size_t max_rows);
+/* Logits at every position of one sequence, by the batch path. */
+DPO_API int dpo_logits(dpo_model *model, float *logits /* [n, V] */, const uint32_t *tokens, size_t n);
+
+/* ---- 1.6 losses and metrics ------------------------------------------------------------------ */
+
+typedef enum { DPO_LOSS_SIGMOID, DPO_LOSS_IPO, DPO_LOSS_IPO_SUM, DPO_LOSS_HINGE } dpo_loss_kind;
+typedef struct dpo_loss_options {
+    dpo_loss_kind kind;
+    double beta;
+    double label_smoothing;     // conservative DPO's epsilon, 0 <= eps < 0.5; sigmoid only
+} dpo_loss_options;
+
+typedef struct dpo_pair {
+    double loss;
+    double dlogp[2];            // d loss / d logp of the chosen and of the rejected answer
+    double reward[2];           // beta * (policy - reference), summed log-ratios whatever the loss
+} dpo_pair;
+
+/* scores[2] of chosen and rejected under the policy, reference[2] their summed log-probabilities. */
+DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
+                               const dpo_loss_options *options);
+
+/* Means over pairs; the standard error of the accuracy is clustered by prompt. */
+typedef struct dpo_metrics {
+    size_t n, ties;
+    double loss, reward[2], accuracy, margin, logp[2];
+    double accuracy_error;      // standard error; 0 for fewer than two prompts
+} dpo_metrics;
+/* Over n examples of two branches: scores[2 n], reference[2 n]; margins[n] may be NULL. */
+DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
+                                const dpo_example *examples, const dpo_score *scores,
+                                const double *reference, size_t n, const dpo_loss_options *options);
+
+/* ---- 1.7 optimizer ---------------------------------------------------------------------------- */
+
+typedef enum { DPO_ADAMW, DPO_RMSPROP } dpo_optimizer_kind;
+typedef enum { DPO_CONSTANT, DPO_LINEAR_DECAY, DPO_COSINE } dpo_schedule;
+typedef struct dpo_optimizer {
+    dpo_optimizer_kind kind;
+    double beta1, beta2;        // AdamW's; RMSprop's alpha is beta2
+    double epsilon, weight_decay;
+    float *m, *v;               // [n_trainable]; RMSprop has no m
+    uint64_t step;              // updates done
+} dpo_optimizer;
+
+/* Defaults of the kind (AdamW 0.9, 0.999, 1e-8; RMSprop alpha 0.99, 1e-8; decay 0), zero state. */
+DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_optimizer_kind kind);
+DPO_API void dpo_optimizer_free(dpo_model *model, dpo_optimizer *optimizer);
+/* The global L2 norm of the gradients; a tensor that is not finite is an error that names it. */
+DPO_API int dpo_grad_norm(dpo_model *model, double *norm);
+/* One update with gradients multiplied by `scale` (see dpo_clip_scale). */
+DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, double learning_rate,
+                               double scale);
+/* torch's clip_grad_norm_: min(1, max_norm / (norm + 1e-6)); max_norm 0 is off. */
+DPO_API double dpo_clip_scale(double norm, double max_norm);
+/* Multiplier of the learning rate for update `step` (from 0) of `steps`. */
+DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t steps, size_t warmup);
+
+/* ---- 1.8 reference cache ----------------------------------------------------------------------- */
+
+/* Log-probabilities of a data set's branches under the reference model, kept in a file whose key
+   is the model's identity and the data's hash. */
+DPO_API int dpo_reference_save(dpo_context *context, const char *path, uint64_t model_identity,
+                               uint64_t data_hash, const double *logp, size_t n);
+/* Fails, saying which part differs, if the file was made for another model or other data. */
+DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t model_identity,
+                               uint64_t data_hash, double *logp, size_t n);
+
+/* ---- 1.9 memory plan --------------------------------------------------------------------------- */
+
+typedef struct dpo_plan_options {
+    int train;                      // gradients and optimizer state too
+    dpo_optimizer_kind optimizer;
+    size_t max_rows, max_scored;    // of the largest micro-batch
+    size_t max_span;                // rows of the longest prompt with one branch
+    int n_threads;
+} dpo_plan_options;
+typedef struct dpo_memory {         // bytes
+    size_t weights, gradients, optimizer, activations, head, scratch, total;
+} dpo_memory;
+/* What dpo_forward, dpo_backward and the optimizer will allocate; computed, not measured. */
+DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_config *config,
+                            const dpo_plan_options *options);
+
+/* ---- 1.10 generation ---------------------------------------------------------------------------- */
+
+typedef struct dpo_sampling {
+    size_t max_new_tokens;
+    double temperature;             // 0: greedy
+    size_t top_k;                   // 0: off
+    double top_p;                   // 1: off
+    uint64_t seed;
+    const char *const *stops; size_t n_stops;   // generation ends where one of these strings appears
+} dpo_sampling;
+/* Continues `prompt`; appends text (without the stop string or end token) to `out`. `on_text`, if
+   not NULL, gets each piece as it becomes final. Prompts longer than the context lose their start. */
+DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prompt, size_t n_prompt,
+                         const dpo_sampling *sampling,
+                         void (*on_text)(void *user, const char *bytes, size_t n), void *user);
+
+/* ---- 1.11 random numbers ------------------------------------------------------------------------ */
+
+/* Counter-based: the number depends on (seed, stream, index) only, so any part of a sequence can be
+   had without the rest and threads need no state. */
+DPO_API uint64_t dpo_random_u64(uint64_t seed, uint64_t stream, uint64_t index);
+DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index);  // [0, 1)
+
+#ifdef __cplusplus
+}
+#endif
+#endif /* DPO_H */
+/* ================================================================================================
+   2. GROUND
+
+   What everything else stands on: error messages, checked sizes and memory, random numbers, the
+   parallel loop, and sums in a fixed order.
+   ============================================================================================= */
+#ifdef DPO_IMPLEMENTATION
+
+#include <errno.h>
+#include <fcntl.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "dpo.h: model files are little-endian and are mapped as they are; so must the machine be"
+#endif
+_Static_assert(sizeof(size_t) == 8, "dpo.h: files and models are larger than 32-bit sizes");
+
+/* Compile-time option: DPO_MALLOC and DPO_FREE replace libc's, both or none. */
+#if !defined(DPO_MALLOC) && !defined(DPO_FREE)
+#define DPO_MALLOC(bytes) malloc(bytes)
+#define DPO_FREE(pointer) free(pointer)
+#elif !defined(DPO_MALLOC) || !defined(DPO_FREE)
+#error "dpo.h: define both DPO_MALLOC and DPO_FREE, or neither"
+#endif
+
+#define DPOI_MIN(a, b) ((a) < (b) ? (a) : (b))
+#define DPOI_MAX(a, b) ((a) > (b) ? (a) : (b))
+
+/* ---- 2.1 errors ------------------------------------------------------------------------------ */
+
+/* Records the reason and returns nonzero, so that a check is one line:
+   `if (bad) return dpoi_fail(context, "%s: ...", path);` */
+__attribute__((format(printf, 2, 3)))
+static int dpoi_fail(dpo_context *context, const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(context->error, sizeof context->error, format, arguments);
+    va_end(arguments);
+    return 1;
+}
+
+/* Puts "where: " in front of the message of a failure further down. */
+static int dpoi_fail_at(dpo_context *context, const char *where)
+{
+    char reason[sizeof context->error];
+    memcpy(reason, context->error, sizeof reason);
+    return dpoi_fail(context, "%s: %s", where, reason);
+}
+
+/* ---- 2.2 memory ------------------------------------------------------------------------------ */
+
+/* A block remembers its size in front of itself, so that the context can account for what is
+   freed, and so that a resize knows how much to keep. 64 bytes keep the data aligned to a cache
+   line, which is also the widest vector. */
+#define DPOI_ALIGN 64
+typedef struct dpoi_block { void *base; size_t bytes; } dpoi_block;
+
+static int dpoi_multiply(size_t *product, size_t a, size_t b)
+{
+    return __builtin_mul_overflow(a, b, product);
+}
+
+static void dpoi_free(dpo_context *context, void *pointer)
+{
+    if (!pointer) return;
+    dpoi_block block;
+    memcpy(&block, (char *)pointer - DPOI_ALIGN, sizeof block);
+    context->heap_bytes -= block.bytes;
+    DPO_FREE(block.base);
+}
+
+/* Allocates count * size bytes, not cleared. The pointer's type is free: pass &pointer. */
+static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t size)
+{
+    size_t bytes, total;
+    void *result = NULL;
+    memcpy(pointer, &result, sizeof result);
+    if (dpoi_multiply(&bytes, count, size) ||
+        __builtin_add_overflow(bytes, (size_t)(2 * DPOI_ALIGN), &total))
+        return dpoi_fail(context, "out of memory: %zu elements of %zu bytes overflow a size", count,
+                         size);
+    dpoi_block block = { DPO_MALLOC(total), bytes };
+    if (!block.base)
+        return dpoi_fail(context, "out of memory: could not allocate %.1f MB on top of %.1f MB; use "
+                         "a smaller model, --max-length or --micro-tokens", (double)bytes / 1e6,
+                         (double)context->heap_bytes / 1e6);
+    char *start = (char *)block.base + DPOI_ALIGN;
+    start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
+    memcpy(start - DPOI_ALIGN, &block, sizeof block);
+    context->heap_bytes += bytes;
+    context->heap_peak = DPOI_MAX(context->heap_peak, context->heap_bytes);
+    result = start;
+    memcpy(pointer, &result, sizeof result);
+    return 0;
+}
+
+static int dpoi_alloc_zeroed(dpo_context *context, void *pointer, size_t count, size_t size)
+{
+    if (dpoi_alloc(context, pointer, count, size)) return 1;
+    void *result;
+    memcpy(&result, pointer, sizeof result);
+    memset(result, 0, count * size);
+    return 0;
+}
+
+/* Makes room in a growing array for n elements in all, doubling so that appends stay cheap. */
+static int dpoi_reserve(dpo_context *context, void *pointer, size_t *capacity, size_t n, size_t size)
+{
+    if (n <= *capacity) return 0;
+    size_t wanted = DPOI_MAX(n, DPOI_MAX(*capacity + *capacity / 2, (size_t)16));
+    void *old, *grown;
+    memcpy(&old, pointer, sizeof old);
+    if (dpoi_alloc(context, &grown, wanted, size)) return 1;
+    if (old) memcpy(grown, old, *capacity * size);
+    dpoi_free(context, old);
+    memcpy(pointer, &grown, sizeof grown);
+    *capacity = wanted;
+    return 0;
+}
+
+static int dpoi_string_append(dpo_context *context, dpo_string *string, const char *bytes, size_t n)
+{
+    if (dpoi_reserve(context, &string->bytes, &string->capacity, string->n + n, 1)) return 1;
+    if (n) memcpy(string->bytes + string->n, bytes, n);
+    string->n += n;
+    return 0;
+}
+
+static int dpoi_tokens_append(dpo_context *context, dpo_tokens *tokens, uint32_t id)
+{
+    if (dpoi_reserve(context, &tokens->ids, &tokens->capacity, tokens->n + 1, sizeof id)) return 1;
+    tokens->ids[tokens->n++] = id;
+    return 0;
+}
+
+DPO_API void dpo_tokens_free(dpo_context *context, dpo_tokens *tokens)
+{
+    dpoi_free(context, tokens->ids);
+    *tokens = (dpo_tokens){ 0 };
+}
+
+DPO_API void dpo_string_free(dpo_context *context, dpo_string *string)
+{
+    dpoi_free(context, string->bytes);
+    *string = (dpo_string){ 0 };
+}
+
+/* 64-bit FNV-1a (Fowler, Noll, Vo): a fingerprint of bytes, started from DPOI_HASH_START. */
+#define DPOI_HASH_START 0xcbf29ce484222325u
+static uint64_t dpoi_hash(uint64_t hash, const void *data, size_t n_bytes)
+{
+    const unsigned char *bytes = data;
+    for (size_t i = 0; i < n_bytes; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
+    return hash;
+}
+
+/* ---- 2.3 random numbers ---------------------------------------------------------------------- */
+
+/* SplitMix64's finaliser (Steele, Lea, Flood, OOPSLA 2014): a bijection that scatters every bit. */
+static uint64_t dpoi_scatter(uint64_t x)
+{
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebu;
+    return x ^ (x >> 31);
+}
+
+DPO_API uint64_t dpo_random_u64(uint64_t seed, uint64_t stream, uint64_t index)
+{
+    uint64_t key = dpoi_scatter(dpoi_scatter(seed + 0x9e3779b97f4a7c15u) ^ stream);
+    return dpoi_scatter(key + (index + 1) * 0x9e3779b97f4a7c15u);
+}
+
+DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index)
+{
+    return (double)(dpo_random_u64(seed, stream, index) >> 11) * 0x1p-53;
+}
+
+/* Streams under one seed that must not repeat each other's numbers; the weights of tensor k of a new
+   model are stream k. */
+enum { DPOI_STREAM_SHUFFLE = 1 << 20, DPOI_STREAM_SAMPLING };
+
+/* A standard normal number by Box and Muller's transform. */
+static double dpoi_random_normal(uint64_t seed, uint64_t stream, uint64_t index)
+{
+    double radius = sqrt(-2.0 * log(1.0 - dpo_random_uniform(seed, stream, 2 * index)));
+    return radius * cos(6.283185307179586 * dpo_random_uniform(seed, stream, 2 * index + 1));
+}
+
+/* ---- 2.4 the parallel loop ------------------------------------------------------------------- */
+
+/* `DPOI_PARALLEL_FOR(threads) for (...)` shares the iterations out among the threads, each iteration
+   whole: for few and heavy ones. DPOI_PARALLEL_ROWS is for many light ones. Results cannot depend on
+   who runs what: an iteration writes only what is its own, and no sum is ever split between threads. */
+#ifdef _OPENMP
+#define DPOI_PRAGMA(text) _Pragma(#text)
+#define DPOI_PARALLEL_FOR(threads) \
+    DPOI_PRAGMA(omp parallel for schedule(dynamic, 1) num_threads(threads))
+#define DPOI_PARALLEL_ROWS(threads) \
+    DPOI_PRAGMA(omp parallel for schedule(dynamic, 16) num_threads(threads))
+static int dpoi_thread_index(void) { return omp_get_thread_num(); }
+#else
+#define DPOI_PARALLEL_FOR(threads) (void)(threads);
+#define DPOI_PARALLEL_ROWS(threads) (void)(threads);
+static int dpoi_thread_index(void) { return 0; }
+#endif
+
+/* How many threads some elementary operations are worth: starting and joining threads takes
+   microseconds, and far longer when something else wants the cores. */
+#ifndef DPOI_SERIAL_WORK
+#define DPOI_SERIAL_WORK 32768
+#endif
+static int dpoi_threads(const dpo_context *context, size_t work)
+{
+    return work > DPOI_SERIAL_WORK ? context->n_threads : 1;
+}
+/* ---- 2.5 exp, erf, tanh, sigmoid -------------------------------------------------------------- */
+
+/* Softmax and activations call these for every element, so loops over them must become vector code
+   with gcc and with clang: no branches, no tables, no calls, and nothing that -ffast-math would have
+   to allow. libm's are scalar calls, ten to twenty times slower, and their last bits depend on
+   its version. NaN gives NaN. The errors given are the largest over every float there is, with and
+   without contraction, in ulps (distances between neighbouring floats), against libm in double.
+   The polynomials are minimax fits by Remez's exchange, weighted by the error of the result; each
+   coefficient in turn, lowest first, is rounded to float, and the rest are fitted again. */
+
+/* exp(x) = 2^n exp(r) with n the integer nearest x / log 2, so |r| <= log(2) / 2 = 0.3466. Returns
+   exp(r) - 1 = r + r^2 P(r), P off by 3e-9 of exp(r), and n + 256 in *n, for |x| < 150. Adding
+   1.5 * 2^23 rounds to an integer, which then is in the sum's low bits. log 2 is subtracted in two
+   parts, the first of which has so few bits that n times it is exact. */
+static inline float dpoi_exp_parts(float x, uint32_t *n)
+{
+    float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
+    float r = x - whole * 0.693359375f;
+    r = r + whole * 2.12194440e-4f;
+    float p = 1.38379959e-3f;
+    p = p * r + 8.36916547e-3f;
+    p = p * r + 4.16681021e-2f;
+    p = p * r + 0.166665167f;
+    p = p * r + 0.49999994f;
+    memcpy(n, &shifted, sizeof *n);
+    *n = *n - 0x4B400000u + 256;
+    return r + r * r * p;
+}
+
+/* 2^(n - 256) for n - 256 in [-126, 127] */
+static inline float dpoi_power_of_two(uint32_t n)
+{
+    uint32_t bits = (n - 256 + 127) << 23;
+    float power;
+    memcpy(&power, &bits, sizeof power);
+    return power;
+}
+
+/* At most 0.9 ulp, results below 2^-126 included; exactly 0 below -104, infinity above 88.7228. The
+   power is applied in two halves: 2^-150 and 2^128 are not floats, and the one rounding that a
+   subnormal result needs happens in the last product. */
+static inline float dpoi_exp(float x)
+{
+    x = x < -104.0f ? -104.0f : x;
+    x = x > 89.0f ? 89.0f : x;
+    uint32_t n;
+    float p = 1.0f + dpoi_exp_parts(x, &n), half = dpoi_power_of_two(n / 2 + 128);
+    return p * half * dpoi_power_of_two(n - n / 2 + 128);
+}
+
+/* tanh(x) = (e - 1) / (e + 1) with e = exp(2x). e - 1 = 2^n (exp(r) - 1) + (2^n - 1) loses nothing
+   to cancellation: near 0, n is 0. At most 2.4 ulp. */
+static inline float dpoi_tanh(float x)
+{
+    x = x < -10.0f ? -10.0f : x;
+    x = x > 10.0f ? 10.0f : x;
+    uint32_t n;
+    float p = dpoi_exp_parts(2.0f * x, &n), scale = dpoi_power_of_two(n);
+    float e_minus_1 = scale * p + (scale - 1.0f);
+    return e_minus_1 / (e_minus_1 + 2.0f);
+}
+
+/* 1 / (1 + exp(-x)), as exp(x) / (1 + exp(x)) for negative x, so that the small values on that side
+   keep their digits. At most 2.5 ulp. */
+static inline float dpoi_sigmoid(float x)
+{
+    float e = dpoi_exp(x < 0.0f ? x : -x);
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}
+
+/* Error function: x + x Q(x^2) for |x| < 1, Q off by 2e-9; 1 - exp(-R(|x|)) with the sign of x
+   from there to 3.95, where the result is 1, R off by 1e-9 of it. At most 1.5 ulp. */
+static inline float dpoi_erf(float x)
+{
+    float a = x < 0.0f ? -x : x, z = x * x;
+    a = a > 3.95f ? 3.95f : a;
+    float q = 7.80690316e-5f;
+    q = q * z - 7.9978531e-4f;
+    q = q * z + 5.1871622e-3f;
+    q = q * z - 2.68533472e-2f;
+    q = q * z + 0.112835787f;
+    q = q * z - 0.37612626f;
+    q = q * z + 0.128379166f;
+    float r = -1.86372563e-4f;
+    r = r * a + 2.9475959e-3f;
+    r = r * a - 2.1837838e-2f;
+    r = r * a + 0.10310635f;
+    r = r * a + 0.638145208f;
+    r = r * a + 1.12708902f;
+    r = r * a + 3.41548526e-4f;
+    float far = 1.0f - dpoi_exp(-r);
+    far = x < 0.0f ? -far : far;
+    return a < 1.0f ? x + x * q : far;
+}
+/* ---- 2.5 sums in a fixed order ---------------------------------------------------------------- */
+
+/* A float sum depends on its order. Sixteen running sums, element i in lane i % 16, then a tree
+   over the lanes: the same order on every machine, and one that vector units like. */
+#define DPOI_SUM_LANES 16
+
+static float dpoi_lanes_sum(float *lane /* [16], destroyed */)
+{
+    for (size_t half = DPOI_SUM_LANES / 2; half > 0; half /= 2)
+        for (size_t i = 0; i < half; i++) lane[i] += lane[i + half];
+    return lane[0];
+}
+
+static float dpoi_sum(const float *x, size_t n)
+{
+    float lane[DPOI_SUM_LANES] = { 0 };
+    size_t whole = n - n % DPOI_SUM_LANES;
+    for (size_t i = 0; i < whole; i += DPOI_SUM_LANES)
+        for (size_t j = 0; j < DPOI_SUM_LANES; j++) lane[j] += x[i + j];
+    for (size_t i = whole; i < n; i++) lane[i - whole] += x[i];
+    return dpoi_lanes_sum(lane);
+}
+
+/* Sum of x[i] * (y[i] - mean): subtracting first keeps what a difference of sums would cancel. */
+static float dpoi_dot_centred(const float *x, const float *y, float mean, size_t n)
+{
+    float lane[DPOI_SUM_LANES] = { 0 };
+    size_t whole = n - n % DPOI_SUM_LANES;
+    for (size_t i = 0; i < whole; i += DPOI_SUM_LANES)
+        for (size_t j = 0; j < DPOI_SUM_LANES; j++) lane[j] += x[i + j] * (y[i + j] - mean);
+    for (size_t i = whole; i < n; i++) lane[i - whole] += x[i] * (y[i] - mean);
+    return dpoi_lanes_sum(lane);
+}
+
+static float dpoi_dot(const float *x, const float *y, size_t n)
+{
+    return dpoi_dot_centred(x, y, 0.0f, n);
+}
+
+static float dpoi_max(const float *x, size_t n)
+{
+    float lane[DPOI_SUM_LANES];
+    for (size_t j = 0; j < DPOI_SUM_LANES; j++) lane[j] = -INFINITY;
+    size_t whole = n - n % DPOI_SUM_LANES;
+    for (size_t i = 0; i < whole; i += DPOI_SUM_LANES)
+        for (size_t j = 0; j < DPOI_SUM_LANES; j++) lane[j] = DPOI_MAX(lane[j], x[i + j]);
+    for (size_t i = whole; i < n; i++) lane[i - whole] = DPOI_MAX(lane[i - whole], x[i]);
+    for (size_t j = 1; j < DPOI_SUM_LANES; j++) lane[0] = DPOI_MAX(lane[0], lane[j]);
+    return lane[0];
+}
+
+/* ==== 3 matmul ==================================================================================
+Nearly all the time of training goes into c[m, n] = a[m, k] b[k, n], in the three forms that a linear
+layer y = x W^T needs, x[R, in], W[out, in]:
+    forward            y[R, out]   = x  W^T       both operands lie along k
+    backward to input  dx[R, in]   = dy W         a lies along k, b across it
+    backward to weight dW[out, in] += dy^T x      both lie across k
+A matrix argument carries its strides, so one function does all of them, and Conv1D's W[in, out] too.
+
+The reference below is the definition. It runs at 1 % of what the CPU can do: every multiplication
+loads two numbers, and every addition waits for the one before it. Four ideas give 85 to 92 %.
+
+1. The tile. A core starts one or two vector fused multiply-adds (FMA) a cycle, each ready after four or
+   five: about ten independent sums must be under way, held in registers. A tile of TR rows and TV
+   vectors of columns of c holds TR*TV of them; one step along k loads TV vectors of b and TR numbers
+   of a and does TR*TV FMAs, so the tile should be as large and as square as the registers allow, with
+   TV vectors of b and one number of a beside the sums. In units of registers:
+       AVX-512  32 registers of 16 floats: 14 rows x 2 vectors = 28 sums + 2 + 1 = 31    (16 loads, 28 FMAs)
+       AVX2     16 registers of  8 floats:  6 rows x 2 vectors = 12 sums + 2 + 1 = 15    ( 8 loads, 12 FMAs)
+       NEON     32 registers of  4 floats:  8 rows x 3 vectors = 24 sums + 3 + 2 = 29    (11 loads, 24 FMAs)
+   The sums never touch memory until the step along k is over: 2*TR*TV*lanes*k operations for each
+   read and write of c. Rows count less when the tile is short: the last few rows use a shorter one.
+2. Packing. The tile wants its TR numbers of a, and its TV vectors of b, next to each other at each step
+   along k. They are copied into panels [k][TR] and [k][tile columns] first, whatever order they
+   had; edges are filled up with zeros. It is the one place that reads the operands' elements. Each element is
+   copied once per block (below) and used for hundreds of FMAs; k-contiguous operands are transposed
+   4 x 4 in registers.
+3. Blocking. k is cut into blocks of BLOCK_K, so that a panel of a (14 x 256 floats, 14 KB) stays in the first cache
+   while b's panels stream past it, and b into strips of BLOCK_COLS columns, which
+   (256 x 256 floats, 256 KB) stay in the second while a's panels stream past. The packed rows of a live in the third.
+4. Threads take blocks of c, never parts of a sum, and pack what they need themselves. That packs some of it twice, and is
+   faster than sharing: a barrier per block of k costs more as soon as another program runs.
+
+What c[i][j] is, exactly: for each block of k in ascending order, the sum of a[i][l] b[l][j] for ascending l, from
+zero, by FMA, added to c (the first block overwrites c unless accumulating). So it depends on nothing but row i of a, column j
+of b, and k: not on m, n, the position, the storage order, the edge of a tile, or the number of threads. */
+
+typedef struct {
+    const void *data;
+    size_t row_stride, col_stride;  // element (i, j) is data[i*row_stride + j*col_stride]; one is 1
+    int dtype;                      // DPO_F32
+} dpoi_matrix;
+
+static inline size_t dpoi_min(size_t x, size_t y) { return x < y ? x : y; }
+static inline size_t dpoi_ceil_div(size_t x, size_t y) { return x/y + (x%y != 0); }
+
+// x without its first i rows and j columns.
+static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
+{
+    x.data = (const float *)x.data + i*x.row_stride + j*x.col_stride;
+    return x;
+}
+
+static inline float dpoi_element(dpoi_matrix x, size_t i, size_t j)
+{
+    return ((const float *)x.data)[i*x.row_stride + j*x.col_stride];
+}
+
+// c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]; row i of c starts at c + i*ldc. For the tests.
+static void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
+                                  size_t m, size_t n, size_t k, int accumulate)
+{
+    for (size_t i = 0; i < m; i++)
+        for (size_t j = 0; j < n; j++) {
+            double sum = accumulate ? c[i*ldc + j] : 0;
+            for (size_t l = 0; l < k; l++)
+                sum += (double)dpoi_element(a, i, l) * dpoi_element(b, l, j);
+            c[i*ldc + j] = (float)sum;
+        }
+}
+
+#if defined(__AVX512F__)
+enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8 };
+#elif defined(__AVX__)
+enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2 };
+#elif defined(__aarch64__)
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 3, DPOI_TILE_ROWS = 8, DPOI_SHORT_ROWS = 4 };
+#else
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2 };
+#endif
+enum {
+    DPOI_TILE_COLS = DPOI_TILE_VECS * DPOI_LANES,
+    DPOI_BLOCK_K = 256,
+    DPOI_BLOCK_COLS = 256 / DPOI_TILE_COLS * DPOI_TILE_COLS,
+    DPOI_BLOCK_ROWS = 1200 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
+    DPOI_PACK_FLOATS = DPOI_BLOCK_K * (DPOI_BLOCK_COLS + DPOI_BLOCK_ROWS)
+};
+
+#if defined(__GNUC__) && !defined(DPO_PLAIN_C)
+#define DPOI_INLINE static inline __attribute__((always_inline))
+#define DPOI_NOINLINE static __attribute__((noinline))
+typedef float dpoi_vec __attribute__((vector_size(DPOI_LANES * sizeof(float))));
+typedef dpoi_vec dpoi_vec_at __attribute__((aligned(4), may_alias));  // at any float's address
+typedef float dpoi_four __attribute__((vector_size(16)));
+typedef dpoi_four dpoi_four_at __attribute__((aligned(4), may_alias));
+#ifdef __clang__
+#define DPOI_UNROLL _Pragma("unroll")
+#define DPOI_NO_UNROLL _Pragma("nounroll")
+#define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
+#else
+#define DPOI_UNROLL _Pragma("GCC unroll 16")
+#define DPOI_NO_UNROLL
+typedef int dpoi_four_ints __attribute__((vector_size(16)));
+#define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (dpoi_four_ints){i, j, k, l})
+#endif
+
+// out[j][i] = in[i][j] for i, j < 4, rows ldo and ldi floats apart.
+DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
+{
+    dpoi_four a = *(const dpoi_four_at *)in, b = *(const dpoi_four_at *)(in + ldi);
+    dpoi_four c = *(const dpoi_four_at *)(in + 2*ldi), d = *(const dpoi_four_at *)(in + 3*ldi);
+    dpoi_four ab = DPOI_SHUFFLE(a, b, 0, 4, 1, 5), cd = DPOI_SHUFFLE(c, d, 0, 4, 1, 5);
+    *(dpoi_four_at *)out = DPOI_SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(dpoi_four_at *)(out + ldo) = DPOI_SHUFFLE(ab, cd, 2, 3, 6, 7);
+    ab = DPOI_SHUFFLE(a, b, 2, 6, 3, 7), cd = DPOI_SHUFFLE(c, d, 2, 6, 3, 7);
+    *(dpoi_four_at *)(out + 2*ldo) = DPOI_SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(dpoi_four_at *)(out + 3*ldo) = DPOI_SHUFFLE(ab, cd, 2, 3, 6, 7);
+}
+
+// Contraction of a*b + c to one FMA: gcc does it unless -std=c11, and then does not know C's own
+// pragma; clang knows that one.
+#ifndef __clang__
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
+// c[rows, columns of a tile] = (add ? c : 0) + a panel times b panel. `rows` must be a constant
+// after inlining: the loops are written up to DPOI_TILE_ROWS, so that both compilers unroll them
+// and keep sum[][] in registers, and the test inside disappears.
+DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const float *b, size_t k,
+                                int add, int rows)
+{
+#ifdef __clang__
+#pragma STDC FP_CONTRACT ON
+#endif
+    dpoi_vec sum[DPOI_TILE_ROWS][DPOI_TILE_VECS] = {{{0}}};
+    for (int i = 0; i < rows; i++)  // c is not needed before the end: have it fetched meanwhile
+        for (int j = 0; j < DPOI_TILE_COLS; j += 16)
+            __builtin_prefetch(c + (size_t)i*ldc + j, 1);
+    DPOI_NO_UNROLL  // clang would do two steps at a time and run out of registers
+    for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS) {
+        const dpoi_vec_at *b_vec = (const dpoi_vec_at *)b;
+        DPOI_UNROLL
+        for (int i = 0; i < DPOI_TILE_ROWS; i++)
+            DPOI_UNROLL
+            for (int j = 0; j < DPOI_TILE_VECS; j++)
+                if (i < rows)
+                    sum[i][j] += a[i] * b_vec[j];
+    }
+    DPOI_UNROLL
+    for (int i = 0; i < DPOI_TILE_ROWS; i++, c += ldc)
+        DPOI_UNROLL
+        for (int j = 0; j < DPOI_TILE_VECS; j++)
+            if (i < rows) {
+                dpoi_vec_at *c_vec = (dpoi_vec_at *)c + j;
+                if (add)
+                    sum[i][j] += *c_vec;
+                *c_vec = sum[i][j];
+            }
+}
+
+#else  // the same in plain loops, for other compilers
+#define DPOI_INLINE static inline
+#define DPOI_NOINLINE static
+DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
+{
+    for (size_t i = 0; i < 4; i++)
+        for (size_t j = 0; j < 4; j++)
+            out[j*ldo + i] = in[i*ldi + j];
+}
+
+DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const float *b, size_t k,
+                                int add, int rows)
+{
+    float sum[DPOI_TILE_ROWS][DPOI_TILE_COLS] = {{0}};
+    for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS)
+        for (int i = 0; i < rows; i++)
+            for (int j = 0; j < DPOI_TILE_COLS; j++)
+                sum[i][j] += a[i] * b[j];
+    for (int i = 0; i < rows; i++, c += ldc)
+        for (int j = 0; j < DPOI_TILE_COLS; j++)
+            c[j] = add ? c[j] + sum[i][j] : sum[i][j];
+}
+#endif
+
+// Not inlined: inside the loops over tiles, clang keeps some of the sums in memory.
+DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *b, size_t k,
+                             int add, size_t rows)
+{
+    if (rows > DPOI_SHORT_ROWS)
+        dpoi_tile_rows(c, ldc, a, b, k, add, DPOI_TILE_ROWS);
+    else
+        dpoi_tile_rows(c, ldc, a, b, k, add, DPOI_SHORT_ROWS);
+}
+#if defined(__GNUC__) && !defined(__clang__) && !defined(DPO_PLAIN_C)
+#pragma GCC pop_options
+#endif
+
+// Copies x[count, k] into panels of `width` rows, each [k, width], the last filled up with zeros.
+DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t count, size_t k)
+{
+    const float *in = (const float *)x.data;
+    size_t whole = count - count%width;
+    if (whole < count)
+        memset(panels + whole*k, 0, width*k*sizeof *panels);
+    if (x.row_stride == 1) {
+        for (size_t l = 0; l < k; l++, in += x.col_stride) {
+            float *out = panels + l*width;
+            for (size_t i = 0; i < whole; i += width)
+                memcpy(out + i*k, in + i, width*sizeof *out);
+            for (size_t i = whole; i < count; i++)
+                out[whole*k + i - whole] = in[i];
+        }
+        return;
+    }
+    const size_t line = 16;  // floats in a cache line of x, which are used up while it is at hand
+    for (size_t p = 0; p < count; p += width, panels += width*k, in += width*x.row_stride) {
+        size_t rows = dpoi_min(count - p, width), quads = rows - rows%4, lines = k - k%line;
+        for (size_t l0 = 0; l0 < lines; l0 += line)
+            for (size_t i = 0; i < quads; i += 4)
+                for (size_t l = l0; l < l0 + line; l += 4)
+                    dpoi_transpose_4x4(panels + l*width + i, width,
+                                       in + i*x.row_stride + l, x.row_stride);
+        for (size_t l = 0; l < k; l++)
+            for (size_t i = l < lines ? quads : 0; i < rows; i++)
+                panels[l*width + i] = in[i*x.row_stride + l];
+    }
+}
+
+// c[m, n] (+)= a[m, k] b[k, n], all packed, k <= DPOI_BLOCK_K: tile by tile. Tiles over the edge of
+// c go to a buffer first.
+static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
+                               size_t m, size_t n, size_t k, int add)
+{
+    for (size_t i = 0; i < m; i += DPOI_TILE_ROWS)
+        for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
+            const float *a = a_panels + i*k, *b = b_panels + j*k;
+            float *to = c + i*ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
+            size_t rows = dpoi_min(m - i, DPOI_TILE_ROWS), cols = dpoi_min(n - j, DPOI_TILE_COLS);
+            if (cols == DPOI_TILE_COLS && (rows == DPOI_TILE_ROWS || rows == DPOI_SHORT_ROWS)) {
+                dpoi_tile(to, ldc, a, b, k, add, rows);
+                continue;
+            }
+            dpoi_tile(edge, DPOI_TILE_COLS, a, b, k, 0, rows);
+            for (size_t r = 0; r < rows; r++)
+                for (size_t s = 0; s < cols; s++) {
+                    float sum = edge[r*DPOI_TILE_COLS + s];
+                    to[r*ldc + s] = add ? to[r*ldc + s] + sum : sum;
+                }
+        }
+}
+
+// c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] on the calling thread; pack[DPOI_PACK_FLOATS].
+static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
+                               size_t m, size_t n, size_t k, int accumulate)
+{
+    dpoi_matrix b_columns = {b.data, b.col_stride, b.row_stride, b.dtype};  // b transposed
+    float *b_panels = pack, *a_panels = pack + DPOI_BLOCK_K*DPOI_BLOCK_COLS;
+    for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS)
+        for (size_t l = 0; l == 0 || l < k; l += DPOI_BLOCK_K) {
+            size_t rows = dpoi_min(m - i, DPOI_BLOCK_ROWS), depth = dpoi_min(k - l, DPOI_BLOCK_K);
+            dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth);
+            for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS) {
+                size_t cols = dpoi_min(n - j, DPOI_BLOCK_COLS);
+                dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth);
+                dpoi_matmul_packed(c + i*ldc + j, ldc, a_panels, b_panels, rows, cols, depth,
+                                   accumulate || l > 0);
+            }
+        }
+}
+
+// The same on ctx->n_threads threads: c is cut into blocks, `groups` of rows by `strips` of columns.
+static void dpoi_matmul(const dpo_context *ctx, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
+                        size_t m, size_t n, size_t k, int accumulate)
+{
+    size_t row_tiles = dpoi_ceil_div(m, DPOI_TILE_ROWS);
+    size_t col_tiles = dpoi_ceil_div(n, DPOI_TILE_COLS);
+    size_t threads = (size_t)ctx->n_threads, groups = 1, strips = 1;
+    // A block of p x q needs p + q elements packed per p*q of c, so blocks should be large and
+    // square; but two for each thread at least, and no larger than 2^19 elements, so that a thread
+    // that is held up does not hold up the rest; and as many for each thread.
+    while (threads > 1 && (groups*strips < 2*threads || groups*strips % threads
+                           || (m/groups)*(n/strips) >> 19)) {
+        if (m/groups > n/strips && groups < row_tiles)
+            groups++;
+        else if (strips < col_tiles)
+            strips++;
+        else
+            break;
+    }
+    DPOI_PARALLEL_FOR(ctx->n_threads)
+    for (size_t block = 0; block < groups*strips; block++) {
+        size_t g = block / strips, s = block % strips;
+        size_t i = row_tiles*g/groups*DPOI_TILE_ROWS, j = col_tiles*s/strips*DPOI_TILE_COLS;
+        size_t i_end = dpoi_min(m, row_tiles*(g + 1)/groups*DPOI_TILE_ROWS);
+        size_t j_end = dpoi_min(n, col_tiles*(s + 1)/strips*DPOI_TILE_COLS);
+        dpoi_matmul_serial(ctx->pack[dpoi_thread_index()], c + i*ldc + j, ldc,
+                           dpoi_submatrix(a, i, 0), dpoi_submatrix(b, 0, j),
+                           i_end - i, j_end - j, k, accumulate);
+    }
+}
+/* ---- 3.6 the context ---------------------------------------------------------------------------- */
+
+#define DPOI_MAX_THREADS 1024
+
+DPO_API int dpo_context_init(dpo_context *context, int n_threads)
+{
+    *context = (dpo_context){ 0 };
+    if (n_threads < 0 || n_threads > DPOI_MAX_THREADS)
+        return dpoi_fail(context, "%d threads: give 1 to %d, or 0 for as many as the machine has",
+                         n_threads, DPOI_MAX_THREADS);
+#ifdef _OPENMP
+    context->n_threads = n_threads ? n_threads : omp_get_max_threads();
+#else
+    context->n_threads = 1;
+#endif
+    size_t n = (size_t)context->n_threads;
+    if (dpoi_alloc_zeroed(context, &context->pack, n, sizeof *context->pack) ||
+        dpoi_alloc_zeroed(context, &context->strip, n, sizeof *context->strip))
+        return 1;
+    for (size_t t = 0; t < n; t++)
+        if (dpoi_alloc(context, &context->pack[t], DPOI_PACK_FLOATS, sizeof(float))) return 1;
+    return 0;
+}
+
+/* Attention's strips grow with the longest example; dpo_model_reserve calls this. */
+static int dpoi_context_reserve_strips(dpo_context *context, size_t floats)
+{
+    if (floats <= context->strip_floats) return 0;
+    for (size_t t = 0; t < (size_t)context->n_threads; t++) {
+        dpoi_free(context, context->strip[t]);
+        if (dpoi_alloc(context, &context->strip[t], floats, sizeof(float))) {
+            context->strip_floats = 0;
+            return 1;
+        }
+    }
+    context->strip_floats = floats;
+    return 0;
+}
+
+DPO_API void dpo_context_free(dpo_context *context)
+{
+    for (size_t t = 0; t < (size_t)context->n_threads; t++) {
+        if (context->pack) dpoi_free(context, context->pack[t]);
+        if (context->strip) dpoi_free(context, context->strip[t]);
+    }
+    dpoi_free(context, context->pack);
+    dpoi_free(context, context->strip);
+    context->pack = context->strip = NULL;
+    context->n_threads = 0;
+}
+/* ================================================================================================
+   4. LAYERS
+
+   Each layer's forward stands next to its backward. A backward receives dy, the gradient of some
+   final number with respect to the layer's output y, and produces by the chain rule the gradient
+   with respect to the layer's inputs: `dx` for data, and what it *adds* to `dw` for weights, since
+   a weight is used by every row of every micro-batch. A gradient pointer of NULL is not wanted.
+
+   Rows are independent of each other everywhere except in attention, so most layers run in
+   parallel over rows. Gradients of weights are sums over all rows: there the threads divide the
+   columns, and each column is summed from the first row to the last.
+   ============================================================================================= */
+
+#define DPOI_COLUMNS 64     // columns that one iteration of a parallel column loop sums
+
+/* db[c] += sum over r of dy[r, c]: what adding a bias to every row means for the bias. */
+static void dpoi_add_column_sums(const dpo_context *context, float *db, const float *dy, // [R, C]
+                                 size_t R, size_t C)
+{
+    DPOI_PARALLEL_FOR(dpoi_threads(context, R * C))
+    for (size_t first = 0; first < C; first += DPOI_COLUMNS) {
+        size_t end = DPOI_MIN(first + DPOI_COLUMNS, C);
+        for (size_t r = 0; r < R; r++)
+            for (size_t c = first; c < end; c++) db[c] += dy[r * C + c];
+    }
+}
+
+/* y = a + b, for residual connections; y may be a. */
+static void dpoi_add(const dpo_context *context, float *y, const float *a, const float *b, size_t n)
+{
+    const size_t piece = 16384;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, n))
+    for (size_t first = 0; first < n; first += piece)
+        for (size_t i = first; i < DPOI_MIN(first + piece, n); i++) y[i] = a[i] + b[i];
+}
+
+/* ---- 4.1 embedding ---------------------------------------------------------------------------- */
+
+/* y[r] = scale * (E[token[r]] + P[position[r]]); P is NULL unless positions are learned. muP scales
+   the sum, so that a wide model's first layer sees entries of the same size as a narrow one's. */
+static void dpoi_embedding_forward(const dpo_context *context, float *y, // [R, C]
+                                   const uint32_t *token, const uint32_t *position, // [R]
+                                   const float *E /* [V, C] */, const float *P /* [T, C] or NULL */,
+                                   float scale, size_t R, size_t C)
+{
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, R * C))
+    for (size_t r = 0; r < R; r++) {
+        const float *e = E + token[r] * C, *p = P ? P + position[r] * C : NULL;
+        for (size_t c = 0; c < C; c++) y[r * C + c] = scale * (p ? e[c] + p[c] : e[c]);
+    }
+}
+
+/* Forward: y[r] = scale * (E[token[r]] + P[position[r]]). A token that occurs twice collects twice,
+   so threads must not divide the rows: they divide the columns. */
+static void dpoi_embedding_backward(const dpo_context *context, float *dE, float *dP,
+                                    const float *dy /* [R, C] */, const uint32_t *token,
+                                    const uint32_t *position, float scale, size_t R, size_t C)
+{
+    DPOI_PARALLEL_FOR(dpoi_threads(context, R * C))
+    for (size_t first = 0; first < C; first += DPOI_COLUMNS) {
+        size_t end = DPOI_MIN(first + DPOI_COLUMNS, C);
+        for (size_t r = 0; r < R; r++)
+            for (size_t c = first; c < end; c++) {
+                if (dE) dE[token[r] * C + c] += scale * dy[r * C + c];
+                if (dP) dP[position[r] * C + c] += scale * dy[r * C + c];
+            }
+    }
+}
+
+/* ---- 4.2 layer norm ---------------------------------------------------------------------------- */
+
+/* xhat = (x - mean) * rstd with rstd = 1 / sqrt(variance + epsilon), y = xhat * w + b, for each row
+   (Ba, Kiros, Hinton 2016; the variance is the biased one). `stats` keeps mean and rstd of each row
+   for the backward. The variance is summed from differences: E[x^2] - mean^2 would cancel. */
+static void dpoi_norm_forward(const dpo_context *context, float *y /* [R, C] */,
+                              float *stats /* [R, 2] */, const float *x /* [R, C] */,
+                              const float *w, const float *b /* [C] */, float epsilon,
+                              size_t R, size_t C)
+{
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, 4 * R * C))
+    for (size_t r = 0; r < R; r++) {
+        const float *xr = x + r * C;
+        float *yr = y + r * C;
+        float mean = dpoi_sum(xr, C) / (float)C;
+        for (size_t c = 0; c < C; c++) yr[c] = xr[c] - mean;
+        float rstd = 1.0f / sqrtf(dpoi_dot(yr, yr, C) / (float)C + epsilon);
+        for (size_t c = 0; c < C; c++) yr[c] = yr[c] * rstd * w[c] + b[c];
+        stats[2 * r] = mean;
+        stats[2 * r + 1] = rstd;
+    }
+}
+
+/* Forward: xhat = (x - mean) * rstd, y = xhat * w + b. With dxhat = dy * w, and since mean and rstd
+   depend on every x of the row,
+       dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)),
+   which is *added* to dx: the norm's input also goes on along the residual stream. dy is used up. */
+static void dpoi_norm_backward(const dpo_context *context, float *dx /* [R, C] */, float *dw,
+                               float *db /* [C] */, float *dy /* [R, C] */, const float *stats,
+                               const float *x /* [R, C] */, const float *w, size_t R, size_t C)
+{
+    DPOI_PARALLEL_FOR(dpoi_threads(context, 4 * R * C))
+    for (size_t first = 0; first < C; first += DPOI_COLUMNS) {
+        size_t end = DPOI_MIN(first + DPOI_COLUMNS, C);
+        for (size_t r = 0; r < R; r++)
+            for (size_t c = first; c < end; c++) {
+                float xhat = (x[r * C + c] - stats[2 * r]) * stats[2 * r + 1];
+                if (dw) dw[c] += dy[r * C + c] * xhat;
+                if (db) db[c] += dy[r * C + c];
+            }
+    }
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, 4 * R * C))
+    for (size_t r = 0; r < R; r++) {
+        float mean = stats[2 * r], rstd = stats[2 * r + 1];
+        const float *xr = x + r * C;
+        float *dyr = dy + r * C, *dxr = dx + r * C;
+        for (size_t c = 0; c < C; c++) dyr[c] *= w[c]; // now dxhat
+        float mean_dxhat = dpoi_sum(dyr, C) / (float)C;
+        float mean_product = rstd * dpoi_dot_centred(dyr, xr, mean, C) / (float)C;
+        for (size_t c = 0; c < C; c++) {
+            float xhat = (xr[c] - mean) * rstd;
+            dxr[c] += rstd * (dyr[c] - mean_dxhat - xhat * mean_product);
+        }
+    }
+}
+
+/* ---- 4.3 linear -------------------------------------------------------------------------------- */
+
+/* y = x W^T + b. Hugging Face keeps W as [out, in] for nn.Linear (GPT-NeoX) and as [in, out] for
+   Conv1D (BTLM); the data stays as it is, and the product reads it by strides. */
+static dpoi_matrix dpoi_rows(const float *x, size_t columns)
+{
+    return (dpoi_matrix){ x, columns, 1, DPO_F32 };
+}
+
+static dpoi_matrix dpoi_transposed(dpoi_matrix matrix)
+{
+    return (dpoi_matrix){ matrix.data, matrix.col_stride, matrix.row_stride, matrix.dtype };
+}
+
+static size_t dpoi_linear_in(const dpo_tensor *W) { return W->shape[W->layout == DPO_LINEAR]; }
+static size_t dpoi_linear_out(const dpo_tensor *W) { return W->shape[W->layout != DPO_LINEAR]; }
+
+/* The weight as the [in, out] matrix that multiplies rows from the right. */
+static dpoi_matrix dpoi_weight(const dpo_tensor *W)
+{
+    dpoi_matrix stored = dpoi_rows(W->data, W->shape[1]);
+    return W->layout == DPO_CONV1D ? stored : dpoi_transposed(stored);
+}
+
+/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. */
+static void dpoi_linear_forward(const dpo_context *context, float *y /* [R, out] */,
+                                const float *x /* [R, in] */, const dpo_tensor *W,
+                                const dpo_tensor *b, size_t R, int accumulate)
+{
+    size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
+    dpoi_matmul(context, y, out, dpoi_rows(x, in), dpoi_weight(W), R, out, in, accumulate);
+    if (!b) return;
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, R * out))
+    for (size_t r = 0; r < R; r++)
+        for (size_t o = 0; o < out; o++) y[r * out + o] += b->data[o];
+}
+
+/* Forward: y = x W^T + b, that is y[r, o] = sum over i of x[r, i] W[o, i] + b[o]. Each product
+   y x W gives each factor the gradient times the other one:
+       dx = dy W,   dW += dy^T x  ([out, in]; x^T dy for [in, out]),   db += column sums of dy. */
+static void dpoi_linear_backward(const dpo_context *context, float *dx /* [R, in] or NULL */,
+                                 const float *dy /* [R, out] */, const float *x /* [R, in] */,
+                                 const dpo_tensor *W, const dpo_tensor *b, size_t R, int accumulate)
+{
+    size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
+    if (dx)
+        dpoi_matmul(context, dx, in, dpoi_rows(dy, out), dpoi_transposed(dpoi_weight(W)), R, in,
+                    out, accumulate);
+    if (W->grad && W->layout == DPO_CONV1D)
+        dpoi_matmul(context, W->grad, out, dpoi_transposed(dpoi_rows(x, in)), dpoi_rows(dy, out),
+                    in, out, R, 1);
+    else if (W->grad)
+        dpoi_matmul(context, W->grad, in, dpoi_transposed(dpoi_rows(dy, out)), dpoi_rows(x, in),
+                    out, in, R, 1);
+    if (b && b->grad) dpoi_add_column_sums(context, b->grad, dy, R, out);
+}
+
+/* ---- 4.4 rotary positions ---------------------------------------------------------------------- */
+
+/* Where queries, keys and values lie in a row of qkv [R, 3C]. GPT-NeoX stores them head by head,
+   [H][q k v][D]; BTLM stores all queries, then all keys, then all values, [q k v][H][D]. */
+typedef struct dpoi_heads {
+    size_t H, D, head_stride, key, value; // q of head h starts at h * head_stride, k at + key, ...
+} dpoi_heads;
+
+/* RoPE (Su et al. 2021) turns the pair (q[i], q[i + n/2]) of the first n dimensions of each head by
+   the angle position * base^(-2i/n), and the key's likewise: q.k then depends on the distance of
+   the positions only. (GPT-NeoX pairs halves; GPT-J pairs neighbours.) The table holds
+   [position][cos, sin][n/2], from fp32 angles as Hugging Face computes them. */
+static void dpoi_rotary_table(float *table, size_t n_positions, size_t n, float base)
+{
+    for (size_t i = 0; i < n / 2; i++) {
+        float frequency = 1.0f / powf(base, (float)(2 * i) / (float)n);
+        for (size_t p = 0; p < n_positions; p++) {
+            float angle = (float)p * frequency;
+            table[p * n + i] = (float)cos((double)angle);
+            table[p * n + n / 2 + i] = (float)sin((double)angle);
+        }
+    }
+}
+
+/* In place on queries and keys. A rotation's gradient is turned back by the same angle (its matrix
+   is orthogonal), so the backward is this function with `direction` -1 instead of +1. */
+static void dpoi_rotary(const dpo_context *context, float *qkv /* [R, 3C] */,
+                        const uint32_t *position /* [R] */, const float *table, size_t n,
+                        dpoi_heads heads, float direction, size_t R)
+{
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, 2 * R * heads.H * n))
+    for (size_t r = 0; r < R; r++) {
+        const float *cosine = table + position[r] * n, *sine = cosine + n / 2;
+        for (size_t h = 0; h < 2 * heads.H; h++) { // queries of all heads, then keys
+            float *x = qkv + r * 3 * heads.H * heads.D + (h % heads.H) * heads.head_stride +
+                       (h < heads.H ? 0 : heads.key);
+            for (size_t i = 0; i < n / 2; i++) {
+                float a = x[i], b = x[i + n / 2], turn = direction * sine[i];
+                x[i] = a * cosine[i] - b * turn;
+                x[i + n / 2] = b * cosine[i] + a * turn;
+            }
+        }
+    }
+}
+
+/* ---- 4.5 attention ------------------------------------------------------------------------------ */
+
+/* A span is a run of rows that see the same beginning: the prompt sees itself; a branch sees all of
+   its prompt's rows (the prefix), then itself. Row i of a span stands at position n_prefix + i and
+   sees the keys 0 .. n_prefix + i of "prefix, then span". No branch sees another. */
+typedef struct dpoi_span { size_t first, n, prefix, n_prefix, example; } dpoi_span;
+
+typedef struct dpoi_attention {
+    dpoi_heads heads;
+    float scale;            // of q.k
+    const float *slopes;    // [H] ALiBi slopes, or NULL
+    const dpoi_span *spans;
+    const size_t *first_span; // [n_examples + 1] the spans of each example
+    size_t n_examples;
+    size_t work;            // multiplications of one product over all spans, about
+} dpoi_attention;
+
+/* Queries go through in strips of 64: large enough that the products run at speed, small enough
+   that a strip of scores [64, keys] stays in the cache. T x T scores never exist. Each row of the
+   strip holds all its keys, so the softmax needs no running maximum. */
+#define DPOI_STRIP 64
+
+/* Scores of queries q0 .. q0 + n of a span against the keys that the last of them sees:
+       s[i, j] = scale * q_i . k_j - slope * (position i - position j),
+   raw here; the callers scale them. Works on any [queries, D] x [keys, D] pair, so that the
+   backward can use it for dP = dO V^T: `side` is the offset of the key or value in a row. */
+static void dpoi_strip_product(float *pack, float *s /* [n, keys] */, size_t ld, const float *q,
+                               size_t q_stride, const float *qkv, size_t row, size_t side,
+                               const dpoi_span *span, size_t D, size_t n, size_t own)
+{
+    dpoi_matrix queries = { q, q_stride, 1, DPO_F32 };
+    dpoi_matrix before = { qkv + span->prefix * row + side, 1, row, DPO_F32 };
+    dpoi_matrix inside = { qkv + span->first * row + side, 1, row, DPO_F32 };
+    if (span->n_prefix)
+        dpoi_matmul_serial(pack, s, ld, queries, before, n, span->n_prefix, D, 0);
+    dpoi_matmul_serial(pack, s + span->n_prefix, ld, queries, inside, n, own, D, 0);
+}
+
+/* The strip times the keys or values it was scored against: y[n, D] = s[n, keys] X[keys, D]. */
+static void dpoi_strip_gather(float *pack, float *y, size_t y_stride, const float *s, size_t ld,
+                              const float *qkv, size_t row, size_t side, const dpoi_span *span,
+                              size_t D, size_t n, size_t own)
+{
+    dpoi_matrix strip = { s, ld, 1, DPO_F32 }, rest = { s + span->n_prefix, ld, 1, DPO_F32 };
+    dpoi_matrix before = { qkv + span->prefix * row + side, row, 1, DPO_F32 };
+    dpoi_matrix inside = { qkv + span->first * row + side, row, 1, DPO_F32 };
+    if (span->n_prefix)
+        dpoi_matmul_serial(pack, y, y_stride, strip, before, n, D, span->n_prefix, 0);
+    dpoi_matmul_serial(pack, y, y_stride, rest, inside, n, D, own, span->n_prefix > 0);
+}
+
+/* The gradient of that product towards X: dX[keys, D] += s^T[keys, n] dy[n, D]. */
+static void dpoi_strip_scatter(float *pack, float *dqkv, size_t row, size_t side, const float *s,
+                               size_t ld, const float *dy, size_t dy_stride, const dpoi_span *span,
+                               size_t D, size_t n, size_t own)
+{
+    dpoi_matrix strip = { s, 1, ld, DPO_F32 }, rest = { s + span->n_prefix, 1, ld, DPO_F32 };
+    dpoi_matrix rows = { dy, dy_stride, 1, DPO_F32 };
+    if (span->n_prefix)
+        dpoi_matmul_serial(pack, dqkv + span->prefix * row + side, row, strip, rows,
+                           span->n_prefix, D, n, 1);
+    dpoi_matmul_serial(pack, dqkv + span->first * row + side, row, rest, rows, own, D, n, 1);
+}
+
+/* Turns raw scores into scaled ones with ALiBi's bias: a penalty that grows with distance instead
+   of position embeddings (Press et al. 2021), added after the scaling. */
+static void dpoi_strip_scale(float *s /* [visible] */, size_t visible, float scale, float slope)
+{
+    for (size_t j = 0; j < visible; j++)
+        s[j] = s[j] * scale - slope * (float)(visible - 1 - j);
+}
+
+/* y = softmax(scores) V for every head (Vaswani et al. 2017, equation 1), heads side by side in y.
+   lse[r, h], the logarithm of the softmax's denominator, lets the backward recompute the
+   probabilities without a second pass over the scores. */
+static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C] */,
+                                   float *lse /* [R, H] */, const float *qkv /* [R, 3C] */,
+                                   const dpoi_attention *attention)
+{
+    dpoi_heads heads = attention->heads;
+    size_t H = heads.H, D = heads.D, row = 3 * H * D;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, attention->work))
+    for (size_t task = 0; task < attention->n_examples * H; task++) {
+        size_t example = task / H, h = task % H, head = h * heads.head_stride;
+        float *pack = context->pack[dpoi_thread_index()], *s = context->strip[dpoi_thread_index()];
+        float slope = attention->slopes ? attention->slopes[h] : 0.0f;
+        for (size_t k = attention->first_span[example]; k < attention->first_span[example + 1]; k++) {
+            const dpoi_span *span = &attention->spans[k];
+            for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
+                size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), own = q0 + n;
+                size_t keys = span->n_prefix + own, first = span->first + q0;
+                dpoi_strip_product(pack, s, keys, qkv + first * row + head, row, qkv, row,
+                                   head + heads.key, span, D, n, own);
+                for (size_t i = 0; i < n; i++) {
+                    float *p = s + i * keys;
+                    size_t visible = span->n_prefix + q0 + i + 1;
+                    dpoi_strip_scale(p, visible, attention->scale, slope);
+                    float most = dpoi_max(p, visible);
+                    for (size_t j = 0; j < visible; j++) p[j] = dpoi_exp(p[j] - most);
+                    float sum = dpoi_sum(p, visible);
+                    for (size_t j = 0; j < visible; j++) p[j] /= sum;
+                    for (size_t j = visible; j < keys; j++) p[j] = 0.0f; // the future
+                    lse[(first + i) * H + h] = most + logf(sum);
+                }
+                dpoi_strip_gather(pack, y + first * H * D + h * D, H * D, s, keys, qkv, row,
+                                  head + heads.value, span, D, n, own);
+            }
+        }
+    }
+}
+
+/* Forward: s = scale * Q K^T + bias, P = softmax(s), y = P V. Backwards through it:
+       dV += P^T dy,   dP = dy V^T,
+       ds = P * (dP - sum over j of P dP): the softmax's Jacobian, and the sum is just dy . y,
+       dQ = scale * ds K,   dK += scale * ds^T Q.
+   Keys of a prompt collect from the prompt's own rows and from every branch; all of that happens
+   inside one task, in the order of the spans. */
+static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [R, 3C] */,
+                                    const float *dy /* [R, C] */, const float *y /* [R, C] */,
+                                    const float *lse /* [R, H] */, const float *qkv /* [R, 3C] */,
+                                    const dpoi_attention *attention)
+{
+    dpoi_heads heads = attention->heads;
+    size_t H = heads.H, D = heads.D, C = H * D, row = 3 * C;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, attention->work))
+    for (size_t task = 0; task < attention->n_examples * H; task++) {
+        size_t example = task / H, h = task % H, head = h * heads.head_stride;
+        float *pack = context->pack[dpoi_thread_index()], *p = context->strip[dpoi_thread_index()];
+        float *ds = p + context->strip_floats / 2;
+        float slope = attention->slopes ? attention->slopes[h] : 0.0f;
+        size_t first_span = attention->first_span[example];
+        size_t end_span = attention->first_span[example + 1];
+        for (size_t k = first_span; k < end_span; k++)
+            for (size_t r = 0; r < attention->spans[k].n; r++) {
+                float *dkey = dqkv + (attention->spans[k].first + r) * row + head + heads.key;
+                memset(dkey, 0, D * sizeof *dkey);
+                memset(dkey + heads.value - heads.key, 0, D * sizeof *dkey);
+            }
+        for (size_t k = first_span; k < end_span; k++) {
+            const dpoi_span *span = &attention->spans[k];
+            for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
+                size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), own = q0 + n;
+                size_t keys = span->n_prefix + own, first = span->first + q0;
+                const float *q = qkv + first * row + head, *dyr = dy + first * C + h * D;
+                dpoi_strip_product(pack, p, keys, q, row, qkv, row, head + heads.key, span, D, n, own);
+                dpoi_strip_product(pack, ds, keys, dyr, C, qkv, row, head + heads.value, span, D, n,
+                                   own);
+                for (size_t i = 0; i < n; i++) {
+                    float *pi = p + i * keys, *dsi = ds + i * keys;
+                    size_t visible = span->n_prefix + q0 + i + 1;
+                    float log_sum = lse[(first + i) * H + h];
+                    float inner = dpoi_dot(dyr + i * C, y + (first + i) * C + h * D, D);
+                    dpoi_strip_scale(pi, visible, attention->scale, slope);
+                    for (size_t j = 0; j < visible; j++) {
+                        pi[j] = dpoi_exp(pi[j] - log_sum);
+                        dsi[j] = attention->scale * pi[j] * (dsi[j] - inner);
+                    }
+                    for (size_t j = visible; j < keys; j++) pi[j] = dsi[j] = 0.0f;
+                }
+                dpoi_strip_gather(pack, dqkv + first * row + head, row, ds, keys, qkv, row,
+                                  head + heads.key, span, D, n, own);
+                dpoi_strip_scatter(pack, dqkv, row, head + heads.key, ds, keys, q, row, span, D, n,
+                                   own);
+                dpoi_strip_scatter(pack, dqkv, row, head + heads.value, p, keys, dyr, C, span, D, n,
+                                   own);
+            }
+        }
+    }
+}
+
+/* ---- 4.6 activations ---------------------------------------------------------------------------- */
+
+/* Value and derivative of each kind. Inlined with a constant `kind`, so every case below becomes a
+   loop without a branch in it.
+       gelu        x Phi(x), Phi the normal distribution function       (Hendrycks, Gimpel 2016)
+       gelu_new    x (1 + tanh(u)) / 2, u = sqrt(2/pi) (x + 0.044715 x^3); gelu_fast is the same
+                   with the root rounded to ten digits, which fp32 cannot tell apart
+       quick_gelu  x sigma(1.702 x)
+       silu        x sigma(x) */
+__attribute__((always_inline))
+static inline float dpoi_activation(float x, dpo_activation kind)
+{
+    switch (kind) {
+    case DPO_GELU: return 0.5f * x * (1.0f + dpoi_erf(x * 0.70710678f));
+    case DPO_GELU_NEW: case DPO_GELU_FAST:
+        return 0.5f * x * (1.0f + dpoi_tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
+    case DPO_QUICK_GELU: return x * dpoi_sigmoid(1.702f * x);
+    case DPO_SILU: case DPO_SWIGLU: return x * dpoi_sigmoid(x);
+    case DPO_RELU: break;
+    }
+    return x > 0.0f ? x : 0.0f;
+}
+
+__attribute__((always_inline))
+static inline float dpoi_activation_slope(float x, dpo_activation kind)
+{
+    switch (kind) {
+    case DPO_GELU: // Phi(x) + x phi(x), phi the normal density
+        return 0.5f * (1.0f + dpoi_erf(x * 0.70710678f)) +
+               x * 0.39894228f * dpoi_exp(-0.5f * x * x);
+    case DPO_GELU_NEW: case DPO_GELU_FAST: { // d tanh(u) = (1 - tanh(u)^2) du
+        float t = dpoi_tanh(0.7978845608f * (x + 0.044715f * x * x * x));
+        return 0.5f * (1.0f + t) +
+               0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+    }
+    case DPO_QUICK_GELU: { // d sigma(u) = sigma(u) (1 - sigma(u)) du
+        float s = dpoi_sigmoid(1.702f * x);
+        return s + 1.702f * x * s * (1.0f - s);
+    }
+    case DPO_SILU: case DPO_SWIGLU: {
+        float s = dpoi_sigmoid(x);
+        return s + x * s * (1.0f - s);
+    }
+    case DPO_RELU: break;
+    }
+    return x > 0.0f ? 1.0f : 0.0f;
+}
+
+/* y = act(x); for SwiGLU (Shazeer 2020) y = x * silu(gate): BTLM gates with its second matrix. */
+__attribute__((always_inline))
+static inline void dpoi_activation_run(float *y, const float *x, const float *gate, size_t n,
+                                       dpo_activation kind)
+{
+    if (kind == DPO_SWIGLU)
+        for (size_t i = 0; i < n; i++) y[i] = x[i] * dpoi_activation(gate[i], DPO_SILU);
+    else
+        for (size_t i = 0; i < n; i++) y[i] = dpoi_activation(x[i], kind);
+}
+
+/* Forward: y = act(x), so dx = dy * act'(x). SwiGLU: y = x * silu(gate), so dx = dy * silu(gate)
+   and dgate = dy * x * silu'(gate). dx may be dy itself. */
+__attribute__((always_inline))
+static inline void dpoi_activation_run_back(float *dx, float *dgate, const float *dy,
+                                            const float *x, const float *gate, size_t n,
+                                            dpo_activation kind)
+{
+    if (kind == DPO_SWIGLU)
+        for (size_t i = 0; i < n; i++) {
+            dgate[i] = dy[i] * x[i] * dpoi_activation_slope(gate[i], DPO_SILU);
+            dx[i] = dy[i] * dpoi_activation(gate[i], DPO_SILU);
+        }
+    else
+        for (size_t i = 0; i < n; i++) dx[i] = dy[i] * dpoi_activation_slope(x[i], kind);
+}
+
+#define DPOI_FOR_EACH_ACTIVATION(call) \
+    case DPO_GELU: call(DPO_GELU); break; \
+    case DPO_GELU_NEW: case DPO_GELU_FAST: call(DPO_GELU_NEW); break; \
+    case DPO_QUICK_GELU: call(DPO_QUICK_GELU); break; \
+    case DPO_SILU: call(DPO_SILU); break; \
+    case DPO_RELU: call(DPO_RELU); break; \
+    case DPO_SWIGLU: call(DPO_SWIGLU); break;
+
+static void dpoi_activation_forward(const dpo_context *context, float *y /* [R, F] */,
+                                    const float *x, const float *gate /* [R, F], NULL but for SwiGLU */,
+                                    dpo_activation kind, size_t R, size_t F)
+{
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, 16 * R * F))
+    for (size_t r = 0; r < R; r++) {
+        const float *g = gate ? gate + r * F : NULL;
+#define DPOI_CALL(constant) dpoi_activation_run(y + r * F, x + r * F, g, F, constant)
+        switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
+#undef DPOI_CALL
+    }
+}
+
+static void dpoi_activation_backward(const dpo_context *context, float *dx, float *dgate,
+                                     const float *dy, const float *x, const float *gate, // [R, F]
+                                     dpo_activation kind, size_t R, size_t F)
+{
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, 16 * R * F))
+    for (size_t r = 0; r < R; r++) {
+        const float *g = gate ? gate + r * F : NULL;
+        float *dg = dgate ? dgate + r * F : NULL;
+#define DPOI_CALL(constant) \
+    dpoi_activation_run_back(dx + r * F, dg, dy + r * F, x + r * F, g, F, constant)
+        switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
+#undef DPOI_CALL
+    }
+}
+/* ================================================================================================
+   5. HEAD AND LOSSES
+
+   The head turns a hidden row into logits over the vocabulary, logits = scale * h W^T, and from
+   them comes log p(token) = logit[token] - log(sum over v of exp(logit[v])). V is fifty thousand:
+   the head costs as much as several blocks, and its logits would be the largest array of all. So it
+   runs on scored rows only (the rows that predict an answer's token; a prompt's other rows predict
+   nothing anybody asks for), and it goes through the vocabulary in chunks, keeping of each row just
+   the largest logit so far and the sum of exponentials relative to it.
+
+   One row can have several targets: the prompt's last row predicts the first token of every branch.
+   ============================================================================================= */
+
+/* ---- 5.1 the head ------------------------------------------------------------------------------- */
+
+typedef struct dpoi_target {
+    uint32_t token;
+    uint32_t branch;
+    size_t scored;      // index of the scored row that predicts it
+} dpoi_target;
+
+#define DPOI_CHUNK 1024     // tokens of the vocabulary at a time: 4 MB of logits for 1024 rows
+
+/* The rows v0 .. v0 + n of the head as the [C, n] matrix that multiplies hidden rows. */
+static dpoi_matrix dpoi_head_chunk(const dpo_tensor *W /* [V, C] */, size_t v0)
+{
+    return dpoi_transposed(dpoi_rows(W->data + v0 * W->shape[1], W->shape[1]));
+}
+
+/* For every scored row: log_sum[s] = log of the sum of exp(logit), from the true maximum, and
+   argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept. */
+static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S] */,
+                              uint32_t *argmax /* [S] */, float *target_logit /* [n_targets] */,
+                              float *logits /* [S, DPOI_CHUNK] scratch */, const float *h /* [S, C] */,
+                              const dpo_tensor *W /* [V, C] */, float scale,
+                              const dpoi_target *targets, const size_t *first_target /* [S + 1] */,
+                              float *most /* [S] scratch */, size_t S)
+{
+    size_t V = W->shape[0], C = W->shape[1];
+    for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
+        size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
+        dpoi_matmul(context, logits, n, dpoi_rows(h, C), dpoi_head_chunk(W, v0), S, n, C, 0);
+        DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
+        for (size_t s = 0; s < S; s++) {
+            float *l = logits + s * n;
+            for (size_t v = 0; v < n; v++) l[v] *= scale;
+            for (size_t t = first_target[s]; t < first_target[s + 1]; t++)
+                if (targets[t].token >= v0 && targets[t].token < v0 + n)
+                    target_logit[t] = l[targets[t].token - v0];
+            float chunk_most = dpoi_max(l, n);
+            if (v0 == 0 || chunk_most > most[s]) {
+                size_t v = 0;
+                while (v < n - 1 && l[v] != chunk_most) v++;
+                log_sum[s] = v0 == 0 ? 0.0 : log_sum[s] * exp((double)most[s] - chunk_most);
+                most[s] = chunk_most;
+                argmax[s] = (uint32_t)(v0 + v);
+            }
+            for (size_t v = 0; v < n; v++) l[v] = dpoi_exp(l[v] - most[s]);
+            log_sum[s] += dpoi_sum(l, n);
+            if (v0 + n == V) log_sum[s] = most[s] + log(log_sum[s]);
+        }
+    }
+}
+
+/* Forward: logits = scale * h W^T, logp[b] = sum over b's targets of logit[token] - log_sum. With
+   coefficients c = d loss / d logp[b] summed over the targets t of a row,
+       dlogit[v] = sum over t of c_t [token_t = v]  -  (sum over t of c_t) * exp(logit[v] - log_sum):
+   the softmax's "onehot - p", times one scalar a branch. The logits are computed again, chunk by
+   chunk, which costs a product and saves S x V floats.
+       dh = scale * dlogit W,   dW += scale * dlogit^T h. */
+static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] */,
+                               float *logits /* [S, DPOI_CHUNK] scratch */, const double *dlogp,
+                               const double *log_sum /* [S] */, const float *h /* [S, C] */,
+                               const dpo_tensor *W /* [V, C] */, float scale,
+                               const dpoi_target *targets, const size_t *first_target, size_t S)
+{
+    size_t V = W->shape[0], C = W->shape[1];
+    for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
+        size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
+        dpoi_matrix chunk = dpoi_head_chunk(W, v0);
+        dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0);
+        DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
+        for (size_t s = 0; s < S; s++) {
+            float *l = logits + s * n;
+            double total = 0.0;
+            for (size_t t = first_target[s]; t < first_target[s + 1]; t++)
+                total += dlogp[targets[t].branch];
+            float factor = -(float)(scale * total), shift = (float)log_sum[s];
+            for (size_t v = 0; v < n; v++) l[v] = factor * dpoi_exp(scale * l[v] - shift);
+            for (size_t t = first_target[s]; t < first_target[s + 1]; t++)
+                if (targets[t].token >= v0 && targets[t].token < v0 + n)
+                    l[targets[t].token - v0] += (float)(scale * dlogp[targets[t].branch]);
+        }
+        dpoi_matmul(context, dh, C, dpoi_rows(logits, n), dpoi_transposed(chunk), S, C, n, v0 > 0);
+        if (W->grad)
+            dpoi_matmul(context, W->grad + v0 * C, C, dpoi_transposed(dpoi_rows(logits, n)),
+                        dpoi_rows(h, C), n, C, S, 1);
+    }
+}
+
+/* ---- 5.2 preference losses ----------------------------------------------------------------------- */
+
+/* log(1 + exp(x)) without overflow; -log sigma(z) = softplus(-z). */
+static double dpoi_softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
+static double dpoi_logistic(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
+
+/* With the log-ratios r = logp(policy) - logp(reference) of chosen (w) and rejected (l), h = r_w - r_l:
+       sigmoid   -log sigma(beta h)                              Rafailov et al. 2023, equation 7
+         with eps: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)         Mitchell 2023, cDPO
+       ipo       (r_w / n_w - r_l / n_l - 1 / (2 beta))^2        Azar et al. 2023, equation 17,
+                 averaged over tokens as its authors do; ipo-sum is the same on h itself
+       hinge     max(0, 1 - beta h)                              Zhao et al. 2023, SLiC
+   Each reaches the model through two numbers, d loss / d logp of the two answers: backwards, DPO is
+   SFT with one scalar an answer. */
+DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
+                               const dpo_loss_options *options)
+{
+    dpo_pair pair = { 0 };
+    double beta = options->beta, eps = options->label_smoothing;
+    double ratio[2] = { scores[0].logp - reference[0], scores[1].logp - reference[1] };
+    double h = ratio[0] - ratio[1], z = beta * h;
+    double weight[2] = { 1.0, -1.0 }; // dh / dlogp
+    double dh = 0.0;
+    switch (options->kind) {
+    case DPO_LOSS_SIGMOID: // d/dz -log sigma(z) = -sigma(-z)
+        pair.loss = (1 - eps) * dpoi_softplus(-z) + eps * dpoi_softplus(z);
+        dh = beta * (eps - dpoi_logistic(-z));
+        break;
+    case DPO_LOSS_IPO:
+        for (int k = 0; k < 2; k++) weight[k] /= (double)scores[k].n_scored;
+        h = ratio[0] * weight[0] + ratio[1] * weight[1];
+        __attribute__((fallthrough));
+    case DPO_LOSS_IPO_SUM: {
+        double error = h - 1 / (2 * beta);
+        pair.loss = error * error;
+        dh = 2 * error;
+        break;
+    }
+    case DPO_LOSS_HINGE:
+        pair.loss = z < 1 ? 1 - z : 0.0;
+        dh = z < 1 ? -beta : 0.0;
+        break;
+    }
+    if (isnan(z)) pair.loss = z; // a comparison would have hidden it
+    for (int k = 0; k < 2; k++) {
+        pair.dlogp[k] = dh * weight[k];
+        pair.reward[k] = beta * ratio[k];
+    }
+    return pair;
+}
+
+/* ---- 5.3 metrics ----------------------------------------------------------------------------------- */
+
+/* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
+   rewards/accuracies; a policy equal to its reference has only ties and scores 0).
+
+   Pairs of one prompt are not independent draws, so the standard error of the accuracy a is
+   clustered: se^2 = G / (G - 1) * sum over prompts g of (sum over its pairs of (hit - a))^2 / n^2. */
+DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
+                                const dpo_example *examples, const dpo_score *scores,
+                                const double *reference, size_t n, const dpo_loss_options *options)
+{
+    *metrics = (dpo_metrics){ .n = n };
+    size_t n_groups = 0, used_groups = 0, hits = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (examples[i].n_branches != 2)
+            return dpoi_fail(context, "example %zu has %zu branches; a preference pair has 2", i,
+                             examples[i].n_branches);
+        n_groups = DPOI_MAX(n_groups, examples[i].group + 1);
+    }
+    double *sums; // [n_groups, 2]: hits and pairs of each prompt
+    if (dpoi_alloc_zeroed(context, &sums, 2 * n_groups, sizeof *sums)) return 1;
+    for (size_t i = 0; i < n; i++) {
+        dpo_pair pair = dpo_pair_loss(scores + 2 * i, reference + 2 * i, options);
+        double margin = pair.reward[0] - pair.reward[1];
+        metrics->loss += pair.loss / (double)n;
+        metrics->margin += margin / (double)n;
+        hits += margin > 0;
+        metrics->ties += margin == 0;
+        for (int k = 0; k < 2; k++) {
+            metrics->reward[k] += pair.reward[k] / (double)n;
+            metrics->logp[k] += scores[2 * i + k].logp / (double)n;
+        }
+        if (margins) margins[i] = margin;
+        sums[2 * examples[i].group] += margin > 0;
+        sums[2 * examples[i].group + 1] += 1;
+    }
+    metrics->accuracy = n ? (double)hits / (double)n : 0.0;
+    double squares = 0.0;
+    for (size_t g = 0; g < n_groups; g++) {
+        double difference = sums[2 * g] - sums[2 * g + 1] * metrics->accuracy;
+        squares += difference * difference;
+        used_groups += sums[2 * g + 1] > 0;
+    }
+    if (used_groups > 1)
+        metrics->accuracy_error = sqrt(squares * (double)used_groups / (double)(used_groups - 1)) /
+                                  (double)n;
+    dpoi_free(context, sums);
+    return 0;
+}
+/* ================================================================================================
+   6. MODEL
+
+   A decoder-only transformer: embed the tokens, pass the residual stream x [R, C] through L blocks,
+   normalise, and ask the head. One block function serves both architectures:
+
+       parallel (GPT-NeoX):      x + attention(norm1(x)) + mlp(norm2(x))
+       sequential (BTLM, GPT-2): y = x + attention(norm1(x)),   y + mlp(norm2(y))
+
+   A forward that keeps its activations stores for each layer what the backward cannot cheaply
+   recompute: the block's input, q k v, the attention's output and its log-sums, and the MLP's
+   pre-activation. Norms and activations are computed again. One that does not keep runs every layer
+   in the same buffers.
+   ============================================================================================= */
+
+/* ---- 6.1 config ----------------------------------------------------------------------------------- */
+
+DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture)
+{
+    int btlm = architecture == DPO_BTLM;
+    size_t D = config->n_heads ? config->d_model / config->n_heads : 0;
+    config->architecture = architecture;
+    if (!config->d_ff) config->d_ff = 4 * config->d_model;
+    config->position = btlm ? DPO_ALIBI : DPO_ROTARY;
+    config->rotary_dims = btlm ? 0 : D / 8 * 2; // a quarter of each head
+    config->rotary_base = 10000.0;
+    config->activation = btlm ? DPO_SWIGLU : DPO_GELU;
+    config->parallel_residual = !btlm;
+    config->attention_bias = 1;
+    config->tied_head = btlm;
+    config->norm_epsilon = 1e-5;
+    // muP (Yang et al. 2022) as BTLM uses it, relative to a base model of width 256.
+    config->mup_width_scale = btlm && config->d_model ? 256.0 / (double)config->d_model : 1.0;
+    config->embedding_scale = btlm ? 14.6 : 1.0;
+    config->logit_scale = btlm ? 2.22 * config->mup_width_scale : 1.0;
+    config->attention_scale = !D ? 1.0 : btlm ? 1.0 / (double)D : 1.0 / sqrt((double)D);
+    config->attention_scale_by_layer = 0;
+    config->alibi_factor = 1.0;
+    config->bos_id = config->eos_id = -1;
+}
+
+DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
+{
+    const struct { const char *name; size_t value; } sizes[] = {
+        { "vocab_size", config->vocab_size }, { "context_length", config->context_length },
+        { "d_model", config->d_model }, { "n_layers", config->n_layers },
+        { "n_heads", config->n_heads }, { "d_ff", config->d_ff } };
+    const size_t most = (size_t)1 << 24; // products of two stay far below a size_t's range
+    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
+        if (sizes[i].value < 1 || sizes[i].value > most)
+            return dpoi_fail(context, "config: %s is %zu; it must be 1 to %zu", sizes[i].name,
+                             sizes[i].value, most);
+    if (config->d_model % config->n_heads)
+        return dpoi_fail(context, "config: d_model %zu is not a multiple of n_heads %zu",
+                         config->d_model, config->n_heads);
+    size_t D = config->d_model / config->n_heads;
+    if (config->position == DPO_ROTARY && (config->rotary_dims % 2 || config->rotary_dims > D))
+        return dpoi_fail(context, "config: rotary_dims is %zu; it must be even and at most the head "
+                         "size, %zu", config->rotary_dims, D);
+    int btlm = config->architecture == DPO_BTLM;
+    if (btlm ? config->position == DPO_ROTARY || config->parallel_residual || !config->attention_bias
+             : config->position != DPO_ROTARY || config->activation == DPO_SWIGLU)
+        return dpoi_fail(context, "config: %s; no Hugging Face model of this architecture has that",
+                         btlm ? "BTLM with rotary positions, a parallel residual or without biases"
+                              : "GPT-NeoX with other positions than rotary, or with SwiGLU");
+    const struct { const char *name; double value; } positive[] = {
+        { "rotary_base", config->rotary_base }, { "norm_epsilon", config->norm_epsilon },
+        { "embedding_scale", config->embedding_scale }, { "logit_scale", config->logit_scale },
+        { "attention_scale", config->attention_scale }, { "alibi_factor", config->alibi_factor },
+        { "mup_width_scale", config->mup_width_scale } };
+    for (size_t i = 0; i < sizeof positive / sizeof *positive; i++)
+        if (!(positive[i].value > 0 && positive[i].value < 1e9))
+            return dpoi_fail(context, "config: %s is %g; it must be a positive number",
+                             positive[i].name, positive[i].value);
+    int64_t V = (int64_t)config->vocab_size;
+    if (config->bos_id < -1 || config->bos_id >= V || config->eos_id < -1 || config->eos_id >= V)
+        return dpoi_fail(context, "config: bos_id %lld or eos_id %lld is not in the vocabulary of %zu",
+                         (long long)config->bos_id, (long long)config->eos_id, config->vocab_size);
+    return 0;
+}
+
+/* ---- 6.2 the table of tensors ---------------------------------------------------------------------- */
+
+typedef struct dpoi_block_weights {
+    dpo_tensor *norm1_w, *norm1_b, *qkv_w, *qkv_b, *out_w, *out_b;      // attention; biases may be NULL
+    dpo_tensor *norm2_w, *norm2_b, *up_w, *up_b, *gate_w, *gate_b, *down_w, *down_b; // gate: SwiGLU only
+} dpoi_block_weights;
+
+typedef struct dpoi_weights {
+    dpo_tensor *embedding, *positions;  // positions NULL unless learned
+    dpo_tensor *norm_w, *norm_b, *head; // head == embedding when tied
+    dpo_tensor *slopes;                 // ALiBi
+    dpoi_block_weights *blocks;         // [L]
+} dpoi_weights;
+
+/* Adds a tensor to the table; a `columns` of 0 makes a vector. */
+static dpo_tensor *dpoi_add_tensor(dpo_model *model, dpo_layout layout, size_t rows, size_t columns,
+                                   double lr_scale, const char *name)
+{
+    dpo_tensor *tensor = &model->tensors[model->n_tensors++];
+    *tensor = (dpo_tensor){ .layout = layout, .n_dims = columns ? 2 : 1, .trainable = 1,
+                            .decays = columns > 0, .lr_scale = lr_scale,
+                            .shape = { rows, columns ? columns : 1 } };
+    tensor->n = tensor->shape[0] * tensor->shape[1];
+    snprintf(tensor->name, sizeof tensor->name, "%s", name);
+    return tensor;
+}
+
+/* The parts of a block's linear layers and norms, weight and bias. Weights are [out, in] in
+   GPT-NeoX and [in, out] in BTLM. */
+static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, size_t layer,
+                          const char *name, size_t in, size_t out, int bias)
+{
+    int btlm = model->config.architecture == DPO_BTLM;
+    char full[DPO_NAME_BYTES];
+    const char *stem = btlm ? "transformer.h" : "gpt_neox.layers";
+    snprintf(full, sizeof full, "%s.%zu.%s.weight", stem, layer, name);
+    if (in && btlm)
+        *w = dpoi_add_tensor(model, DPO_CONV1D, in, out, model->config.mup_width_scale, full);
+    else if (in)
+        *w = dpoi_add_tensor(model, DPO_LINEAR, out, in, model->config.mup_width_scale, full);
+    else
+        *w = dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, full);
+    snprintf(full, sizeof full, "%s.%zu.%s.bias", stem, layer, name);
+    *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, full) : NULL;
+}
+
+static void dpoi_add_block(dpo_model *model, size_t layer)
+{
+    const dpo_config *config = &model->config;
+    dpoi_block_weights *block = &model->weights->blocks[layer];
+    int btlm = config->architecture == DPO_BTLM;
+    size_t C = config->d_model, F = config->d_ff;
+    dpoi_add_pair(model, &block->norm1_w, &block->norm1_b, layer, btlm ? "ln_1" : "input_layernorm",
+                  0, C, 1);
+    dpoi_add_pair(model, &block->norm2_w, &block->norm2_b, layer,
+                  btlm ? "ln_2" : "post_attention_layernorm", 0, C, 1);
+    dpoi_add_pair(model, &block->qkv_w, &block->qkv_b, layer,
+                  btlm ? "attn.c_attn" : "attention.query_key_value", C, 3 * C,
+                  config->attention_bias);
+    dpoi_add_pair(model, &block->out_w, &block->out_b, layer, btlm ? "attn.c_proj" : "attention.dense",
+                  C, C, config->attention_bias);
+    dpoi_add_pair(model, &block->up_w, &block->up_b, layer, btlm ? "mlp.c_fc" : "mlp.dense_h_to_4h",
+                  C, F, 1);
+    if (config->activation == DPO_SWIGLU)
+        dpoi_add_pair(model, &block->gate_w, &block->gate_b, layer, "mlp.c_fc2", C, F, 1);
+    dpoi_add_pair(model, &block->down_w, &block->down_b, layer,
+                  btlm ? "mlp.c_proj" : "mlp.dense_4h_to_h", F, C, 1);
+}
+
+/* Builds the table from the config and gives every tensor its place in params. */
+static int dpoi_build_table(dpo_model *model)
+{
+    dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    size_t C = config->d_model, L = config->n_layers;
+    int btlm = config->architecture == DPO_BTLM;
+    if (dpo_config_check(context, config) ||
+        dpoi_alloc_zeroed(context, &model->tensors, 14 * L + 6, sizeof *model->tensors) ||
+        dpoi_alloc_zeroed(context, &model->weights, 1, sizeof *model->weights) ||
+        dpoi_alloc_zeroed(context, &model->weights->blocks, L, sizeof *model->weights->blocks))
+        return 1;
+    dpoi_weights *weights = model->weights;
+    weights->embedding = dpoi_add_tensor(model, DPO_PLAIN, config->vocab_size, C, 1.0,
+                                         btlm ? "transformer.wte.weight" : "gpt_neox.embed_in.weight");
+    if (config->position == DPO_LEARNED)
+        weights->positions = dpoi_add_tensor(model, DPO_PLAIN, config->context_length, C, 1.0,
+                                             "transformer.wpe.weight");
+    for (size_t l = 0; l < L; l++) dpoi_add_block(model, l);
+    const char *norm = btlm ? "transformer.ln_f" : "gpt_neox.final_layer_norm";
+    char full[DPO_NAME_BYTES];
+    snprintf(full, sizeof full, "%s.weight", norm);
+    weights->norm_w = dpoi_add_tensor(model, DPO_PLAIN, C, 0, 1.0, full);
+    snprintf(full, sizeof full, "%s.bias", norm);
+    weights->norm_b = dpoi_add_tensor(model, DPO_PLAIN, C, 0, 1.0, full);
+    weights->head = config->tied_head ? weights->embedding
+                  : dpoi_add_tensor(model, DPO_LINEAR, config->vocab_size, C, 1.0,
+                                    btlm ? "lm_head.weight" : "embed_out.weight");
+    for (size_t i = 0; i < model->n_tensors; i++) model->n_trainable += model->tensors[i].n;
+    model->n_params = model->n_trainable;
+    if (config->position == DPO_ALIBI) {
+        weights->slopes = dpoi_add_tensor(model, DPO_PLAIN, config->n_heads, 1, 1.0,
+                                          "transformer.relative_pe.slopes");
+        weights->slopes->trainable = weights->slopes->decays = 0;
+        model->n_params += weights->slopes->n;
+    }
+    return 0;
+}
+
+/* ---- 6.3 buffers ----------------------------------------------------------------------------------- */
+
+typedef struct dpoi_workspace {
+    size_t max_rows, max_scored, max_span;  // what the buffers can hold
+    int keep;                               // whether there is one set a layer, and gradients
+    int kept;                               // whether the last pass filled them
+
+    // The batch as rows. R rows, S of them scored, n_targets tokens to score.
+    size_t R, S, n_targets, n_spans, n_branches;
+    uint32_t *token, *position;             // [R]
+    dpoi_span *spans;                       // [n_spans] prompt and branches of each example in turn
+    size_t *first_span;                     // [n_examples + 1]
+    size_t *scored_row;                     // [S] their rows
+    size_t *first_target;                   // [S + 1] the targets of each
+    dpoi_target *targets;                   // [n_targets]
+    size_t token_capacity, position_capacity, span_capacity, first_span_capacity, row_capacity,
+           first_target_capacity, target_capacity;
+
+    // Kept by layer, L sets of them with `keep` and one without. x has one more: the last output.
+    float *x, *qkv, *attended, *lse, *middle, *up, *gate;
+    float *normed, *branch, *activated, *stats;                     // passing through a block
+    float *dx, *dqkv, *dattended, *dnormed, *dactivated, *dgate;    // gradients of the same
+    float *logits, *head_in, *head_normed, *dhead, *head_stats, *most, *target_logit;
+    double *log_sum;                        // [S]
+    uint32_t *argmax;                       // [S]
+    float *rotary;                          // [T, rotary_dims] cosines and sines
+    float *slopes;                          // [H], divided by the interpolation factor
+} dpoi_workspace;
+
+/* One list says how large each buffer is, for dpo_model_reserve, which allocates them, and for
+   dpo_memory_plan, which only adds them up. */
+typedef struct dpoi_buffer { void *at; size_t count, size; int of_head; } dpoi_buffer;
+#define DPOI_MAX_BUFFERS 32
+
+static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_config *config,
+                                size_t rows, size_t scored, int keep)
+{
+    size_t C = config->d_model, F = config->d_ff, L = keep ? config->n_layers : 1, n = 0;
+    size_t back = keep ? rows : 0, gated = config->activation == DPO_SWIGLU;
+    size_t own_middle = keep && !config->parallel_residual;
+    const dpoi_buffer all[] = {
+        { &w->x, (keep ? L + 1 : 1) * rows * C, 4, 0 }, { &w->qkv, L * rows * 3 * C, 4, 0 },
+        { &w->attended, L * rows * C, 4, 0 }, { &w->lse, L * rows * config->n_heads, 4, 0 },
+        { &w->middle, own_middle * L * rows * C, 4, 0 }, { &w->up, L * rows * F, 4, 0 },
+        { &w->gate, gated * L * rows * F, 4, 0 },
+        { &w->normed, rows * C, 4, 0 }, { &w->branch, rows * C, 4, 0 },
+        { &w->activated, rows * F, 4, 0 }, { &w->stats, rows * 2, 4, 0 },
+        { &w->dx, back * C, 4, 0 }, { &w->dqkv, back * 3 * C, 4, 0 },
+        { &w->dattended, back * C, 4, 0 }, { &w->dnormed, back * C, 4, 0 },
+        { &w->dactivated, back * F, 4, 0 }, { &w->dgate, gated * back * F, 4, 0 },
+        { &w->logits, scored * DPOI_MIN(config->vocab_size, (size_t)DPOI_CHUNK), 4, 1 },
+        { &w->head_in, scored * C, 4, 1 }, { &w->head_normed, scored * C, 4, 1 },
+        { &w->dhead, keep ? scored * C : 0, 4, 1 }, { &w->head_stats, scored * 2, 4, 1 },
+        { &w->most, scored, 4, 1 }, { &w->target_logit, scored, 4, 1 },
+        { &w->log_sum, scored, 8, 1 }, { &w->argmax, scored, 4, 1 } };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) list[n++] = all[i];
+    return n;
+}
+
+/* Attention's two strips of scores, queries x keys (part 4.5). */
+static size_t dpoi_strip_size(size_t max_span) { return 2 * DPOI_STRIP * max_span; }
+
+static void dpoi_workspace_free(dpo_model *model)
+{
+    dpoi_workspace *w = model->workspace;
+    if (!w) return;
+    dpo_context *context = model->context;
+    dpoi_buffer list[DPOI_MAX_BUFFERS];
+    size_t n = dpoi_list_buffers(list, w, &model->config, 0, 0, 0);
+    for (size_t i = 0; i < n; i++) {
+        void *buffer;
+        memcpy(&buffer, list[i].at, sizeof buffer);
+        dpoi_free(context, buffer);
+    }
+    void *rest[] = { w->token, w->position, w->spans, w->first_span, w->scored_row, w->first_target,
+                     w->targets, w->rotary, w->slopes };
+    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) dpoi_free(context, rest[i]);
+    dpoi_free(context, w);
+    model->workspace = NULL;
+}
+
+DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scored, size_t max_span,
+                              int keep)
+{
+    dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    dpoi_workspace *w = model->workspace;
+    if (dpoi_context_reserve_strips(context, dpoi_strip_size(max_span))) return 1;
+    if (w && max_rows <= w->max_rows && max_scored <= w->max_scored && keep <= w->keep) return 0;
+    if (w) {
+        max_rows = DPOI_MAX(max_rows, w->max_rows);
+        max_scored = DPOI_MAX(max_scored, w->max_scored);
+        keep = keep || w->keep;
+    }
+    dpoi_workspace_free(model);
+    if (dpoi_alloc_zeroed(context, &w, 1, sizeof *w)) return 1;
+    model->workspace = w;
+    dpoi_buffer list[DPOI_MAX_BUFFERS];
+    size_t n = dpoi_list_buffers(list, w, config, max_rows, max_scored, keep);
+    for (size_t i = 0; i < n; i++)
+        if (list[i].count && dpoi_alloc(context, list[i].at, list[i].count, list[i].size)) return 1;
+    if (config->position == DPO_ROTARY && config->rotary_dims) {
+        if (dpoi_alloc(context, &w->rotary, config->context_length * config->rotary_dims,
+                       sizeof *w->rotary))
+            return 1;
+        dpoi_rotary_table(w->rotary, config->context_length, config->rotary_dims,
+                          (float)config->rotary_base);
+    }
+    if (config->position == DPO_ALIBI) {
+        if (dpoi_alloc(context, &w->slopes, config->n_heads, sizeof *w->slopes)) return 1;
+        for (size_t h = 0; h < config->n_heads; h++)
+            w->slopes[h] = model->weights->slopes->data[h] / (float)config->alibi_factor;
+    }
+    w->max_rows = max_rows;
+    w->max_scored = max_scored;
+    w->keep = keep;
+    return 0;
+}
+
+DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_config *config,
+                            const dpo_plan_options *options)
+{
+    dpo_model model = { .context = context, .config = *config };
+    if (dpoi_build_table(&model)) return 1;
+    dpoi_workspace w;
+    dpoi_buffer list[DPOI_MAX_BUFFERS];
+    size_t n = dpoi_list_buffers(list, &w, config, options->max_rows, options->max_scored,
+                                 options->train);
+    *memory = (dpo_memory){ .weights = model.n_params * sizeof(float) };
+    if (options->train) {
+        memory->gradients = model.n_trainable * sizeof(float);
+        memory->optimizer = memory->gradients * (options->optimizer == DPO_ADAMW ? 2 : 1);
+    }
+    for (size_t i = 0; i < n; i++)
+        *(list[i].of_head ? &memory->head : &memory->activations) += list[i].count * list[i].size;
+    memory->scratch = (size_t)options->n_threads * sizeof(float) *
+                      (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span));
+    if (config->position == DPO_ROTARY)
+        memory->scratch += config->context_length * config->rotary_dims * sizeof(float);
+    memory->total = memory->weights + memory->gradients + memory->optimizer + memory->activations +
+                    memory->head + memory->scratch;
+    dpo_model_free(&model);
+    return 0;
+}
+
+/* ---- 6.4 a batch as rows --------------------------------------------------------------------------- */
+
+static int dpoi_check_example(dpo_context *context, const dpo_config *config,
+                              const dpo_example *example, size_t index)
+{
+    for (size_t b = 0; b < example->n_branches; b++) {
+        const dpo_branch *branch = &example->branches[b];
+        size_t first = branch->first_scored, length = example->n_prompt + branch->n;
+        if (branch->n <= first || (!example->n_prompt && !first))
+            return dpoi_fail(context, "example %zu, branch %zu: no token to score: %zu tokens, scored "
+                             "from %zu (a first token without a prompt cannot be scored)", index, b,
+                             branch->n, first);
+        if (config->position != DPO_ALIBI && length - 1 > config->context_length)
+            return dpoi_fail(context, "example %zu: %zu tokens are longer than the model's context of "
+                             "%zu; use a smaller --max-length", index, length,
+                             config->context_length);
+        for (size_t i = 0; i < branch->n; i++)
+            if (branch->tokens[i] >= config->vocab_size)
+                return dpoi_fail(context, "example %zu, branch %zu: token %u is outside the model's "
+                                 "vocabulary of %zu; was it made with another tokenizer?", index, b,
+                                 branch->tokens[i], config->vocab_size);
+    }
+    for (size_t i = 0; i < example->n_prompt; i++)
+        if (example->prompt[i] >= config->vocab_size)
+            return dpoi_fail(context, "example %zu: prompt token %u is outside the model's vocabulary "
+                             "of %zu; was it made with another tokenizer?", index, example->prompt[i],
+                             config->vocab_size);
+    return 0;
+}
+
+/* Appends rows for tokens[0 .. n) of a span; row i stands at position n_prefix + i. */
+static void dpoi_add_rows(dpoi_workspace *w, const uint32_t *tokens, size_t n, size_t prefix,
+                          size_t n_prefix, size_t example)
+{
+    w->spans[w->n_spans++] = (dpoi_span){ w->R, n, prefix, n_prefix, example };
+    for (size_t i = 0; i < n; i++) {
+        w->token[w->R] = tokens[i];
+        w->position[w->R++] = (uint32_t)(n_prefix + i);
+    }
+}
+
+/* Notes that the last row added predicts `token`; several targets of one row come one after another. */
+static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_t branch)
+{
+    if (w->S == 0 || w->scored_row[w->S - 1] != row) {
+        w->scored_row[w->S] = row;
+        w->first_target[w->S++] = w->n_targets;
+    }
+    w->targets[w->n_targets++] = (dpoi_target){ token, (uint32_t)branch, w->S - 1 };
+}
+
+/* Lays the batch's examples end to end: prompt, then each branch without its last token, which
+   predicts nothing. */
+static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
+{
+    dpo_context *context = model->context;
+    size_t rows = 0, scored = 0, n_branches = 0, longest = 1;
+    for (size_t e = 0; e < batch->n; e++) {
+        const dpo_example *example = &batch->examples[e];
+        if (dpoi_check_example(context, &model->config, example, e)) return 1;
+        rows += dpo_example_rows(example);
+        n_branches += example->n_branches;
+        longest = DPOI_MAX(longest, example->n_prompt);
+        for (size_t b = 0; b < example->n_branches; b++) {
+            scored += example->branches[b].n - example->branches[b].first_scored;
+            longest = DPOI_MAX(longest, example->n_prompt + example->branches[b].n - 1);
+        }
+    }
+    if (!n_branches) return dpoi_fail(context, "the batch has no branches to score");
+    if (dpo_model_reserve(model, rows, scored, longest, keep)) return 1;
+    dpoi_workspace *w = model->workspace;
+    if (dpoi_reserve(context, &w->token, &w->token_capacity, rows, sizeof *w->token) ||
+        dpoi_reserve(context, &w->position, &w->position_capacity, rows, sizeof *w->position) ||
+        dpoi_reserve(context, &w->spans, &w->span_capacity, batch->n + n_branches,
+                     sizeof *w->spans) ||
+        dpoi_reserve(context, &w->first_span, &w->first_span_capacity, batch->n + 1,
+                     sizeof *w->first_span) ||
+        dpoi_reserve(context, &w->scored_row, &w->row_capacity, scored, sizeof *w->scored_row) ||
+        dpoi_reserve(context, &w->first_target, &w->first_target_capacity, scored + 1,
+                     sizeof *w->first_target) ||
+        dpoi_reserve(context, &w->targets, &w->target_capacity, scored, sizeof *w->targets))
+        return 1;
+    w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
+    w->kept = 0;
+    for (size_t e = 0; e < batch->n; e++) {
+        const dpo_example *example = &batch->examples[e];
+        size_t prompt = w->R;
+        w->first_span[e] = w->n_spans;
+        if (example->n_prompt) dpoi_add_rows(w, example->prompt, example->n_prompt, prompt, 0, e);
+        // The prompt's last row first, so that all of its targets stand together.
+        for (size_t b = 0; b < example->n_branches && example->n_prompt; b++)
+            if (example->branches[b].first_scored == 0)
+                dpoi_add_target(w, w->R - 1, example->branches[b].tokens[0], w->n_branches + b);
+        for (size_t b = 0; b < example->n_branches; b++) {
+            const dpo_branch *branch = &example->branches[b];
+            size_t first = w->R, from = DPOI_MAX(branch->first_scored, (size_t)1);
+            dpoi_add_rows(w, branch->tokens, branch->n - 1, prompt, example->n_prompt, e);
+            for (size_t i = from; i < branch->n; i++)
+                dpoi_add_target(w, first + i - 1, branch->tokens[i], w->n_branches + b);
+        }
+        w->n_branches += example->n_branches;
+    }
+    w->first_span[batch->n] = w->n_spans;
+    w->first_target[w->S] = w->n_targets;
+    return 0;
+}
+
+/* ---- 6.5 the block ---------------------------------------------------------------------------------- */
+
+/* Pointers to what one layer keeps. Without keeping, all layers share one set and the residual
+   stream runs in place. */
+typedef struct dpoi_kept {
+    float *x, *qkv, *attended, *lse, *middle, *up, *gate, *out;
+} dpoi_kept;
+
+static dpoi_kept dpoi_kept_of(const dpo_model *model, size_t layer, int keep)
+{
+    const dpo_config *config = &model->config;
+    dpoi_workspace *w = model->workspace;
+    size_t l = keep ? layer : 0, C = config->d_model, F = config->d_ff, R = w->R;
+    float *x = w->x + l * R * C, *out = keep ? x + R * C : x;
+    return (dpoi_kept){ .x = x, .out = out, .qkv = w->qkv + l * R * 3 * C,
+        .attended = w->attended + l * R * C, .lse = w->lse + l * R * config->n_heads,
+        .middle = config->parallel_residual ? x : keep ? w->middle + l * R * C : x,
+        .up = w->up + l * R * F, .gate = w->gate ? w->gate + l * R * F : NULL };
+}
+
+static dpoi_heads dpoi_heads_of(const dpo_config *config)
+{
+    size_t H = config->n_heads, C = config->d_model, D = C / H;
+    if (config->architecture == DPO_BTLM) return (dpoi_heads){ H, D, D, C, 2 * C };
+    return (dpoi_heads){ H, D, 3 * D, D, 2 * D };
+}
+
+static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer, size_t n_examples)
+{
+    const dpo_config *config = &model->config;
+    const dpoi_workspace *w = model->workspace;
+    double scale = config->attention_scale;
+    if (config->attention_scale_by_layer) scale /= (double)(layer + 1);
+    return (dpoi_attention){ dpoi_heads_of(config), (float)scale, w->slopes, w->spans, w->first_span,
+                             n_examples, w->R * config->d_model * DPOI_STRIP };
+}
+
+static void dpoi_block_forward(dpo_model *model, size_t layer, size_t n_examples, int keep)
+{
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    const dpoi_block_weights *block = &model->weights->blocks[layer];
+    dpoi_workspace *w = model->workspace;
+    dpoi_kept kept = dpoi_kept_of(model, layer, keep);
+    dpoi_attention attention = dpoi_attention_of(model, layer, n_examples);
+    size_t R = w->R, C = config->d_model, F = config->d_ff;
+    float epsilon = (float)config->norm_epsilon;
+
+    // attention(norm1(x))
+    dpoi_norm_forward(context, w->normed, w->stats, kept.x, block->norm1_w->data,
+                      block->norm1_b->data, epsilon, R, C);
+    dpoi_linear_forward(context, kept.qkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
+    if (w->rotary)
+        dpoi_rotary(context, kept.qkv, w->position, w->rotary, config->rotary_dims, attention.heads,
+                    1.0f, R);
+    dpoi_attention_forward(context, kept.attended, kept.lse, kept.qkv, &attention);
+    dpoi_linear_forward(context, w->branch, kept.attended, block->out_w, block->out_b, R, 0);
+    if (!config->parallel_residual)
+        dpoi_add(context, kept.middle, kept.x, w->branch, R * C);
+
+    // mlp(norm2(x)), or of the middle of the block when it is sequential
+    dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
+                      block->norm2_b->data, epsilon, R, C);
+    dpoi_linear_forward(context, kept.up, w->normed, block->up_w, block->up_b, R, 0);
+    if (kept.gate) dpoi_linear_forward(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0);
+    dpoi_activation_forward(context, w->activated, kept.up, kept.gate, config->activation, R, F);
+    dpoi_linear_forward(context, w->branch, w->activated, block->down_w, block->down_b, R,
+                        config->parallel_residual); // in parallel, on top of the attention's output
+    dpoi_add(context, kept.out, kept.middle, w->branch, R * C);
+}
+
+/* Gradient through the MLP branch, from w->dx, the gradient of the block's output, which is also the
+   gradient of what the branch was added to. Leaves d(norm2's output) in w->dnormed and adds the way
+   through the norm to w->dx. */
+static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block, dpoi_kept kept)
+{
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    dpoi_workspace *w = model->workspace;
+    size_t R = w->R, C = config->d_model, F = config->d_ff;
+    // out = middle + activated W_down + b
+    dpoi_activation_forward(context, w->activated, kept.up, kept.gate, config->activation, R, F);
+    dpoi_linear_backward(context, w->dactivated, w->dx, w->activated, block->down_w, block->down_b,
+                         R, 0);
+    // activated = act(up), or up * silu(gate); the gradient of up replaces that of activated
+    dpoi_activation_backward(context, w->dactivated, w->dgate, w->dactivated, kept.up, kept.gate,
+                             config->activation, R, F);
+    // up = norm2(middle) W_up + b, gate likewise
+    dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
+                      block->norm2_b->data, (float)config->norm_epsilon, R, C);
+    dpoi_linear_backward(context, w->dnormed, w->dactivated, w->normed, block->up_w, block->up_b, R, 0);
+    if (kept.gate)
+        dpoi_linear_backward(context, w->dnormed, w->dgate, w->normed, block->gate_w, block->gate_b,
+                             R, 1);
+    dpoi_norm_backward(context, w->dx, block->norm2_w->grad, block->norm2_b->grad, w->dnormed,
+                       w->stats, kept.middle, block->norm2_w->data, R, C);
+}
+
+/* Turns w->dx from the gradient of the block's output into that of its input. The residual stream
+   passes dx on unchanged; each branch adds what comes through its norm. The branches are undone in
+   reverse order. In the parallel block both start from the output's gradient, so attention's output
+   layer takes it before the MLP has added to it. */
+static void dpoi_block_backward(dpo_model *model, size_t layer, size_t n_examples)
+{
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    const dpoi_block_weights *block = &model->weights->blocks[layer];
+    dpoi_workspace *w = model->workspace;
+    dpoi_kept kept = dpoi_kept_of(model, layer, 1);
+    dpoi_attention attention = dpoi_attention_of(model, layer, n_examples);
+    size_t R = w->R, C = config->d_model;
+
+    if (!config->parallel_residual) dpoi_mlp_backward(model, block, kept);
+    // middle = x + attended W_out + b
+    dpoi_linear_backward(context, w->dattended, w->dx, kept.attended, block->out_w, block->out_b, R, 0);
+    if (config->parallel_residual) dpoi_mlp_backward(model, block, kept);
+    dpoi_attention_backward(context, w->dqkv, w->dattended, kept.attended, kept.lse, kept.qkv,
+                            &attention);
+    if (w->rotary)
+        dpoi_rotary(context, w->dqkv, w->position, w->rotary, config->rotary_dims, attention.heads,
+                    -1.0f, R);
+    // qkv = norm1(x) W_qkv + b
+    dpoi_norm_forward(context, w->normed, w->stats, kept.x, block->norm1_w->data,
+                      block->norm1_b->data, (float)config->norm_epsilon, R, C);
+    dpoi_linear_backward(context, w->dnormed, w->dqkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
+    dpoi_norm_backward(context, w->dx, block->norm1_w->grad, block->norm1_b->grad, w->dnormed,
+                       w->stats, kept.x, block->norm1_w->data, R, C);
+}
+
+/* ---- 6.6 forward and backward of the model ----------------------------------------------------------- */
+
+static void dpoi_embed_rows(dpo_model *model)
+{
+    const dpoi_weights *weights = model->weights;
+    dpoi_workspace *w = model->workspace;
+    dpoi_embedding_forward(model->context, w->x, w->token, w->position, weights->embedding->data,
+                           weights->positions ? weights->positions->data : NULL,
+                           (float)model->config.embedding_scale, w->R, model->config.d_model);
+}
+
+/* Embedding and blocks; returns the last block's output. */
+static const float *dpoi_blocks_forward(dpo_model *model, size_t n_examples, int keep)
+{
+    const dpo_config *config = &model->config;
+    dpoi_embed_rows(model);
+    for (size_t l = 0; l < config->n_layers; l++) dpoi_block_forward(model, l, n_examples, keep);
+    return model->workspace->x + (keep ? config->n_layers * model->workspace->R * config->d_model : 0);
+}
+
+DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep)
+{
+    if (dpoi_lay_out(model, batch, keep)) return 1;
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    const dpoi_weights *weights = model->weights;
+    dpoi_workspace *w = model->workspace;
+    size_t C = config->d_model;
+    const float *x = dpoi_blocks_forward(model, batch->n, keep);
+    for (size_t s = 0; s < w->S; s++)
+        memcpy(w->head_in + s * C, x + w->scored_row[s] * C, C * sizeof *x);
+    dpoi_norm_forward(context, w->head_normed, w->head_stats, w->head_in, weights->norm_w->data,
+                      weights->norm_b->data, (float)config->norm_epsilon, w->S, C);
+    dpoi_head_forward(context, w->log_sum, w->argmax, w->target_logit, w->logits, w->head_normed,
+                      weights->head, (float)config->logit_scale, w->targets, w->first_target, w->most,
+                      w->S);
+    for (size_t b = 0; b < w->n_branches; b++) scores[b] = (dpo_score){ .greedy = 1 };
+    for (size_t t = 0; t < w->n_targets; t++) {
+        const dpoi_target *target = &w->targets[t];
+        dpo_score *score = &scores[target->branch];
+        score->logp += w->target_logit[t] - w->log_sum[target->scored];
+        score->n_scored++;
+        score->greedy &= w->argmax[target->scored] == target->token;
+    }
+    w->kept = keep;
+    return 0;
+}
+
+DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double *dlogp)
+{
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    const dpoi_weights *weights = model->weights;
+    dpoi_workspace *w = model->workspace;
+    size_t C = config->d_model;
+    if (!w || !w->kept || !model->grads)
+        return dpoi_fail(model->context, "dpo_backward needs a dpo_forward with `keep` as the last "
+                         "pass, and dpo_model_zero_grad before it");
+    dpoi_head_backward(context, w->dhead, w->logits, dlogp, w->log_sum, w->head_normed, weights->head,
+                       (float)config->logit_scale, w->targets, w->first_target, w->S);
+    // dhead becomes the gradient of the gathered rows, which then go back to their places
+    memset(w->dx, 0, w->R * C * sizeof *w->dx);
+    memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);
+    dpoi_norm_backward(context, w->dnormed, weights->norm_w->grad, weights->norm_b->grad, w->dhead,
+                       w->head_stats, w->head_in, weights->norm_w->data, w->S, C);
+    for (size_t s = 0; s < w->S; s++)
+        memcpy(w->dx + w->scored_row[s] * C, w->dnormed + s * C, C * sizeof *w->dx);
+    for (size_t l = config->n_layers; l-- > 0;) dpoi_block_backward(model, l, batch->n);
+    dpoi_embedding_backward(context, weights->embedding->grad,
+                            weights->positions ? weights->positions->grad : NULL, w->dx, w->token,
+                            w->position, (float)config->embedding_scale, w->R, C);
+    return 0;
+}
+
+DPO_API int dpo_model_zero_grad(dpo_model *model)
+{
+    if (!model->grads) {
+        if (dpoi_alloc(model->context, &model->grads, model->n_trainable, sizeof *model->grads))
+            return 1;
+        float *grad = model->grads;
+        for (size_t i = 0; i < model->n_tensors; i++) {
+            if (!model->tensors[i].trainable) continue;
+            model->tensors[i].grad = grad;
+            grad += model->tensors[i].n;
+        }
+    }
+    memset(model->grads, 0, model->n_trainable * sizeof *model->grads);
+    return 0;
+}
+
+DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_example *examples,
+                               size_t n, size_t max_rows)
+{
+    while (n > 0) {
+        dpo_batch batch = { examples, dpo_micro_batch(examples, n, max_rows) };
+        if (dpo_forward(model, scores, &batch, 0)) return 1;
+        for (size_t e = 0; e < batch.n; e++) scores += examples[e].n_branches;
+        examples += batch.n;
+        n -= batch.n;
+    }
+    return 0;
+}
+
+DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, size_t n)
+{
+    // A branch's last token has no row, so one more is laid behind it; what it is does not matter.
+    dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    uint32_t *longer;
+    if (n == 0) return dpoi_fail(context, "dpo_logits: no tokens");
+    if (dpoi_alloc(context, &longer, n + 1, sizeof *longer)) return 1;
+    memcpy(longer, tokens, n * sizeof *longer);
+    longer[n] = 0;
+    dpo_branch branch = { longer, n + 1, n };
+    dpo_example example = { .branches = &branch, .n_branches = 1 };
+    dpo_batch batch = { &example, 1 };
+    int failed = dpoi_lay_out(model, &batch, 0);
+    dpoi_free(context, longer);
+    if (failed) return 1;
+    const dpoi_weights *weights = model->weights;
+    dpoi_workspace *w = model->workspace;
+    size_t C = config->d_model, V = config->vocab_size;
+    const float *x = dpoi_blocks_forward(model, 1, 0);
+    dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
+                      (float)config->norm_epsilon, n, C);
+    dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n, V,
+                C, 0);
+    for (size_t i = 0; i < n * V; i++) logits[i] *= (float)config->logit_scale;
+    return 0;
+}
+/* ================================================================================================
+   7. OPTIMIZER
+
+   Everything here works on flat arrays: parameters, gradients and the optimizer's averages lie in
+   the same order, so several machines are one sum over model->grads away.
+   ============================================================================================= */
+
+DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_optimizer_kind kind)
+{
+    *optimizer = (dpo_optimizer){ .kind = kind, .beta1 = 0.9, .epsilon = 1e-8,
+                                  .beta2 = kind == DPO_ADAMW ? 0.999 : 0.99 };
+    if (kind == DPO_ADAMW &&
+        dpoi_alloc_zeroed(model->context, &optimizer->m, model->n_trainable, sizeof *optimizer->m))
+        return 1;
+    return dpoi_alloc_zeroed(model->context, &optimizer->v, model->n_trainable,
+                             sizeof *optimizer->v);
+}
+
+DPO_API void dpo_optimizer_free(dpo_model *model, dpo_optimizer *optimizer)
+{
+    dpoi_free(model->context, optimizer->m);
+    dpoi_free(model->context, optimizer->v);
+    optimizer->m = optimizer->v = NULL;
+}
+
+#define DPOI_PIECE 65536    // elements that one iteration of a parallel loop over parameters takes
+
+DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
+{
+    dpo_context *context = model->context;
+    size_t n = model->n_trainable, n_pieces = (n + DPOI_PIECE - 1) / DPOI_PIECE;
+    double *squares; // of each piece, so that the order of the sum is fixed
+    if (!model->grads) return dpoi_fail(context, "dpo_grad_norm: there are no gradients yet");
+    if (dpoi_alloc(context, &squares, n_pieces, sizeof *squares)) return 1;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, n))
+    for (size_t p = 0; p < n_pieces; p++) {
+        double lane[DPOI_SUM_LANES] = { 0 };
+        size_t end = DPOI_MIN((p + 1) * DPOI_PIECE, n);
+        for (size_t i = p * DPOI_PIECE; i < end; i++)
+            lane[i % DPOI_SUM_LANES] += (double)model->grads[i] * model->grads[i];
+        squares[p] = 0.0;
+        for (size_t j = 0; j < DPOI_SUM_LANES; j++) squares[p] += lane[j];
+    }
+    double total = 0.0;
+    for (size_t p = 0; p < n_pieces; p++) total += squares[p];
+    dpoi_free(context, squares);
+    *norm = sqrt(total);
+    if (isfinite(*norm)) return 0;
+    for (size_t t = 0; t < model->n_tensors; t++)
+        for (size_t i = 0; model->tensors[t].grad && i < model->tensors[t].n; i++)
+            if (!isfinite(model->tensors[t].grad[i]))
+                return dpoi_fail(context, "the gradient of %s is not finite (element %zu); the weights "
+                                 "are as they were before this step. A smaller --learning-rate "
+                                 "usually helps", model->tensors[t].name, i);
+    return dpoi_fail(context, "the norm of the gradients is not finite; the weights are as they were "
+                     "before this step. A smaller --learning-rate usually helps");
+}
+
+DPO_API double dpo_clip_scale(double norm, double max_norm)
+{
+    double scale = max_norm / (norm + 1e-6);
+    return max_norm > 0 && scale < 1 ? scale : 1.0;
+}
+
+/* AdamW (Loshchilov, Hutter 2019), as torch computes it; t counts updates from 1:
+       p -= lr decay p,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
+       p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon).
+   RMSprop (Hinton 2012), torch's plain form, which the DPO paper used:
+       v = alpha v + (1 - alpha) g^2,   p -= lr g / (sqrt(v) + epsilon). */
+DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, double learning_rate,
+                               double scale)
+{
+    dpo_context *context = model->context;
+    if (!model->grads || !optimizer->v)
+        return dpoi_fail(context, "dpo_optimizer_step needs gradients and an initialised optimizer");
+    double t = (double)++optimizer->step;
+    double correction1 = 1 - pow(optimizer->beta1, t), correction2 = 1 - pow(optimizer->beta2, t);
+    const float b1 = (float)optimizer->beta1, b2 = (float)optimizer->beta2;
+    const float rest1 = (float)(1 - optimizer->beta1), rest2 = (float)(1 - optimizer->beta2);
+    const float epsilon = (float)optimizer->epsilon, root2 = (float)sqrt(correction2);
+    const float g_scale = (float)scale;
+    for (size_t k = 0; k < model->n_tensors; k++) {
+        const dpo_tensor *tensor = &model->tensors[k];
+        if (!tensor->grad) continue;
+        size_t offset = (size_t)(tensor->grad - model->grads);
+        double lr = learning_rate * tensor->lr_scale;
+        float keep = (float)(1 - (tensor->decays ? lr * optimizer->weight_decay : 0.0));
+        float rate = (float)(optimizer->kind == DPO_ADAMW ? lr / correction1 : lr);
+        DPOI_PARALLEL_FOR(dpoi_threads(context, tensor->n))
+        for (size_t first = 0; first < tensor->n; first += DPOI_PIECE) {
+            size_t n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
+            float *p = tensor->data + first, *v = optimizer->v + offset + first;
+            const float *grad = tensor->grad + first;
+            if (optimizer->kind == DPO_ADAMW) {
+                float *m = optimizer->m + offset + first;
+                for (size_t i = 0; i < n; i++) {
+                    float g = g_scale * grad[i];
+                    m[i] = b1 * m[i] + rest1 * g;
+                    v[i] = b2 * v[i] + rest2 * g * g;
+                    p[i] = keep * p[i] - rate * m[i] / (sqrtf(v[i]) / root2 + epsilon);
+                }
+            } else
+                for (size_t i = 0; i < n; i++) {
+                    float g = g_scale * grad[i];
+                    v[i] = b2 * v[i] + rest2 * g * g;
+                    p[i] = keep * p[i] - rate * g / (sqrtf(v[i]) + epsilon);
+                }
+        }
+    }
+    return 0;
+}
+
+/* Warmup rises as (step + 1) / (warmup + 1), the DPO reference code's form: the first update is not
+   wasted on a rate of zero. Then constant, or falling to zero in a line or half a cosine. */
+DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t steps, size_t warmup)
+{
+    if (step < warmup) return (double)(step + 1) / (double)(warmup + 1);
+    if (schedule == DPO_CONSTANT || steps <= warmup) return 1.0;
+    double progress = DPOI_MIN(1.0, (double)(step - warmup) / (double)(steps - warmup));
+    return schedule == DPO_LINEAR_DECAY ? 1.0 - progress : 0.5 * (1.0 + cos(3.141592653589793 * progress));
+}
+/* ================================================================================================
+   8. FILES
+
+   Everything that is kept lies in one kind of file, a container of named arrays, little-endian:
+
+       byte 0    header, 64 bytes: magic, version, kind, the file's length, the table's end,
+                 number of entries, CRC-32 of the table
+       byte 64   table, 144 bytes an entry: name, type, shape, layout, place, CRC-32 of the data
+       ...       the entries' data in table order, each aligned to 64 bytes
+
+   A model file holds "config" (JSON), the tensors under their Hugging Face names in the
+   checkpoint's own type and row order, "tokenizer/..." tables (part 9) and "file/..." with the
+   original files, so that exporting gives back what was imported. It is laid out to be mapped:
+   opening a model costs page cache, not memory, until a tensor is converted.
+
+   A reader trusts nothing: each number is checked against the file's true size before it is used,
+   and the first thing wrong is named. Writers make a temporary file beside the target, sync it and
+   rename it, so a file with the right name is always complete.
+   ============================================================================================= */
+
+/* ---- 8.1 CRC-32 ------------------------------------------------------------------------------- */
+
+/* The checksum of zip and PNG (polynomial 0xEDB88320), eight bytes a step: table[j][b] is what byte
+   b does to the remainder from j bytes further on. */
+typedef struct dpoi_crc_table { uint32_t at[8][256]; } dpoi_crc_table;
+
+static void dpoi_crc_fill(dpoi_crc_table *table)
+{
+    for (uint32_t b = 0; b < 256; b++) {
+        uint32_t remainder = b;
+        for (int bit = 0; bit < 8; bit++)
+            remainder = (remainder >> 1) ^ (remainder & 1 ? 0xEDB88320u : 0);
+        table->at[0][b] = remainder;
+    }
+    for (size_t j = 1; j < 8; j++)
+        for (uint32_t b = 0; b < 256; b++) {
+            uint32_t before = table->at[j - 1][b];
+            table->at[j][b] = (before >> 8) ^ table->at[0][before & 255];
+        }
+}
+
+static uint32_t dpoi_crc(const dpoi_crc_table *table, const void *data, size_t n_bytes)
+{
+    const unsigned char *bytes = data;
+    uint32_t crc = 0xFFFFFFFFu;
+    for (; n_bytes >= 8; n_bytes -= 8, bytes += 8) {
+        uint64_t word;
+        memcpy(&word, bytes, 8);
+        word ^= crc;
+        crc = 0;
+        for (size_t j = 0; j < 8; j++) crc ^= table->at[7 - j][(word >> (8 * j)) & 255];
+    }
+    for (; n_bytes > 0; n_bytes--, bytes++) crc = (crc >> 8) ^ table->at[0][(crc ^ *bytes) & 255];
+    return crc ^ 0xFFFFFFFFu;
+}
+
+/* ---- 8.2 reading ------------------------------------------------------------------------------ */
+
+#define DPOI_MAGIC "dpo.h\r\n\x1a"  // the line end shows a transfer in text mode, as in PNG
+#define DPOI_VERSION 1
+#define DPOI_MAX_ENTRIES 16384      // far more than any model has tensors
+
+typedef struct dpoi_file_header {
+    char magic[8];
+    uint32_t version, kind;
+    uint64_t file_bytes, table_end;
+    uint32_t n_entries, table_crc;
+    char zeros[24];
+} dpoi_file_header;
+
+typedef struct dpoi_file_record {
+    char name[DPO_NAME_BYTES];
+    uint32_t dtype, n_dims, layout, crc;
+    uint64_t shape[2], offset, bytes;
+} dpoi_file_record;
+
+_Static_assert(sizeof(dpoi_file_header) == 64 && sizeof(dpoi_file_record) == 144,
+               "the file format has no padding");
+
+static size_t dpoi_dtype_bytes(dpo_dtype dtype)
+{
+    switch (dtype) {
+    case DPO_F32: case DPO_U32: return 4;
+    case DPO_F16: case DPO_BF16: return 2;
+    case DPO_U8: return 1;
+    case DPO_F64: case DPO_U64: return 8;
+    }
+    return 0;
+}
+
+static const char *dpoi_kind_name(uint32_t kind)
+{
+    static const char *const names[] = { "unknown file", "model", "adapter", "training state",
+                                         "reference cache", "test file" };
+    return names[kind <= DPO_FILE_TEST ? kind : 0];
+}
+
+static size_t dpoi_aligned(size_t bytes)
+{
+    return (bytes + DPOI_ALIGN - 1) / DPOI_ALIGN * DPOI_ALIGN;
+}
+
+/* Fills entries from the table, checking each against `place`, the end of the one before it. */
+static int dpoi_file_read_table(dpo_context *context, dpo_file *file, const char *path,
+                                uint64_t table_end)
+{
+    const unsigned char *start = file->map;
+    size_t place = table_end;
+    for (size_t i = 0; i < file->n_entries; i++) {
+        dpoi_file_record record;
+        memcpy(&record, start + sizeof(dpoi_file_header) + i * sizeof record, sizeof record);
+        if (!record.name[0] || !memchr(record.name, 0, sizeof record.name))
+            return dpoi_fail(context, "%s: entry %zu has no valid name: the file is damaged; make "
+                             "it again", path, i);
+        size_t elements, bytes;
+        if (record.n_dims < 1 || record.n_dims > 2 || record.layout > DPO_CONV1D ||
+            !dpoi_dtype_bytes((dpo_dtype)record.dtype) ||
+            (record.n_dims == 1 && record.shape[1] != 1) ||
+            dpoi_multiply(&elements, record.shape[0], record.shape[1]) ||
+            dpoi_multiply(&bytes, elements, dpoi_dtype_bytes((dpo_dtype)record.dtype)) ||
+            bytes != record.bytes)
+            return dpoi_fail(context, "%s: entry %s: type, shape and length do not fit each other: "
+                             "the file is damaged; make it again", path, record.name);
+        if (record.offset != dpoi_aligned(place) || record.offset > file->bytes ||
+            record.bytes > file->bytes - record.offset)
+            return dpoi_fail(context, "%s: entry %s lies outside the file or over another entry: "
+                             "the file is damaged or cut short; make it again", path, record.name);
+        for (size_t j = 0; j < i; j++)
+            if (!strcmp(file->entries[j].name, record.name))
+                return dpoi_fail(context, "%s: entry %s appears twice: the file is damaged; make "
+                                 "it again", path, record.name);
+        place = record.offset + record.bytes;
+        dpo_entry *entry = &file->entries[i];
+        memcpy(entry->name, record.name, sizeof entry->name);
+        entry->dtype = (dpo_dtype)record.dtype;
+        entry->layout = (dpo_layout)record.layout;
+        entry->n_dims = record.n_dims;
+        entry->shape[0] = record.shape[0];
+        entry->shape[1] = record.shape[1];
+        entry->data = start + record.offset;
+        entry->bytes = record.bytes;
+    }
+    if (place != file->bytes)
+        return dpoi_fail(context, "%s: %zu bytes follow the last entry: the file is damaged; make "
+                         "it again", path, file->bytes - place);
+    return 0;
+}
+
+static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *path,
+                           dpo_file_kind kind, int verify)
+{
+    dpoi_file_header header;
+    if (file->bytes < sizeof header || memcmp(file->map, DPOI_MAGIC, sizeof header.magic))
+        return dpoi_fail(context, "%s: not a dpo.h file; convert checkpoints with "
+                         "`python3 convert.py import HF_DIR model.bin`", path);
+    memcpy(&header, file->map, sizeof header);
+    if (header.version != DPOI_VERSION)
+        return dpoi_fail(context, "%s: file version %u, this program reads version %d; convert the "
+                         "checkpoint again", path, header.version, DPOI_VERSION);
+    static const char zeros[sizeof header.zeros];
+    if (memcmp(header.zeros, zeros, sizeof zeros))
+        return dpoi_fail(context, "%s: its header is damaged; make the file again", path);
+    if (header.kind != (uint32_t)kind)
+        return dpoi_fail(context, "%s: a %s where a %s is expected", path,
+                         dpoi_kind_name(header.kind), dpoi_kind_name(kind));
+    if (header.file_bytes != file->bytes)
+        return dpoi_fail(context, "%s: %zu bytes long, but its header says %llu: the file was cut "
+                         "short or added to; copy or make it again", path, file->bytes,
+                         (unsigned long long)header.file_bytes);
+    size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
+    if (header.n_entries > DPOI_MAX_ENTRIES ||
+        header.table_end != sizeof header + table_bytes || header.table_end > file->bytes)
+        return dpoi_fail(context, "%s: its table does not fit into the file: the file is damaged; "
+                         "make it again", path);
+    dpoi_crc_table crc;
+    dpoi_crc_fill(&crc);
+    const unsigned char *start = file->map;
+    if (dpoi_crc(&crc, start + sizeof header, table_bytes) != header.table_crc)
+        return dpoi_fail(context, "%s: the checksum of its table is wrong: the file is damaged; "
+                         "make it again", path);
+    file->n_entries = header.n_entries;
+    file->identity = dpoi_hash(DPOI_HASH_START, start, header.table_end);
+    if (dpoi_alloc(context, &file->entries, file->n_entries, sizeof *file->entries) ||
+        dpoi_file_read_table(context, file, path, header.table_end))
+        return 1;
+    for (size_t i = 0; verify && i < file->n_entries; i++) {
+        dpoi_file_record record;
+        memcpy(&record, start + sizeof header + i * sizeof record, sizeof record);
+        if (dpoi_crc(&crc, file->entries[i].data, file->entries[i].bytes) != record.crc)
+            return dpoi_fail(context, "%s: the checksum of %s is wrong: the file is damaged; make "
+                             "it again", path, record.name);
+    }
+    return 0;
+}
+
+DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path,
+                          dpo_file_kind kind, int verify)
+{
+    *file = (dpo_file){ 0 };
+    snprintf(file->path, sizeof file->path, "%s", path);
+    int descriptor = open(path, O_RDONLY);
+    struct stat status;
+    if (descriptor < 0 || fstat(descriptor, &status)) {
+        int reason = errno;
+        if (descriptor >= 0) close(descriptor);
+        return dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(reason));
+    }
+    if (!S_ISREG(status.st_mode) || status.st_size == 0) {
+        close(descriptor);
+        return dpoi_fail(context, "%s: %s; a %s file is expected", path,
+                         S_ISREG(status.st_mode) ? "is empty" : "is not a file",
+                         dpoi_kind_name(kind));
+    }
+    file->bytes = (size_t)status.st_size;
+    file->map = mmap(NULL, file->bytes, PROT_READ, MAP_PRIVATE, descriptor, 0);
+    int reason = errno;
+    close(descriptor);
+    if (file->map == MAP_FAILED) {
+        file->map = NULL;
+        return dpoi_fail(context, "%s: cannot be mapped: %s", path, strerror(reason));
+    }
+    if (dpoi_file_check(context, file, path, kind, verify)) {
+        dpo_file_close(context, file);
+        return 1;
+    }
+    return 0;
+}
+
+DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
+{
+    if (file->map) munmap(file->map, file->bytes);
+    dpoi_free(context, file->entries);
+    *file = (dpo_file){ 0 };
+}
+
+DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
+{
+    for (size_t i = 0; i < file->n_entries; i++)
+        if (!strcmp(file->entries[i].name, name)) return &file->entries[i];
+    return NULL;
+}
+
+/* ---- 8.3 writing ------------------------------------------------------------------------------ */
+
+/* Header, table and data in the order of the file; 0 if all of it was written. */
+static int dpoi_file_write_stream(FILE *stream, dpoi_file_header *header,
+                                  dpoi_file_record *records, const dpo_entry *entries)
+{
+    static const char zeros[DPOI_ALIGN];
+    dpoi_crc_table crc;
+    dpoi_crc_fill(&crc);
+    size_t place = sizeof *header + header->n_entries * sizeof *records;
+    header->table_end = place;
+    for (size_t i = 0; i < header->n_entries; i++) {
+        const dpo_entry *entry = &entries[i];
+        place = dpoi_aligned(place);
+        records[i] = (dpoi_file_record){ .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
+            .layout = entry->layout, .crc = dpoi_crc(&crc, entry->data, entry->bytes),
+            .shape = { entry->shape[0], entry->shape[1] }, .offset = place, .bytes = entry->bytes };
+        memcpy(records[i].name, entry->name, sizeof records[i].name);
+        place += entry->bytes;
+    }
+    header->file_bytes = place;
+    header->table_crc = dpoi_crc(&crc, records, header->n_entries * sizeof *records);
+
+    int failed = fwrite(header, sizeof *header, 1, stream) != 1 ||
+                 fwrite(records, sizeof *records, header->n_entries, stream) != header->n_entries;
+    place = header->table_end;
+    for (size_t i = 0; !failed && i < header->n_entries; i++) {
+        size_t gap = dpoi_aligned(place) - place;
+        failed = fwrite(zeros, 1, gap, stream) != gap ||
+                 fwrite(entries[i].data, 1, entries[i].bytes, stream) != entries[i].bytes;
+        place += gap + entries[i].bytes;
+    }
+    return failed || fflush(stream) || fsync(fileno(stream));
+}
+
+DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
+                           const dpo_entry *entries, size_t n_entries)
+{
+    char temporary[4096];
+    int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
+    if (length < 0 || (size_t)length >= sizeof temporary)
+        return dpoi_fail(context, "%s: the path is too long", path);
+    dpoi_file_record *records;
+    if (n_entries > DPOI_MAX_ENTRIES)
+        return dpoi_fail(context, "%s: %zu entries; a file holds at most %d", path, n_entries,
+                         DPOI_MAX_ENTRIES);
+    if (dpoi_alloc(context, &records, n_entries, sizeof *records)) return 1;
+    dpoi_file_header header = { .version = DPOI_VERSION, .kind = (uint32_t)kind,
+                                .n_entries = (uint32_t)n_entries };
+    memcpy(header.magic, DPOI_MAGIC, sizeof header.magic);
+    FILE *stream = fopen(temporary, "wb");
+    int failed = !stream || dpoi_file_write_stream(stream, &header, records, entries);
+    int reason = errno;
+    if (stream && fclose(stream) && !failed) {
+        failed = 1;
+        reason = errno;
+    }
+    dpoi_free(context, records);
+    if (!failed && rename(temporary, path)) {
+        failed = 1;
+        reason = errno;
+    }
+    if (!failed) return 0;
+    if (stream) unlink(temporary);
+    return dpoi_fail(context, "%s: cannot be written: %s; nothing was changed", path,
+                     strerror(reason));
+}
+
+/* ---- 8.4 models ------------------------------------------------------------------------------------- */
+
+static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm" };
+static const char *const dpoi_position_names[] = { "rotary", "alibi", "learned" };
+static const char *const dpoi_activation_names[] = { "gelu", "gelu_new", "gelu_fast", "quick_gelu",
+                                                     "silu", "relu", "swiglu" };
+
+/* The config's fields by their JSON names: one list reads and writes them. */
+typedef enum { DPOI_SIZE, DPOI_REAL, DPOI_FLAG, DPOI_ID, DPOI_CHOICE } dpoi_field_kind;
+typedef struct dpoi_field {
+    const char *name;
+    dpoi_field_kind kind;
+    size_t offset;                          // in dpo_config
+    const char *const *choices; size_t n;   // of a DPOI_CHOICE, an enum
+} dpoi_field;
+
+#define DPOI_FIELD(kind, member) { #member, kind, offsetof(dpo_config, member), NULL, 0 }
+#define DPOI_NAMES(names) names, sizeof names / sizeof *names
+static const dpoi_field dpoi_config_fields[] = {
+    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture), DPOI_NAMES(dpoi_architecture_names) },
+    DPOI_FIELD(DPOI_SIZE, vocab_size), DPOI_FIELD(DPOI_SIZE, context_length),
+    DPOI_FIELD(DPOI_SIZE, d_model), DPOI_FIELD(DPOI_SIZE, n_layers), DPOI_FIELD(DPOI_SIZE, n_heads),
+    DPOI_FIELD(DPOI_SIZE, d_ff),
+    { "position", DPOI_CHOICE, offsetof(dpo_config, position), DPOI_NAMES(dpoi_position_names) },
+    DPOI_FIELD(DPOI_SIZE, rotary_dims), DPOI_FIELD(DPOI_REAL, rotary_base),
+    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation), DPOI_NAMES(dpoi_activation_names) },
+    DPOI_FIELD(DPOI_FLAG, parallel_residual), DPOI_FIELD(DPOI_FLAG, attention_bias),
+    DPOI_FIELD(DPOI_FLAG, tied_head), DPOI_FIELD(DPOI_REAL, norm_epsilon),
+    DPOI_FIELD(DPOI_REAL, embedding_scale), DPOI_FIELD(DPOI_REAL, logit_scale),
+    DPOI_FIELD(DPOI_REAL, attention_scale), DPOI_FIELD(DPOI_FLAG, attention_scale_by_layer),
+    DPOI_FIELD(DPOI_REAL, alibi_factor), DPOI_FIELD(DPOI_REAL, mup_width_scale),
+    DPOI_FIELD(DPOI_ID, bos_id), DPOI_FIELD(DPOI_ID, eos_id) };
+#define DPOI_N_FIELDS (sizeof dpoi_config_fields / sizeof *dpoi_config_fields)
+
+static int dpoi_config_read(dpo_context *context, dpo_config *config, const dpo_json *json,
+                            const char *path)
+{
+    *config = (dpo_config){ 0 };
+    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
+        const dpoi_field *field = &dpoi_config_fields[f];
+        char *at = (char *)config + field->offset;
+        const dpo_json_value *value = dpo_json_member(json, json->values, field->name);
+        double number = value ? value->number : 0.0;
+        dpo_json_kind wanted = field->kind == DPOI_CHOICE ? DPO_JSON_STRING :
+                               field->kind == DPOI_FLAG ? DPO_JSON_BOOL : DPO_JSON_NUMBER;
+        int whole = field->kind != DPOI_SIZE && field->kind != DPOI_ID;
+        whole = whole || (number == floor(number) && fabs(number) < 0x1p53);
+        if (!value || value->kind != wanted || !whole || (field->kind == DPOI_SIZE && number < 0))
+            return dpoi_fail(context, "%s: config: %s is missing or not of its type: import the "
+                             "checkpoint again", path, field->name);
+        size_t choice = 0;
+        switch (field->kind) {
+        case DPOI_SIZE: *(size_t *)(void *)at = (size_t)number; break;
+        case DPOI_REAL: *(double *)(void *)at = number; break;
+        case DPOI_FLAG: *(int *)(void *)at = number != 0; break;
+        case DPOI_ID: *(int64_t *)(void *)at = (int64_t)number; break;
+        case DPOI_CHOICE:
+            while (choice < field->n && (strlen(field->choices[choice]) != value->n_string ||
+                                         memcmp(field->choices[choice], json->text.bytes +
+                                                value->string, value->n_string)))
+                choice++;
+            if (choice == field->n)
+                return dpoi_fail(context, "%s: config: %s is \"%.*s\", which this program does not "
+                                 "know", path, field->name, (int)DPOI_MIN(value->n_string,
+                                 (size_t)40), json->text.bytes + value->string);
+            *(int *)(void *)at = (int)choice; // enums are ints in every supported ABI
+        }
+    }
+    return 0;
+}
+
+_Static_assert(sizeof(dpo_activation) == sizeof(int), "the config's enums are read as ints");
+
+DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file)
+{
+    const dpo_entry *entry = dpo_file_find(file, "config");
+    if (!entry || entry->dtype != DPO_U8)
+        return dpoi_fail(context, "%s: has no config: import the checkpoint again", file->path);
+    dpo_json json = { 0 };
+    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, file->path) ||
+                 dpoi_config_read(context, config, &json, file->path);
+    dpo_json_free(context, &json);
+    if (failed) return 1;
+    if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
+    if (config->n_layers > file->n_entries)
+        return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: import "
+                         "the checkpoint again", file->path, config->n_layers, file->n_entries);
+    return 0;
+}
+
+static int dpoi_config_write(dpo_context *context, dpo_string *out, const dpo_config *config)
+{
+    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
+        const dpoi_field *field = &dpoi_config_fields[f];
+        const char *at = (const char *)config + field->offset;
+        char text[160];
+        int used = snprintf(text, sizeof text, "%s\"%s\": ", f ? ", " : "{", field->name);
+        char *rest = text + used;
+        size_t room = sizeof text - (size_t)used;
+        switch (field->kind) {
+        case DPOI_SIZE: snprintf(rest, room, "%zu", *(const size_t *)(const void *)at); break;
+        case DPOI_REAL: snprintf(rest, room, "%.17g", *(const double *)(const void *)at); break;
+        case DPOI_FLAG: snprintf(rest, room, *(const int *)(const void *)at ? "true" : "false"); break;
+        case DPOI_ID: snprintf(rest, room, "%lld", (long long)*(const int64_t *)(const void *)at); break;
+        case DPOI_CHOICE:
+            snprintf(rest, room, "\"%s\"", field->choices[*(const int *)(const void *)at]);
+        }
+        if (dpoi_string_append(context, out, text, strlen(text))) return 1;
+    }
+    return dpoi_string_append(context, out, "}", 1);
+}
+
+/* IEEE half to float. The exponent's bias differs by 112, and the multiplication also turns half's
+   subnormals into normal floats; infinities and NaN get float's largest exponent back. */
+static float dpoi_half_to_float(uint16_t half)
+{
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, sizeof bits);
+    bits |= (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+static float dpoi_bf16_to_float(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Copies a tensor's data as floats and makes sure that all of them are finite. */
+static int dpoi_tensor_read(dpo_context *context, float *out, const dpo_entry *entry, size_t n,
+                            const char *path)
+{
+    const uint16_t *half = entry->data;
+    if (entry->dtype == DPO_F32) memcpy(out, entry->data, n * sizeof *out);
+    else if (entry->dtype == DPO_F16)
+        for (size_t i = 0; i < n; i++) out[i] = dpoi_half_to_float(half[i]);
+    else
+        for (size_t i = 0; i < n; i++) out[i] = dpoi_bf16_to_float(half[i]);
+    size_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad += !(fabsf(out[i]) <= 3.4e38f);
+    if (bad)
+        return dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the "
+                         "checkpoint is damaged or its training diverged", path, entry->name, bad);
+    return 0;
+}
+
+/* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for a
+   power of two n; otherwise those of the next smaller power, then every other one of the next
+   larger (Press et al. 2021, and the code that all of its users share). */
+static void dpoi_alibi_slopes(float *slopes, size_t H)
+{
+    size_t n = 1;
+    while (2 * n <= H) n *= 2;
+    for (size_t h = 0; h < n; h++) slopes[h] = (float)pow(2.0, -8.0 * (double)(h + 1) / (double)n);
+    for (size_t h = n; h < H; h++)
+        slopes[h] = (float)pow(2.0, -4.0 * (double)(2 * (h - n) + 1) / (double)n);
+}
+
+/* Allocates params and points the table into it. */
+static int dpoi_place_tensors(dpo_model *model)
+{
+    if (dpoi_alloc(model->context, &model->params, model->n_params, sizeof *model->params)) return 1;
+    float *place = model->params;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        model->tensors[i].data = place;
+        place += model->tensors[i].n;
+    }
+    if (model->weights->slopes)
+        dpoi_alibi_slopes(model->weights->slopes->data, model->config.n_heads);
+    return 0;
+}
+
+/* What a model file holds besides tensors. A model made by dpo_model_init on another model's
+   tokenizer does not inherit the files that describe the other model. */
+static int dpoi_is_extra(const char *name)
+{
+    return !strncmp(name, "tokenizer/", 10) || !strncmp(name, "file/", 5);
+}
+
+static int dpoi_model_read(dpo_model *model, const char *path)
+{
+    dpo_context *context = model->context;
+    const dpo_file *file = &model->file;
+    if (dpo_config_load(context, &model->config, file) || dpoi_build_table(model)) return 1;
+
+    // Everything is checked before the large allocation, so that a hostile shape costs nothing.
+    size_t found = 0;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        const dpo_tensor *tensor = &model->tensors[i];
+        const dpo_entry *entry = dpo_file_find(file, tensor->name);
+        if (!entry && tensor == model->weights->slopes) continue;
+        if (!entry)
+            return dpoi_fail(context, "%s: tensor %s is missing: import the checkpoint again", path,
+                             tensor->name);
+        if (entry->dtype != DPO_F32 && entry->dtype != DPO_F16 && entry->dtype != DPO_BF16)
+            return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", path,
+                             tensor->name);
+        if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
+            entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
+            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d; the config asks for "
+                             "[%zu, %zu] in layout %d", path, tensor->name, entry->shape[0],
+                             entry->shape[1], (int)entry->layout, tensor->shape[0],
+                             tensor->shape[1], (int)tensor->layout);
+        found++;
+    }
+    for (size_t i = 0; i < file->n_entries; i++)
+        if (strcmp(file->entries[i].name, "config") && !dpoi_is_extra(file->entries[i].name) &&
+            !dpo_model_tensor(model, file->entries[i].name))
+            return dpoi_fail(context, "%s: tensor %s does not belong to this architecture", path,
+                             file->entries[i].name);
+    if (dpoi_place_tensors(model)) return 1;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
+        if (entry && dpoi_tensor_read(context, model->tensors[i].data, entry, model->tensors[i].n, path))
+            return 1;
+    }
+    return 0;
+}
+
+DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path, int verify)
+{
+    *model = (dpo_model){ .context = context };
+    if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, verify)) return 1;
+    int failed = dpoi_model_read(model, path);
+    if (!failed && dpo_tokenizer_load(context, &model->tokenizer, &model->file))
+        failed = dpoi_fail_at(context, path);
+    if (!failed && model->tokenizer.n_tokens > model->config.vocab_size)
+        failed = dpoi_fail(context, "%s: the tokenizer has %zu tokens, but the model's vocabulary "
+                           "only %zu rows", path, model->tokenizer.n_tokens, model->config.vocab_size);
+    if (failed) dpo_model_free(model);
+    else model->identity = model->file.identity;
+    return failed;
+}
+
+/* Standard deviations as the architectures were trained with: 0.02, or BTLM's 0.073 with muP's
+   sqrt(width scale) inside the blocks; what feeds the residual stream is divided by sqrt(2 L) so
+   that its size does not grow with depth (Radford et al. 2019). */
+static void dpoi_init_weights(dpo_model *model, uint64_t seed)
+{
+    const dpo_config *config = &model->config;
+    const dpoi_weights *weights = model->weights;
+    double outer = config->architecture == DPO_BTLM ? 0.073 : 0.02;
+    double inner = outer * sqrt(config->mup_width_scale);
+    double last = inner / sqrt(2.0 * (double)config->n_layers);
+    for (size_t k = 0; k < model->n_tensors; k++) {
+        dpo_tensor *tensor = &model->tensors[k];
+        if (tensor == weights->slopes) continue;
+        double deviation = tensor == weights->embedding || tensor == weights->head ||
+                           tensor == weights->positions ? outer : inner;
+        for (size_t l = 0; l < config->n_layers; l++)
+            if (tensor == weights->blocks[l].out_w || tensor == weights->blocks[l].down_w)
+                deviation = last;
+        size_t length = strlen(tensor->name);
+        float constant = length > 6 && !strcmp(tensor->name + length - 6, "weight") ? 1.0f : 0.0f;
+        DPOI_PARALLEL_FOR(dpoi_threads(model->context, tensor->n))
+        for (size_t first = 0; first < tensor->n; first += DPOI_PIECE)
+            for (size_t i = first; i < DPOI_MIN(first + DPOI_PIECE, tensor->n); i++)
+                tensor->data[i] = tensor->n_dims == 1 ? constant
+                                : (float)(deviation * dpoi_random_normal(seed, k, i));
+    }
+}
+
+/* The tokenizer for a new model, and the ids of the special tokens that go with it. */
+static int dpoi_init_tokenizer(dpo_model *model, const char *path)
+{
+    dpo_context *context = model->context;
+    dpo_config *config = &model->config, source = { .bos_id = -1, .eos_id = 256 };
+    if (!path) {
+        if (dpo_tokenizer_init_bytes(context, &model->tokenizer)) return 1;
+    } else {
+        if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, 1)) return 1;
+        if (dpo_config_load(context, &source, &model->file)) return 1;
+        if (dpo_tokenizer_load(context, &model->tokenizer, &model->file))
+            return dpoi_fail_at(context, path);
+        if (!model->tokenizer.n_tokens)
+            return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has one",
+                             path);
+    }
+    if (config->bos_id == -1) config->bos_id = source.bos_id;
+    if (config->eos_id == -1) config->eos_id = source.eos_id;
+    if (!config->vocab_size) config->vocab_size = (model->tokenizer.n_tokens + 63) / 64 * 64;
+    if (config->vocab_size < model->tokenizer.n_tokens)
+        return dpoi_fail(context, "config: vocab_size %zu is smaller than the tokenizer's %zu tokens",
+                         config->vocab_size, model->tokenizer.n_tokens);
+    return 0;
+}
+
+DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
+                           const char *tokenizer_path, uint64_t seed)
+{
+    *model = (dpo_model){ .context = context, .config = *config };
+    if (dpoi_init_tokenizer(model, tokenizer_path) || dpoi_build_table(model) ||
+        dpoi_place_tensors(model)) {
+        dpo_model_free(model);
+        return 1;
+    }
+    dpoi_init_weights(model, seed);
+    return 0;
+}
+
+/* The tables of the byte tokenizer, which came from no file, as entries of one. */
+#define DPOI_BYTE_ENTRIES 5
+static void dpoi_byte_tokenizer_entries(dpo_entry *entries, const dpo_tokenizer *tokenizer)
+{
+    static const char info[] = "{\"n_tokens\": 257, \"nfc\": false, \"unicode\": \"\"}";
+    const size_t n = tokenizer->n_tokens, n_bytes = tokenizer->token_ends[n - 1];
+    const dpo_entry made[DPOI_BYTE_ENTRIES] = {
+        { .name = "tokenizer/info", .dtype = DPO_U8, .n_dims = 1, .shape = { sizeof info - 1, 1 },
+          .data = info, .bytes = sizeof info - 1 },
+        { .name = "tokenizer/token_ends", .dtype = DPO_U32, .n_dims = 1, .shape = { n, 1 },
+          .data = tokenizer->token_ends, .bytes = n * 4 },
+        { .name = "tokenizer/token_bytes", .dtype = DPO_U8, .n_dims = 1, .shape = { n_bytes, 1 },
+          .data = tokenizer->token_bytes, .bytes = n_bytes },
+        { .name = "tokenizer/byte_ids", .dtype = DPO_U32, .n_dims = 1, .shape = { 256, 1 },
+          .data = tokenizer->byte_ids, .bytes = 256 * 4 },
+        { .name = "tokenizer/added", .dtype = DPO_U32, .n_dims = 2, .shape = { tokenizer->n_added, 2 },
+          .data = tokenizer->added, .bytes = tokenizer->n_added * 8 } };
+    memcpy(entries, made, sizeof made);
+}
+
+/* Saves the tensors as f32 with everything else that the model's file held. */
+DPO_API int dpo_model_save(dpo_model *model, const char *path)
+{
+    dpo_context *context = model->context;
+    const dpo_file *file = &model->file;
+    dpo_string config = { 0 };
+    dpo_entry *entries;
+    size_t n = 0, most = 1 + model->n_tensors + file->n_entries + DPOI_BYTE_ENTRIES;
+    if (dpoi_alloc_zeroed(context, &entries, most, sizeof *entries)) return 1;
+    if (dpoi_config_write(context, &config, &model->config)) {
+        dpoi_free(context, entries);
+        return 1;
+    }
+    entries[n++] = (dpo_entry){ .name = "config", .dtype = DPO_U8, .n_dims = 1,
+                                .shape = { config.n, 1 }, .data = config.bytes, .bytes = config.n };
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        const dpo_tensor *tensor = &model->tensors[i];
+        dpo_entry *entry = &entries[n++];
+        *entry = (dpo_entry){ .dtype = DPO_F32, .layout = tensor->layout, .n_dims = tensor->n_dims,
+                              .shape = { tensor->shape[0], tensor->shape[1] },
+                              .data = tensor->data, .bytes = tensor->n * sizeof(float) };
+        memcpy(entry->name, tensor->name, sizeof entry->name);
+    }
+    for (size_t i = 0; i < file->n_entries; i++) {
+        const char *name = file->entries[i].name;
+        int describes_other = !model->identity && (!strcmp(name, "file/config.json") ||
+                                                   !strcmp(name, "file/generation_config.json"));
+        if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
+    }
+    if (!file->map) {
+        dpoi_byte_tokenizer_entries(entries + n, &model->tokenizer);
+        n += DPOI_BYTE_ENTRIES;
+    }
+    int failed = dpo_file_write(context, path, DPO_FILE_MODEL, entries, n);
+    dpoi_free(context, entries);
+    dpo_string_free(context, &config);
+    return failed;
+}
+
+DPO_API void dpo_model_free(dpo_model *model)
+{
+    dpo_context *context = model->context;
+    dpoi_workspace_free(model);
+    dpo_tokenizer_free(context, &model->tokenizer);
+    dpo_file_close(context, &model->file);
+    if (model->weights) dpoi_free(context, model->weights->blocks);
+    dpoi_free(context, model->weights);
+    dpoi_free(context, model->tensors);
+    dpoi_free(context, model->params);
+    dpoi_free(context, model->grads);
+    *model = (dpo_model){ .context = context };
+}
+
+DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *name)
+{
+    for (size_t i = 0; i < model->n_tensors; i++)
+        if (!strcmp(model->tensors[i].name, name)) return &model->tensors[i];
+    return NULL;
+}
+
+/* ---- 8.5 the reference cache -------------------------------------------------------------------------- */
+
+DPO_API int dpo_reference_save(dpo_context *context, const char *path, uint64_t model_identity,
+                               uint64_t data_hash, const double *logp, size_t n)
+{
+    uint64_t key[2] = { model_identity, data_hash };
+    dpo_entry entries[] = {
+        { .name = "key", .dtype = DPO_U64, .n_dims = 1, .shape = { 2, 1 }, .data = key,
+          .bytes = sizeof key },
+        { .name = "logp", .dtype = DPO_F64, .n_dims = 1, .shape = { n, 1 }, .data = logp,
+          .bytes = n * sizeof *logp } };
+    return dpo_file_write(context, path, DPO_FILE_REFERENCE, entries, 2);
+}
+
+DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t model_identity,
+                               uint64_t data_hash, double *logp, size_t n)
+{
+    dpo_file file;
+    if (dpo_file_open(context, &file, path, DPO_FILE_REFERENCE, 1)) return 1;
+    const dpo_entry *key = dpo_file_find(&file, "key"), *values = dpo_file_find(&file, "logp");
+    uint64_t found[2] = { 0 };
+    int failed = 0;
+    if (!key || !values || key->dtype != DPO_U64 || key->bytes != sizeof found ||
+        values->dtype != DPO_F64 || values->n_dims != 1)
+        failed = dpoi_fail(context, "%s: is not a reference cache of this version; delete it", path);
+    else {
+        memcpy(found, key->data, sizeof found);
+        const char *differs = found[0] != model_identity ? "another reference model"
+                            : found[1] != data_hash ? "other data or another truncation"
+                            : values->shape[0] != n ? "another number of answers" : NULL;
+        if (differs)
+            failed = dpoi_fail(context, "%s: was made for %s; give another file or delete it", path,
+                               differs);
+        else
+            memcpy(logp, values->data, values->bytes);
+    }
+    dpo_file_close(context, &file);
+    return failed;
+}
+/* ================================================================================================
+   9. TEXT
+
+   From files of text to examples of tokens:
+
+       UTF-8        bytes <-> code points
+       tokenizer    text -> normalised text -> pieces -> byte-pair encoding -> ids, and back
+       JSON         one text, parsed strictly into a flat array of values
+       JSON lines   one record a line, with the line's number for messages
+       examples     records -> prompts and branches, cut to length, dropped and counted by rule
+
+   Text is bytes with a length: it may hold NUL. Every message names the byte, line or file.
+   ============================================================================================= */
+
+/* ---- 9.1 UTF-8 ------------------------------------------------------------------------------- */
+
+#define DPOI_NONE UINT32_MAX    // no code point, no token, no merge, no neighbour
+
+/* Takes one character off text[0 .. n), n > 0: returns its code point, and its bytes in *length.
+   If there is none, returns DPOI_NONE and the length of the longest beginning of a character,
+   which Unicode advises to show as one U+FFFD. */
+static uint32_t dpoi_utf8_read(const char *text, size_t n, size_t *length)
+{
+    const unsigned char *bytes = (const unsigned char *)text;
+    uint32_t lead = bytes[0];
+    *length = 1;
+    if (lead < 0x80) return lead;
+    if (lead < 0xC2 || lead > 0xF4) return DPOI_NONE;
+    size_t wanted = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
+    uint32_t code = lead & (0x7Fu >> wanted);
+    // The second byte's limits exclude longer forms than needed, surrogates, and above U+10FFFF.
+    uint32_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
+    uint32_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
+    while (*length < wanted) {
+        if (*length == n || bytes[*length] < low || bytes[*length] > high) return DPOI_NONE;
+        code = code << 6 | (bytes[(*length)++] & 0x3Fu);
+        low = 0x80;
+        high = 0xBF;
+    }
+    return code;
+}
+
+static int dpoi_utf8_append(dpo_context *context, dpo_string *out, uint32_t code)
+{
+    char bytes[4];
+    size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
+    for (size_t i = n - 1; i > 0; i--, code >>= 6) bytes[i] = (char)(0x80 | (code & 0x3F));
+    bytes[0] = (char)(n == 1 ? code : (0xF00u >> n & 0xFF) | code);
+    return dpoi_string_append(context, out, bytes, n);
+}
+
+/* Where the first byte that is not UTF-8 stands; n if there is none. */
+static size_t dpoi_utf8_check(const char *text, size_t n)
+{
+    size_t length;
+    for (size_t i = 0; i < n; i += length)
+        if (dpoi_utf8_read(text + i, n - i, &length) == DPOI_NONE) return i;
+    return n;
+}
+
+DPO_API int dpo_string_make_valid(dpo_context *context, dpo_string *string)
+{
+    if (dpoi_utf8_check(string->bytes, string->n) == string->n) return 0;
+    dpo_string valid = { 0 };
+    size_t length;
+    for (size_t i = 0; i < string->n; i += length) {
+        uint32_t code = dpoi_utf8_read(string->bytes + i, string->n - i, &length);
+        if (dpoi_utf8_append(context, &valid, code == DPOI_NONE ? 0xFFFD : code)) {
+            dpo_string_free(context, &valid);
+            return 1;
+        }
+    }
+    dpo_string_free(context, string);
+    *string = valid;
+    return 0;
+}
+
+/* ---- 9.2 tokenizer: tables ------------------------------------------------------------------- */
+
+/* A byte-level tokenizer knows a token for every byte, and a list of merges: pairs of tokens that
+   may become one, the most useful first. Encoding starts from the text's bytes and carries out, as
+   long as there is one, the possible merge that stands first in the list. Around this core lie
+   three habits of GPT-2 and GPT-NeoX, which must be met exactly, or a model sees tokens it never
+   saw in training: text is normalised (9.3), added tokens such as <|endoftext|> are cut out, and
+   what is left is cut into words that merges do not cross (9.4).
+
+   All tables come with the model file; Unicode's are in it too, so results do not depend on the
+   machine. A row of a table is found by bisection, a merge through a hash table built here. */
+
+enum { DPOI_ADDED_SPECIAL = 1, DPOI_ADDED_NORMALIZED = 2 };    // flags in tokenizer->added
+
+/* The last row whose first two numbers are at most (a, b), or NULL; rows ascend. */
+static const uint32_t *dpoi_row(const uint32_t *table, size_t n, size_t width, uint32_t a,
+                                uint32_t b)
+{
+    size_t low = 0;     // rows before this one are at most (a, b), those from n on are greater
+    while (low < n) {
+        size_t middle = low + (n - low) / 2;
+        const uint32_t *row = table + middle * width;
+        if (row[0] < a || (row[0] == a && row[1] <= b)) low = middle + 1;
+        else n = middle;
+    }
+    return low ? table + (low - 1) * width : NULL;
+}
+
+/* Where the rank of a merge of two tokens stands in merge_slots: the rank is its row in merges, or
+   DPOI_NONE if they do not merge. */
+static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t right)
+{
+    size_t mask = t->n_merge_slots - 1;
+    size_t slot = dpoi_scatter((uint64_t)left << 32 | right) & mask;
+    for (;; slot = (slot + 1) & mask) {
+        uint32_t rank = t->merge_slots[slot];
+        if (rank == DPOI_NONE) return slot;
+        const uint32_t *merge = t->merges + 3 * (size_t)rank;
+        if (merge[0] == left && merge[1] == right) return slot;
+    }
+}
+
+static const char *dpoi_token_text(const dpo_tokenizer *t, uint32_t id, size_t *n)
+{
+    size_t start = id ? t->token_ends[id - 1] : 0;
+    *n = t->token_ends[id] - start;
+    return t->token_bytes + start;
+}
+
+/* A pair that is listed twice has its last rank, as in `tokenizers`. */
+static int dpoi_hash_merges(dpo_context *context, dpo_tokenizer *t)
+{
+    t->n_merge_slots = 1;
+    while (t->n_merge_slots / 2 < t->n_merges) t->n_merge_slots *= 2;
+    if (dpoi_alloc(context, &t->merge_slots, t->n_merge_slots, sizeof *t->merge_slots)) return 1;
+    memset(t->merge_slots, 0xFF, t->n_merge_slots * sizeof *t->merge_slots);
+    for (size_t rank = 0; rank < t->n_merges; rank++) {
+        const uint32_t *merge = t->merges + 3 * rank;
+        t->merge_slots[dpoi_merge_slot(t, merge[0], merge[1])] = (uint32_t)rank;
+    }
+    return 0;
+}
+
+/* A merged token's bytes must be those of its two parts. */
+static int dpoi_merge_fits(const dpo_tokenizer *t, const uint32_t *merge)
+{
+    for (size_t i = 0; i < 3; i++)
+        if (merge[i] >= t->n_tokens) return 0;
+    size_t n_left, n_right, n_merged;
+    const char *left = dpoi_token_text(t, merge[0], &n_left);
+    const char *right = dpoi_token_text(t, merge[1], &n_right);
+    const char *merged = dpoi_token_text(t, merge[2], &n_merged);
+    return n_merged == n_left + n_right && !memcmp(merged, left, n_left) &&
+           !memcmp(merged + n_left, right, n_right);
+}
+
+/* Checks all that encoding and decoding rely on, so that they need not. */
+static int dpoi_tokenizer_check(dpo_context *context, const dpo_tokenizer *t, size_t n_bytes)
+{
+    const char *wrong = NULL;
+    size_t n = 0, end = 0, row = 0;
+    for (size_t i = 0; i < t->n_tokens && !wrong; end = t->token_ends[i++])
+        if (t->token_ends[i] < end || t->token_ends[i] > n_bytes) wrong = "token_ends", row = i;
+    for (uint32_t i = 0; i < 256 && !wrong; i++) {
+        uint32_t id = t->byte_ids[i];
+        if (id != DPOI_NONE && (id >= t->n_tokens ||
+            (unsigned char)*dpoi_token_text(t, id, &n) != i || n != 1)) wrong = "byte_ids", row = i;
+    }
+    for (size_t i = 0; i < t->n_merges && !wrong; i++)
+        if (!dpoi_merge_fits(t, t->merges + 3 * i)) wrong = "merges", row = i;
+    for (size_t i = 0; i < t->n_added && !wrong; i++)
+        if (t->added[2 * i] >= t->n_tokens ||
+            (dpoi_token_text(t, t->added[2 * i], &n), n == 0)) wrong = "added", row = i;
+    return wrong ? dpoi_fail(context, "tokenizer/%s: row %zu is wrong: import the model again",
+                             wrong, row) : 0;
+}
+
+static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file)
+{
+    size_t n_bytes = 0;
+    const struct {
+        const char *name;
+        size_t width;
+        const uint32_t **table;
+        size_t *rows;
+    } tables[] = {
+        { "tokenizer/token_ends", 1, &t->token_ends, &t->n_tokens },
+        { "tokenizer/byte_ids", 1, &t->byte_ids, &n_bytes },
+        { "tokenizer/merges", 3, &t->merges, &t->n_merges },
+        { "tokenizer/added", 2, &t->added, &t->n_added },
+        { "tokenizer/letters", 2, &t->letters, &t->n_letters },     // from here on: ascending rows
+        { "tokenizer/numbers", 2, &t->numbers, &t->n_numbers },
+        { "tokenizer/decompositions", 3, &t->decompositions, &t->n_decompositions },
+        { "tokenizer/compositions", 3, &t->compositions, &t->n_compositions },
+        { "tokenizer/classes", 2, &t->classes, &t->n_classes },
+    };
+    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        size_t width = tables[i].width;
+        const dpo_entry *entry = dpo_file_find(file, tables[i].name);
+        if (!entry) continue;
+        const uint32_t *row = entry->data;
+        int wrong = entry->dtype != DPO_U32 || entry->shape[1] != width;
+        for (size_t j = 1; i >= 4 && !wrong && j < entry->shape[0]; j++, row += width)
+            wrong = row[0] > row[width] || (row[0] == row[width] && row[1] > row[width + 1]);
+        if (wrong)
+            return dpoi_fail(context, "%s is malformed: import the model again", tables[i].name);
+        *tables[i].table = entry->data;
+        *tables[i].rows = entry->shape[0];
+    }
+    const dpo_entry *bytes = dpo_file_find(file, "tokenizer/token_bytes");
+    if (!bytes || bytes->dtype != DPO_U8 || n_bytes != 256 || t->n_tokens == 0 ||
+        t->n_tokens >= DPOI_NONE || t->n_merges >= DPOI_NONE || (t->n_merges && !t->n_letters) ||
+        (t->nfc && !t->n_decompositions))
+        return dpoi_fail(context, "a tokenizer table is missing: import the model again");
+    t->token_bytes = bytes->data;
+    return dpoi_tokenizer_check(context, t, bytes->bytes) || dpoi_hash_merges(context, t);
+}
+
+DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file)
+{
+    *tokenizer = (dpo_tokenizer){ 0 };
+    const dpo_entry *entry = dpo_file_find(file, "tokenizer/info");
+    if (!entry) return 0;
+    dpo_json json = { 0 };
+    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, entry->name);
+    if (!failed) {
+        const dpo_json_value *nfc = dpo_json_member(&json, json.values, "nfc");
+        const dpo_json_value *unicode = dpo_json_member(&json, json.values, "unicode");
+        tokenizer->nfc = nfc && nfc->number != 0;
+        if (unicode) snprintf(tokenizer->unicode, sizeof tokenizer->unicode, "%.*s",
+                              (int)DPOI_MIN(unicode->n_string, sizeof tokenizer->unicode),
+                              json.text.bytes + unicode->string);
+        failed = dpoi_tokenizer_read(context, tokenizer, file);
+    }
+    dpo_json_free(context, &json);
+    if (failed) dpo_tokenizer_free(context, tokenizer);
+    return failed;
+}
+
+DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer)
+{
+    static const char end[] = "<|endoftext|>";
+    enum { N_TOKENS = 257, N_BYTES = 256 + sizeof end - 1 };
+    struct {
+        uint32_t token_ends[N_TOKENS], byte_ids[256], added[2];
+        char token_bytes[N_BYTES];
+    } *owned;
+    *tokenizer = (dpo_tokenizer){ 0 };
+    if (dpoi_alloc(context, &owned, 1, sizeof *owned)) return 1;
+    for (uint32_t i = 0; i < 256; i++) {
+        owned->token_bytes[i] = (char)i;
+        owned->token_ends[i] = i + 1;
+        owned->byte_ids[i] = i;
+    }
+    memcpy(owned->token_bytes + 256, end, N_BYTES - 256);
+    owned->token_ends[256] = N_BYTES;
+    owned->added[0] = 256;
+    owned->added[1] = DPOI_ADDED_SPECIAL;
+    *tokenizer = (dpo_tokenizer){ .n_tokens = N_TOKENS, .token_ends = owned->token_ends,
+        .token_bytes = owned->token_bytes, .byte_ids = owned->byte_ids, .added = owned->added,
+        .n_added = 1, .owned = owned };
+    return dpoi_hash_merges(context, tokenizer);
+}
+
+DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
+{
+    dpoi_free(context, tokenizer->merge_slots);
+    dpoi_free(context, tokenizer->owned);
+    *tokenizer = (dpo_tokenizer){ 0 };
+}
+
+/* ---- 9.3 tokenizer: normalisation ------------------------------------------------------------ */
+
+/* Many characters can be written in two ways: as U+00E9, or as e and U+0301, an accent that joins
+   the letter before it. Normalisation form C makes them one (Unicode Standard Annex 15):
+
+       decompose   each character into letter and marks, again and again
+       reorder     the marks of a letter by their class, those of one class staying in order
+       compose     letter and mark into one character where one exists, unless a mark of the same
+                   or a higher class stands between them
+
+   Letters and other starters have class 0. Hangul syllables go by arithmetic instead of tables.
+   Nothing below U+0300 joins what stands before it, so text is handled in runs that begin at such
+   a character, and text without anything else is in form C already. */
+
+#define DPOI_FIRST_MARK 0x300
+
+typedef struct dpoi_encoder {
+    dpo_context *context;
+    const dpo_tokenizer *tokenizer;
+    dpo_tokens *out;
+    dpo_string normal;                              // normalised text
+    uint64_t *run; size_t n_run, run_capacity;      // class << 56 | place << 21 | code point
+    struct dpoi_symbol *symbols; size_t symbol_capacity;
+    uint64_t *heap; size_t n_heap, heap_capacity;   // rank << 32 | place of the left symbol
+    char starts_added[2][256];                      // first bytes of added tokens, by stage
+} dpoi_encoder;
+
+/* Appends a character's full decomposition to the run. Real tables are 4 steps deep; the limit is
+   for damaged ones, which could go in circles. */
+static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
+{
+    const dpo_tokenizer *t = e->tokenizer;
+    if (code - 0xAC00 < 11172 && depth < 8) {
+        uint32_t syllable = code - 0xAC00;
+        return dpoi_decompose(e, 0x1100 + syllable / 588, 8) ||
+               dpoi_decompose(e, 0x1161 + syllable % 588 / 28, 8) ||
+               (syllable % 28 && dpoi_decompose(e, 0x11A7 + syllable % 28, 8));
+    }
+    const uint32_t *row = NULL;
+    if (code >= 0xC0 && depth < 8)
+        row = dpoi_row(t->decompositions, t->n_decompositions, 3, code, UINT32_MAX);
+    if (row && row[0] == code)
+        return dpoi_decompose(e, row[1], depth + 1) ||
+               (row[2] && dpoi_decompose(e, row[2], depth + 1));
+    row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(t->classes, t->n_classes, 2, code, UINT32_MAX);
+    uint64_t class = row && row[0] == code ? row[1] : 0;
+    if (dpoi_reserve(e->context, &e->run, &e->run_capacity, e->n_run + 1, sizeof *e->run)) return 1;
+    e->run[e->n_run] = class << 56 | (uint64_t)e->n_run << 21 | code;
+    e->n_run++;
+    return 0;
+}
+
+/* The character that two compose to, or DPOI_NONE. */
+static uint32_t dpoi_compose(const dpo_tokenizer *t, uint32_t first, uint32_t second)
+{
+    if (first - 0x1100 < 19 && second - 0x1161 < 21)
+        return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
+    if (first - 0xAC00 < 11172 && (first - 0xAC00) % 28 == 0 && second - 0x11A8 < 27)
+        return first + second - 0x11A7;
+    const uint32_t *row = dpoi_row(t->compositions, t->n_compositions, 3, first, second);
+    return row && row[0] == first && row[1] == second ? row[2] : DPOI_NONE;
+}
+
+static int dpoi_compare_u64(const void *a, const void *b)
+{
+    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* Reorders and composes the run, and appends it to the normalised text. */
+static int dpoi_flush_run(dpoi_encoder *e)
+{
+    uint64_t *run = e->run;
+    size_t n_kept = 0, starter = SIZE_MAX, n = e->n_run;
+    int last_class = -1;        // of what was kept after the starter; -1: nothing
+    for (size_t i = 0, marks_end = 0; i < n; i++) {
+        if (run[i] >> 56 && i >= marks_end) {
+            for (marks_end = i; marks_end < n && run[marks_end] >> 56;) marks_end++;
+            qsort(run + i, marks_end - i, sizeof *run, dpoi_compare_u64);
+        }
+        uint32_t code = run[i] & 0x1FFFFF, composed = DPOI_NONE;
+        int class = (int)(run[i] >> 56);
+        if (starter != SIZE_MAX && last_class < class)
+            composed = dpoi_compose(e->tokenizer, (uint32_t)run[starter], code);
+        if (composed != DPOI_NONE) {
+            run[starter] = composed;
+            continue;
+        }
+        if (class == 0) starter = n_kept;
+        last_class = class ? class : -1;
+        run[n_kept++] = code;
+    }
+    e->n_run = 0;
+    for (size_t i = 0; i < n_kept; i++)
+        if (dpoi_utf8_append(e->context, &e->normal, (uint32_t)run[i])) return 1;
+    return 0;
+}
+
+/* Puts the form C of text into e->normal. */
+static int dpoi_normalise(dpoi_encoder *e, const char *text, size_t n)
+{
+    size_t length;
+    e->normal.n = 0;
+    for (size_t i = 0; i < n; i += length) {
+        uint32_t code = dpoi_utf8_read(text + i, n - i, &length);
+        if ((code < DPOI_FIRST_MARK && dpoi_flush_run(e)) || dpoi_decompose(e, code, 0)) return 1;
+    }
+    return dpoi_flush_run(e);
+}
+
+static int dpoi_may_need_form_c(const char *text, size_t n)
+{
+    int found = 0;              // 0xCC is the first byte of U+0300
+    for (size_t i = 0; i < n; i++) found |= (unsigned char)text[i] >= 0xCC;
+    return found;
+}
+
+/* ---- 9.4 tokenizer: encode and decode -------------------------------------------------------- */
+
+/* Encoding one text, outside in:
+
+       added tokens not marked "normalized" are cut out of the raw text
+       each gap between them is normalised
+       added tokens marked "normalized" (GPT-NeoX's runs of spaces) are cut out of that
+       each gap is cut into words: contractions, letters, digits, others, each with the one space
+           before it, and white space
+       each word's bytes become tokens and are merged
+
+   Where added tokens overlap, the leftmost match wins, then the longest. No step sees across a
+   cut: in GPT-NeoX's "a  b" the two spaces are one token and b has no space before it. */
+
+/* The longest added token of a stage (0 raw, 1 normalised) that text begins with. */
+static size_t dpoi_match_added(const dpo_tokenizer *t, uint32_t *id, const char *text, size_t n,
+                               int stage)
+{
+    size_t longest = 0;
+    for (size_t i = 0; i < t->n_added; i++) {
+        const uint32_t *added = t->added + 2 * i;
+        size_t n_token;
+        const char *token = dpoi_token_text(t, added[0], &n_token);
+        if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && n_token > longest && n_token <= n &&
+            !memcmp(token, text, n_token)) {
+            longest = n_token;
+            *id = added[0];
+        }
+    }
+    return longest;
+}
+
+typedef enum { DPOI_OTHER, DPOI_LETTER, DPOI_NUMBER, DPOI_SPACE } dpoi_class;
+
+/* The kind of the character that text begins with, and its length in bytes. Space is Unicode's
+   White_Space, letters are the general categories L*, numbers N*; marks are neither. */
+static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t n, size_t *length)
+{
+    uint32_t code = dpoi_utf8_read(text, n, length);
+    if (code < 128) {
+        if ((code | 32) - 'a' < 26) return DPOI_LETTER;
+        if (code - '0' < 10) return DPOI_NUMBER;
+        return code == ' ' || code - '\t' < 5 ? DPOI_SPACE : DPOI_OTHER;
+    }
+    if (code == 0x85 || code == 0xA0 || code == 0x1680 || code - 0x2000 < 11 || code == 0x2028 ||
+        code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000)
+        return DPOI_SPACE;
+    const uint32_t *row = dpoi_row(t->letters, t->n_letters, 2, code, UINT32_MAX);
+    if (row && code <= row[1]) return DPOI_LETTER;
+    row = dpoi_row(t->numbers, t->n_numbers, 2, code, UINT32_MAX);
+    return row && code <= row[1] ? DPOI_NUMBER : DPOI_OTHER;
+}
+
+/* The length of the word that text begins with, as GPT-2's pattern cuts it:
+       's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
+   White space before something else leaves its last character to that: a space then begins the
+   next word, anything else stands alone. */
+static size_t dpoi_word(const dpo_tokenizer *t, const char *text, size_t n)
+{
+    static const char endings[][3] = { "s", "t", "re", "ve", "m", "ll", "d" };
+    for (size_t i = 0; text[0] == '\'' && i < sizeof endings / sizeof endings[0]; i++) {
+        size_t n_ending = strlen(endings[i]);
+        if (n_ending < n && !memcmp(text + 1, endings[i], n_ending)) return 1 + n_ending;
+    }
+    size_t length, i = text[0] == ' ' && n > 1;
+    dpoi_class class = dpoi_classify(t, text + i, n - i, &length);
+    if (class != DPOI_SPACE) {
+        do i += length;
+        while (i < n && dpoi_classify(t, text + i, n - i, &length) == class);
+        return i;
+    }
+    size_t last = 0;
+    for (i = 0; i < n && dpoi_classify(t, text + i, n - i, &length) == DPOI_SPACE; i += length)
+        last = i;
+    return i < n && last > 0 ? last : i;
+}
+
+/* The tokens of a word are a linked list over its bytes; a merge keeps the left one's place. The
+   merges that are possible lie in a heap, lowest rank first and leftmost among equals. A merge
+   leaves entries behind that no longer hold: they are known by their tokens and skipped. The heap
+   never holds more than 2 n entries, so a word of n bytes costs n log n, however long. */
+typedef struct dpoi_symbol { uint32_t id, before, after; } dpoi_symbol;
+
+static void dpoi_push_merge(dpoi_encoder *e, uint32_t left)
+{
+    uint32_t right = e->symbols[left].after;
+    if (right == DPOI_NONE) return;
+    const dpo_tokenizer *t = e->tokenizer;
+    uint32_t rank = t->merge_slots[dpoi_merge_slot(t, e->symbols[left].id, e->symbols[right].id)];
+    if (rank == DPOI_NONE) return;
+    uint64_t entry = (uint64_t)rank << 32 | left;
+    size_t i = e->n_heap++;
+    for (; i > 0 && e->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
+        e->heap[i] = e->heap[(i - 1) / 2];
+    e->heap[i] = entry;
+}
+
+static uint64_t dpoi_pop_merge(dpoi_encoder *e)
+{
+    uint64_t *heap = e->heap, lowest = heap[0], moved = heap[--e->n_heap];
+    size_t i = 0;
+    for (size_t child; (child = 2 * i + 1) < e->n_heap; i = child) {
+        if (child + 1 < e->n_heap && heap[child + 1] < heap[child]) child++;
+        if (heap[child] >= moved) break;
+        heap[i] = heap[child];
+    }
+    heap[i] = moved;
+    return lowest;
+}
+
+static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
+{
+    const dpo_tokenizer *t = e->tokenizer;
+    if (n >= DPOI_NONE)
+        return dpoi_fail(e->context, "a word of %zu bytes is too long to encode", n);
+    if (dpoi_reserve(e->context, &e->symbols, &e->symbol_capacity, n, sizeof *e->symbols) ||
+        dpoi_reserve(e->context, &e->heap, &e->heap_capacity, 2 * n, sizeof *e->heap))
+        return 1;
+    dpoi_symbol *symbols = e->symbols;
+    for (uint32_t i = 0; i < n; i++) {
+        uint32_t byte = (unsigned char)text[i];
+        symbols[i] = (dpoi_symbol){ t->byte_ids[byte], i - 1, i + 1 < n ? i + 1 : DPOI_NONE };
+        if (symbols[i].id == DPOI_NONE)
+            return dpoi_fail(e->context, "the tokenizer has no token for byte 0x%02X", byte);
+    }
+    for (uint32_t i = 0; i < n; i++) dpoi_push_merge(e, i);
+    while (e->n_heap) {
+        uint64_t entry = dpoi_pop_merge(e);
+        const uint32_t *merge = t->merges + 3 * (entry >> 32);
+        dpoi_symbol *left = &symbols[(uint32_t)entry];
+        if (left->id != merge[0] || left->after == DPOI_NONE ||
+            symbols[left->after].id != merge[1])
+            continue;
+        dpoi_symbol *right = &symbols[left->after];
+        left->id = merge[2];
+        left->after = right->after;
+        right->id = DPOI_NONE;
+        if (left->after != DPOI_NONE) symbols[left->after].before = (uint32_t)entry;
+        if (left->before != DPOI_NONE) dpoi_push_merge(e, left->before);
+        dpoi_push_merge(e, (uint32_t)entry);
+    }
+    for (uint32_t i = 0; i != DPOI_NONE; i = symbols[i].after)
+        if (dpoi_tokens_append(e->context, e->out, symbols[i].id)) return 1;
+    return 0;
+}
+
+/* Without merges every byte is a token, wherever the text is cut. */
+static int dpoi_encode_words(dpoi_encoder *e, const char *text, size_t n)
+{
+    size_t length;
+    for (size_t i = 0; i < n; i += length) {
+        length = e->tokenizer->n_merges ? dpoi_word(e->tokenizer, text + i, n - i) : 1;
+        if (dpoi_encode_word(e, text + i, length)) return 1;
+    }
+    return 0;
+}
+
+/* Cuts the added tokens of a stage out of text; the gaps go on to the next stage or to words. */
+static int dpoi_encode_stage(dpoi_encoder *e, const char *text, size_t n, int stage)
+{
+    size_t gap = 0, length;     // where the gap before text[i] begins
+    for (size_t i = 0; i <= n; i += length) {
+        uint32_t id = DPOI_NONE;
+        length = 1;
+        if (i < n) {
+            size_t matched = e->starts_added[stage][(unsigned char)text[i]] ?
+                             dpoi_match_added(e->tokenizer, &id, text + i, n - i, stage) : 0;
+            if (!matched) continue;
+            length = matched;
+        }
+        const char *inner = text + gap;
+        size_t n_inner = i - gap;
+        if (stage == 0 && e->tokenizer->nfc && dpoi_may_need_form_c(inner, n_inner)) {
+            if (dpoi_normalise(e, inner, n_inner)) return 1;
+            inner = e->normal.bytes;
+            n_inner = e->normal.n;
+        }
+        if (n_inner && (stage == 0 ? dpoi_encode_stage(e, inner, n_inner, 1)
+                                   : dpoi_encode_words(e, inner, n_inner)))
+            return 1;
+        if (id != DPOI_NONE && dpoi_tokens_append(e->context, e->out, id)) return 1;
+        gap = i + length;
+    }
+    return 0;
+}
+
+DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
+                                 const dpo_tokenizer *tokenizer, const char *text, size_t n_bytes)
+{
+    if (!tokenizer->n_tokens)
+        return dpoi_fail(context, "the model has no tokenizer: import it from a folder that holds "
+                         "tokenizer.json, or vocab.json and merges.txt");
+    size_t bad = dpoi_utf8_check(text, n_bytes);
+    if (bad < n_bytes)
+        return dpoi_fail(context, "byte %zu of the text is not UTF-8: save it as UTF-8", bad + 1);
+    dpoi_encoder e = { .context = context, .tokenizer = tokenizer, .out = out };
+    for (size_t i = 0; i < tokenizer->n_added; i++) {
+        size_t n;
+        const char *token = dpoi_token_text(tokenizer, tokenizer->added[2 * i], &n);
+        int stage = (tokenizer->added[2 * i + 1] & DPOI_ADDED_NORMALIZED) != 0;
+        e.starts_added[stage][(unsigned char)token[0]] = 1;
+    }
+    size_t n_before = out->n;
+    int failed = n_bytes && dpoi_encode_stage(&e, text, n_bytes, 0);
+    if (failed) out->n = n_before;
+    dpo_string_free(context, &e.normal);
+    dpoi_free(context, e.run);
+    dpoi_free(context, e.symbols);
+    dpoi_free(context, e.heap);
+    return failed;
+}
+
+/* Embeddings are padded to round sizes, so a model can produce ids that its tokenizer does not
+   have; they have no text. */
+DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
+                                 const dpo_tokenizer *tokenizer, const uint32_t *ids, size_t n)
+{
+    for (size_t i = 0; i < n; i++) {
+        if (ids[i] >= tokenizer->n_tokens) continue;
+        size_t n_token;
+        const char *token = dpoi_token_text(tokenizer, ids[i], &n_token);
+        if (dpoi_string_append(context, out, token, n_token)) return 1;
+    }
+    return 0;
+}
+
+/* ---- 9.5 JSON -------------------------------------------------------------------------------- */
+
+/* A strict reader of RFC 8259, by recursive descent over checked UTF-8: no comments, no trailing
+   commas, no second value, no key twice in one object. Values lie in one array and refer to each
+   other by index, because the array moves as it grows. */
+
+#define DPOI_JSON_DEPTH 64
+#define DPOI_JSON_KEYS 1000
+
+typedef struct dpoi_parser {
+    dpo_context *context;
+    dpo_json *json;
+    const char *text, *where;
+    size_t n, at;
+} dpoi_parser;
+
+static int dpoi_json_fail(const dpoi_parser *p, const char *what)
+{
+    return dpoi_fail(p->context, "%s: byte %zu: %s", p->where, p->at + 1, what);
+}
+
+/* The next character, or -1 at the end. */
+static int dpoi_json_peek(const dpoi_parser *p)
+{
+    return p->at < p->n ? (unsigned char)p->text[p->at] : -1;
+}
+
+/* Steps over the next character if it is c. */
+static int dpoi_json_take(dpoi_parser *p, int c)
+{
+    if (dpoi_json_peek(p) != c) return 0;
+    p->at++;
+    return 1;
+}
+
+static void dpoi_json_skip_space(dpoi_parser *p)
+{
+    while (p->at < p->n && memchr(" \t\r\n", p->text[p->at], 4)) p->at++;
+}
+
+/* Steps over digits; says whether there was one. */
+static int dpoi_json_digits(dpoi_parser *p)
+{
+    size_t start = p->at;
+    while (p->at < p->n && (unsigned)(p->text[p->at] - '0') < 10) p->at++;
+    return p->at > start;
+}
+
+static int dpoi_json_number(dpoi_parser *p, double *number)
+{
+    size_t start = p->at;
+    dpoi_json_take(p, '-');
+    int ok = dpoi_json_take(p, '0') || dpoi_json_digits(p);
+    if (ok && dpoi_json_take(p, '.')) ok = dpoi_json_digits(p);
+    if (ok && (dpoi_json_take(p, 'e') || dpoi_json_take(p, 'E'))) {
+        if (!dpoi_json_take(p, '+')) dpoi_json_take(p, '-');
+        ok = dpoi_json_digits(p);
+    }
+    if (!ok) return dpoi_json_fail(p, "a digit is expected here");
+    // strtod wants a terminated copy: the end of the strings' buffer lends itself.
+    dpo_string *text = &p->json->text;
+    size_t n_text = text->n, n = p->at - start;
+    if (dpoi_string_append(p->context, text, p->text + start, n) ||
+        dpoi_string_append(p->context, text, "", 1))
+        return 1;
+    char *end;
+    *number = strtod(text->bytes + n_text, &end);
+    ok = end == text->bytes + n_text + n && isfinite(*number);  // a locale may want a decimal comma
+    text->n = n_text;
+    return ok ? 0 : dpoi_json_fail(p, "the number before here cannot be represented");
+}
+
+/* The four hexadecimal digits of \uXXXX. */
+static int dpoi_json_hex(dpoi_parser *p, uint32_t *code)
+{
+    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
+    *code = 0;
+    for (int i = 0; i < 4; i++, p->at++) {
+        const char *digit = p->at < p->n ? memchr(digits, p->text[p->at], 32) : NULL;
+        if (!digit) return dpoi_json_fail(p, "\\u wants four hexadecimal digits");
+        *code = *code << 4 | (uint32_t)((digit - digits) & 15);
+    }
+    return 0;
+}
+
+/* What follows a backslash. A surrogate without its other half becomes U+FFFD. */
+static int dpoi_json_escape(dpoi_parser *p)
+{
+    static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
+    uint32_t code, low = 0;
+    if (!dpoi_json_take(p, 'u')) {
+        const char *name = memchr(names, dpoi_json_peek(p), sizeof names - 1);
+        if (!name) return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
+        p->at++;
+        return dpoi_string_append(p->context, &p->json->text, meanings + (name - names), 1);
+    }
+    if (dpoi_json_hex(p, &code)) return 1;
+    size_t back = p->at;
+    if (code - 0xD800 < 0x400 && dpoi_json_take(p, '\\') && dpoi_json_take(p, 'u') &&
+        dpoi_json_hex(p, &low))
+        return 1;
+    if (low - 0xDC00 < 0x400) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
+    else p->at = back;
+    return dpoi_utf8_append(p->context, &p->json->text, code - 0xD800 < 0x800 ? 0xFFFD : code);
+}
+
+static int dpoi_json_string(dpoi_parser *p, size_t *start, size_t *n)
+{
+    dpo_string *text = &p->json->text;
+    *start = text->n;
+    if (!dpoi_json_take(p, '"')) return dpoi_json_fail(p, "a string in double quotes is expected");
+    while (!dpoi_json_take(p, '"')) {
+        size_t first = p->at;
+        int c;
+        while ((c = dpoi_json_peek(p)) >= 0x20 && c != '"' && c != '\\') p->at++;
+        if (c < 0) return dpoi_json_fail(p, "the text ends inside a string");
+        if (c < 0x20) return dpoi_json_fail(p, "a raw control character; write it as \\u00XX");
+        if (dpoi_string_append(p->context, text, p->text + first, p->at - first) ||
+            (dpoi_json_take(p, '\\') && dpoi_json_escape(p)))
+            return 1;
+    }
+    *n = text->n - *start;
+    return 0;
+}
+
+/* Whether an object may have one more key, this one. The limit makes the slow search harmless. */
+static int dpoi_json_check_key(const dpoi_parser *p, size_t object, size_t key, size_t n_key)
+{
+    const dpo_json_value *values = p->json->values;
+    const char *text = p->json->text.bytes;
+    size_t n = 0;
+    for (size_t i = values[object].first_child; i; i = values[i].next, n++)
+        if (values[i].n_key == n_key &&
+            (!n_key || !memcmp(text + values[i].key, text + key, n_key)))
+            return dpoi_json_fail(p, "the key before here comes twice in its object");
+    return n < DPOI_JSON_KEYS ? 0 : dpoi_json_fail(p, "more than 1000 keys in one object");
+}
+
+static int dpoi_json_value(dpoi_parser *p, size_t *index, int depth);
+
+/* The members of an object or the elements of an array, with both brackets. */
+static int dpoi_json_children(dpoi_parser *p, size_t parent, int close, int depth)
+{
+    if (depth == DPOI_JSON_DEPTH) return dpoi_json_fail(p, "nested more than 64 levels deep");
+    p->at++;
+    dpoi_json_skip_space(p);
+    if (dpoi_json_take(p, close)) return 0;
+    for (size_t child, last = 0;; last = child) {
+        size_t key = 0, n_key = 0;
+        if (close == '}') {
+            dpoi_json_skip_space(p);
+            if (dpoi_json_string(p, &key, &n_key) || dpoi_json_check_key(p, parent, key, n_key))
+                return 1;
+            dpoi_json_skip_space(p);
+            if (!dpoi_json_take(p, ':')) return dpoi_json_fail(p, "a ':' is expected here");
+        }
+        if (dpoi_json_value(p, &child, depth + 1)) return 1;
+        dpo_json_value *values = p->json->values;
+        values[child].key = key;
+        values[child].n_key = n_key;
+        *(last ? &values[last].next : &values[parent].first_child) = child;
+        dpoi_json_skip_space(p);
+        if (dpoi_json_take(p, close)) return 0;
+        if (!dpoi_json_take(p, ',')) return dpoi_json_fail(p, "a ',' or the end of the object or "
+                                                              "array is expected here");
+    }
+}
+
+static int dpoi_json_value(dpoi_parser *p, size_t *index, int depth)
+{
+    static const char *const words[] = { "null", "false", "true" };
+    dpo_json *json = p->json;
+    *index = json->n_values;
+    if (dpoi_reserve(p->context, &json->values, &json->capacity, json->n_values + 1,
+                     sizeof *json->values))
+        return 1;
+    dpo_json_value *value = &json->values[json->n_values++];
+    *value = (dpo_json_value){ .kind = DPO_JSON_NULL };
+    dpoi_json_skip_space(p);
+    int c = dpoi_json_peek(p);
+    if (c == '{' || c == '[') {
+        value->kind = c == '{' ? DPO_JSON_OBJECT : DPO_JSON_ARRAY;
+        return dpoi_json_children(p, *index, c == '{' ? '}' : ']', depth);
+    }
+    if (c == '"') {
+        value->kind = DPO_JSON_STRING;
+        return dpoi_json_string(p, &value->string, &value->n_string);
+    }
+    if (c == '-' || (c >= '0' && c <= '9')) {
+        value->kind = DPO_JSON_NUMBER;
+        return dpoi_json_number(p, &value->number);
+    }
+    for (int i = 0; i < 3; i++) {
+        size_t n = strlen(words[i]);
+        if (p->n - p->at < n || memcmp(p->text + p->at, words[i], n)) continue;
+        p->at += n;
+        value->kind = i ? DPO_JSON_BOOL : DPO_JSON_NULL;
+        value->number = i == 2;
+        return 0;
+    }
+    return dpoi_json_fail(p, c < 0 ? "the text ends too early" : "a value is expected here");
+}
+
+DPO_API int dpo_json_parse(dpo_context *context, dpo_json *json, const char *text, size_t n_bytes,
+                           const char *where)
+{
+    dpoi_parser p = { context, json, text, where, n_bytes, dpoi_utf8_check(text, n_bytes) };
+    size_t root;
+    json->n_values = 0;
+    json->text.n = 0;
+    if (p.at < n_bytes) return dpoi_json_fail(&p, "not UTF-8; save the file as UTF-8");
+    p.at = 0;
+    if (dpoi_json_value(&p, &root, 0)) return 1;
+    dpoi_json_skip_space(&p);
+    return p.at == n_bytes ? 0 : dpoi_json_fail(&p, "something follows the value");
+}
+
+DPO_API const dpo_json_value *dpo_json_member(const dpo_json *json, const dpo_json_value *object,
+                                              const char *key)
+{
+    if (object->kind != DPO_JSON_OBJECT) return NULL;
+    size_t n_key = strlen(key);
+    for (size_t i = object->first_child; i; i = json->values[i].next) {
+        const dpo_json_value *value = &json->values[i];
+        if (value->n_key == n_key && !memcmp(json->text.bytes + value->key, key, n_key))
+            return value;
+    }
+    return NULL;
+}
+
+DPO_API void dpo_json_free(dpo_context *context, dpo_json *json)
+{
+    dpoi_free(context, json->values);
+    dpo_string_free(context, &json->text);
+    *json = (dpo_json){ 0 };
+}
+
+DPO_API int dpo_json_quote(dpo_context *context, dpo_string *out, const char *s, size_t n_bytes)
+{
+    if (dpoi_string_append(context, out, "\"", 1)) return 1;
+    for (size_t i = 0; i < n_bytes; i++) {
+        char escape[8];
+        int n = 0;
+        if (s[i] == '"' || s[i] == '\\') n = snprintf(escape, sizeof escape, "\\%c", s[i]);
+        else if (s[i] == '\n') n = snprintf(escape, sizeof escape, "\\n");
+        else if ((unsigned char)s[i] < 0x20) n = snprintf(escape, sizeof escape, "\\u%04x", s[i]);
+        if (dpoi_string_append(context, out, n ? escape : s + i, n ? (size_t)n : 1)) return 1;
+    }
+    return dpoi_string_append(context, out, "\"", 1);
+}
+
+/* ---- 9.6 JSON lines -------------------------------------------------------------------------- */
+
+/* One object a line, of any length. Blank lines are skipped, and so is the byte order mark that
+   some editors put at the start of a file. */
+
+static size_t dpoi_bom_bytes(const dpo_string *start)
+{
+    return start->n >= 3 && !memcmp(start->bytes, "\xEF\xBB\xBF", 3) ? 3 : 0;
+}
+
+DPO_API int dpo_jsonl_open(dpo_context *context, dpo_jsonl *reader, const char *path)
+{
+    *reader = (dpo_jsonl){ .path = path, .stream = fopen(path, "rb") };
+    if (reader->stream) return 0;
+    return dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(errno));
+}
+
+DPO_API int dpo_jsonl_next(dpo_context *context, dpo_jsonl *reader, int *found)
+{
+    dpo_string *line = &reader->buffer;
+    size_t bom, blank;
+    *found = 0;
+    do {
+        int c;
+        line->n = 0;
+        while ((c = getc_unlocked((FILE *)reader->stream)) != EOF && c != '\n') {
+            if (dpoi_reserve(context, &line->bytes, &line->capacity, line->n + 1, 1)) return 1;
+            line->bytes[line->n++] = (char)c;
+        }
+        if (ferror((FILE *)reader->stream))
+            return dpoi_fail(context, "%s: cannot be read: %s", reader->path, strerror(errno));
+        if (c == EOF && line->n == 0) return 0;
+        reader->line++;
+        bom = reader->line == 1 ? dpoi_bom_bytes(line) : 0;
+        for (blank = bom; blank < line->n && memchr(" \t\r", line->bytes[blank], 3);) blank++;
+    } while (blank == line->n);
+    snprintf(reader->where, sizeof reader->where, "%.480s:%zu", reader->path, reader->line);
+    if (dpo_json_parse(context, &reader->json, line->bytes + bom, line->n - bom, reader->where))
+        return 1;
+    if (reader->json.values[0].kind != DPO_JSON_OBJECT)
+        return dpoi_fail(context, "%s: an object {...} is expected on each line; convert other "
+                         "files with `python3 convert.py data`", reader->where);
+    *found = 1;
+    return 0;
+}
+
+DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader)
+{
+    if (reader->stream) fclose((FILE *)reader->stream);
+    dpo_string_free(context, &reader->buffer);
+    dpo_json_free(context, &reader->json);
+    *reader = (dpo_jsonl){ 0 };
+}
+
+/* ---- 9.7 examples ---------------------------------------------------------------------------- */
+
+/* From records to examples:
+
+       split       transcripts at the last "\n\nAssistant:" of the chosen one: what is up to there
+                   is the prompt of both
+       tokenise    prompt and answers separately, and an end token after each answer
+       group       examples whose whole prompts are equal: they are shuffled together, their
+                   errors are not independent, and SFT takes the last chosen answer only
+       cut         if prompt + longest answer > max_length, first the prompt to max_prompt_length,
+                   keeping its end (or start), then each answer to what is left
+
+   Text is the concatenation of documents, an end token after each, seen through windows of
+   max_length scored tokens; neighbours share one token, so that each token but the very first is
+   predicted once. An example with an empty prompt is scored from its second token on.
+
+   All tokens lie in one array, each example's together: the whole prompt, then the branches. Where
+   an example begins is kept aside until the array has stopped growing. */
+
+typedef enum { DPOI_UNKNOWN, DPOI_PAIR, DPOI_TRANSCRIPTS, DPOI_COMPLETION, DPOI_TEXT } dpoi_record;
+typedef struct dpoi_place { size_t start, n_whole; } dpoi_place;    // n_whole: of the uncut prompt
+typedef struct dpoi_slice { const char *bytes; size_t n; } dpoi_slice;
+
+typedef struct dpoi_loader {
+    dpo_context *context;
+    dpo_data *data;
+    const dpo_tokenizer *tokenizer;
+    const dpo_data_options *options;
+    const char *path;
+    uint32_t end_token;
+    size_t n_branches;                  // of every example
+    size_t line;                        // of the current record; 0 for windows of text
+    size_t example_capacity, branch_capacity, place_capacity;
+    dpoi_place *places;                 // [data->n]
+    int is_text, once;                  // windows of text; one example per distinct prompt
+} dpoi_loader;
+
+/* Adds an example of which only the place is known; its branches follow those before it. */
+static int dpoi_new_example(dpoi_loader *l, size_t start, size_t n_whole)
+{
+    dpo_data *data = l->data;
+    size_t n = data->n + 1;
+    dpo_context *context = l->context;
+    if (dpoi_reserve(context, &data->examples, &l->example_capacity, n, sizeof *data->examples) ||
+        dpoi_reserve(context, &l->places, &l->place_capacity, n, sizeof *l->places) ||
+        dpoi_reserve(context, &data->branches, &l->branch_capacity, n * l->n_branches,
+                     sizeof *data->branches))
+        return 1;
+    data->examples[data->n] = (dpo_example){ .n_branches = l->n_branches, .line = l->line };
+    l->places[data->n++] = (dpoi_place){ start, n_whole };
+    return 0;
+}
+
+/* Makes an example of a prompt and the answers that are used, or drops and counts it. */
+static int dpoi_add_answers(dpoi_loader *l, dpoi_slice prompt, const dpoi_slice *texts)
+{
+    const dpo_data_options *options = l->options;
+    dpo_tokens *tokens = &l->data->tokens;
+    size_t start = tokens->n, longest = 0, n_answers[2] = { 0 }, n_ends = 0;
+    int empty = 0;
+    if (dpo_tokenizer_encode(l->context, tokens, l->tokenizer, prompt.bytes, prompt.n)) return 1;
+    size_t n_whole = tokens->n - start, n_prompt = n_whole;
+    for (size_t b = 0; b < l->n_branches; b++) {
+        size_t before = tokens->n;
+        if (dpo_tokenizer_encode(l->context, tokens, l->tokenizer, texts[b].bytes, texts[b].n) ||
+            dpoi_tokens_append(l->context, tokens, l->end_token))
+            return 1;
+        n_answers[b] = tokens->n - before;
+        longest = DPOI_MAX(longest, n_answers[b]);
+        empty |= n_answers[b] == 1;
+    }
+    for (size_t i = start; i < tokens->n; i++) n_ends += tokens->ids[i] == l->end_token;
+    if (empty || n_ends != l->n_branches) {
+        ++*(empty ? &l->data->counts.empty_answers : &l->data->counts.end_token_inside);
+        tokens->n = start;
+        return 0;
+    }
+    if (n_whole + longest > options->max_length)
+        n_prompt = DPOI_MIN(n_whole, options->max_prompt_length);
+    if (dpoi_new_example(l, start, n_whole)) return 1;
+    l->data->examples[l->data->n - 1].n_prompt = n_prompt;
+    dpo_branch *branches = l->data->branches + (l->data->n - 1) * l->n_branches;
+    uint32_t *from = tokens->ids + start + n_whole, *to = from;     // answers close up when cut
+    for (size_t b = 0; b < l->n_branches; from += n_answers[b++]) {
+        size_t n = DPOI_MIN(n_answers[b], options->max_length - n_prompt);
+        memmove(to, from, n * sizeof *to);
+        to += n;
+        branches[b] = (dpo_branch){ .n = n, .first_scored = n_prompt == 0 };
+    }
+    tokens->n = (size_t)(to - tokens->ids);
+    return 0;
+}
+
+static int dpoi_add_document(dpoi_loader *l, dpoi_slice text)
+{
+    dpo_data *data = l->data;
+    data->counts.bytes += text.n;
+    data->counts.empty_answers += text.n == 0;
+    return text.n && (dpo_tokenizer_encode(l->context, &data->tokens, l->tokenizer, text.bytes,
+                                           text.n) ||
+                      dpoi_tokens_append(l->context, &data->tokens, l->end_token));
+}
+
+/* Lays the windows. The text of tokens behind the last one, if `limit` allows no more, is not
+   counted. */
+static int dpoi_add_windows(dpoi_loader *l)
+{
+    dpo_data *data = l->data;
+    size_t length = l->options->max_length, limit = l->options->limit, start = 0, n;
+    l->is_text = 1;
+    for (; start + 1 < data->tokens.n && (!limit || data->n < limit); start += length) {
+        if (dpoi_new_example(l, start, 0)) return 1;
+        n = DPOI_MIN(length + 1, data->tokens.n - start);
+        data->branches[data->n - 1] = (dpo_branch){ .n = n, .first_scored = 1 };
+    }
+    for (size_t i = start + 1; i < data->tokens.n; i++) {
+        dpoi_token_text(l->tokenizer, data->tokens.ids[i], &n);
+        if (data->tokens.ids[i] != l->end_token)
+            data->counts.bytes -= DPOI_MIN(n, data->counts.bytes);
+    }
+    return 0;
+}
+
+/* The string of that name in the current record. */
+static int dpoi_read_field(dpo_context *context, dpoi_slice *out, const dpo_json *json,
+                           const char *name)
+{
+    const dpo_json_value *value = dpo_json_member(json, json->values, name);
+    if (!value) return dpoi_fail(context, "\"%s\" is missing", name);
+    if (value->kind != DPO_JSON_STRING)
+        return dpoi_fail(context, "\"%s\" is not a string; convert lists of messages and other "
+                         "forms with `python3 convert.py data`", name);
+    *out = (dpoi_slice){ json->text.bytes + value->string, value->n_string };
+    return 0;
+}
+
+/* Splits HH's transcripts into prompt and answers, or counts why that cannot be done. */
+static int dpoi_split_transcripts(dpo_data_counts *counts, dpoi_slice *prompt, dpoi_slice *answers)
+{
+    static const char turn[] = "\n\nAssistant:";
+    size_t n_turn = sizeof turn - 1, n = answers[0].n;
+    while (n >= n_turn && memcmp(answers[0].bytes + n - n_turn, turn, n_turn)) n--;
+    int found = n >= n_turn;
+    if (!found || answers[1].n < n || memcmp(answers[0].bytes, answers[1].bytes, n)) {
+        ++*(found ? &counts->prompts_differ : &counts->no_prompt);
+        return 0;
+    }
+    *prompt = (dpoi_slice){ answers[0].bytes, n };
+    for (size_t b = 0; b < 2; b++) {
+        answers[b].bytes += n;
+        answers[b].n -= n;
+    }
+    return 1;
+}
+
+static int dpoi_add_record(dpoi_loader *l, const dpo_json *json, dpoi_record kind)
+{
+    dpo_context *context = l->context;
+    dpoi_slice prompt = { NULL, 0 }, answers[2] = { { NULL, 0 }, { NULL, 0 } };
+    if (kind == DPOI_TEXT)
+        return dpoi_read_field(context, answers, json, "text") || dpoi_add_document(l, answers[0]);
+    if (kind != DPOI_TRANSCRIPTS && dpoi_read_field(context, &prompt, json, "prompt")) return 1;
+    if (kind == DPOI_COMPLETION)
+        return dpoi_read_field(context, answers, json, "completion") ||
+               dpoi_add_answers(l, prompt, answers);
+    if (dpoi_read_field(context, &answers[0], json, "chosen") ||
+        dpoi_read_field(context, &answers[1], json, "rejected"))
+        return 1;
+    if (kind == DPOI_TRANSCRIPTS && !dpoi_split_transcripts(&l->data->counts, &prompt, answers))
+        return 0;
+    return dpoi_add_answers(l, prompt, answers);
+}
+
+static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader)
+{
+    static const char *const names[] = { "of an unknown kind",
+        "{\"prompt\",\"chosen\",\"rejected\"}", "{\"chosen\",\"rejected\"}",
+        "{\"prompt\",\"completion\"}", "{\"text\"}" };
+    static const struct { dpoi_record first, last; const char *wanted; } uses[] = {
+        { DPOI_PAIR, DPOI_TRANSCRIPTS, "preferences are read from {\"prompt\",\"chosen\","
+          "\"rejected\"} or {\"chosen\",\"rejected\"}" },
+        { DPOI_PAIR, DPOI_TEXT, "SFT reads {\"prompt\",\"completion\"}, {\"text\"}, {\"prompt\","
+          "\"chosen\",\"rejected\"} or {\"chosen\",\"rejected\"}" },
+        { DPOI_TEXT, DPOI_TEXT, "text is read from {\"text\"}" } };
+    dpo_data *data = l->data;
+    const dpo_json *json = &reader->json;
+    size_t limit = l->options->limit, length = l->options->max_length;
+    dpoi_record kind = DPOI_UNKNOWN;
+    while (!limit || (kind == DPOI_TEXT ? data->tokens.n / length <= limit : data->n < limit)) {
+        int found;
+        if (dpo_jsonl_next(l->context, reader, &found)) return 1;
+        if (!found) break;
+        int prompt = dpo_json_member(json, json->values, "prompt") != NULL;
+        dpoi_record record =
+            dpo_json_member(json, json->values, "chosen") ||
+            dpo_json_member(json, json->values, "rejected") ? prompt ? DPOI_PAIR : DPOI_TRANSCRIPTS
+            : prompt || dpo_json_member(json, json->values, "completion") ? DPOI_COMPLETION
+            : dpo_json_member(json, json->values, "text") ? DPOI_TEXT : DPOI_UNKNOWN;
+        if (record < uses[l->options->use].first || record > uses[l->options->use].last)
+            return dpoi_fail(l->context, "%s: a record %s; %s; convert other forms with `python3 "
+                             "convert.py data`", reader->where, names[record],
+                             uses[l->options->use].wanted);
+        if (kind != DPOI_UNKNOWN && record != kind)
+            return dpoi_fail(l->context, "%s: a record %s in a file of %s: split the file by kind",
+                             reader->where, names[record], names[kind]);
+        kind = record;
+        l->line = reader->line;
+        data->counts.records++;
+        if (dpoi_add_record(l, json, kind)) return dpoi_fail_at(l->context, reader->where);
+    }
+    l->line = 0;
+    l->once = l->options->use == DPO_USE_SFT && kind <= DPOI_TRANSCRIPTS;
+    return kind == DPOI_TEXT ? dpoi_add_windows(l) : 0;
+}
+
+/* A file of plain text is one document. */
+static int dpoi_load_plain_text(dpoi_loader *l)
+{
+    dpo_string text = { 0 };
+    FILE *stream = fopen(l->path, "rb");
+    int failed = !stream;
+    for (size_t n = 1; !failed && n > 0; text.n += n) {
+        n = 0;
+        failed = dpoi_reserve(l->context, &text.bytes, &text.capacity, text.n + 65536, 1);
+        if (!failed) n = fread(text.bytes + text.n, 1, 65536, stream);
+    }
+    if (!stream || ferror(stream))
+        failed = dpoi_fail(l->context, "cannot be read: %s", strerror(errno));
+    if (stream) fclose(stream);
+    size_t bom = dpoi_bom_bytes(&text);
+    l->data->counts.records = text.n > 0;
+    failed = failed || dpoi_add_document(l, (dpoi_slice){ text.bytes + bom, text.n - bom }) ||
+             dpoi_add_windows(l);
+    dpo_string_free(l->context, &text);
+    return failed ? dpoi_fail_at(l->context, l->path) : 0;
+}
+
+/* Numbers the distinct prompts in the order of the file, by a hash table of their first examples.
+   With l->once each prompt keeps one example, in the first one's place, with the last one's answer.
+   Examples without a prompt have nothing in common. */
+static int dpoi_group_examples(dpoi_loader *l)
+{
+    dpo_data *data = l->data;
+    const uint32_t *ids = data->tokens.ids;
+    size_t n_slots = 1, n_kept = 0, nb = l->n_branches, *slots;     // slots: example + 1, or 0
+    while (n_slots < 2 * data->n) n_slots *= 2;
+    if (dpoi_alloc_zeroed(l->context, &slots, n_slots, sizeof *slots)) return 1;
+    for (size_t i = 0; i < data->n; i++) {
+        dpoi_place place = l->places[i], *places = l->places;
+        size_t bytes = place.n_whole * sizeof *ids, to = n_kept, group = data->n_groups;
+        size_t slot = dpoi_hash(DPOI_HASH_START, ids + place.start, bytes) & (n_slots - 1);
+        while (bytes && slots[slot] && (places[slots[slot] - 1].n_whole != place.n_whole ||
+               memcmp(ids + places[slots[slot] - 1].start, ids + place.start, bytes)))
+            slot = (slot + 1) & (n_slots - 1);
+        if (bytes && slots[slot]) {
+            group = data->examples[slots[slot] - 1].group;
+            if (l->once) to = slots[slot] - 1;
+        } else if (bytes) {
+            slots[slot] = n_kept + 1;
+        }
+        data->n_groups += group == data->n_groups;
+        data->examples[to] = data->examples[i];
+        data->examples[to].group = group;
+        places[to] = place;
+        memmove(data->branches + to * nb, data->branches + i * nb, nb * sizeof *data->branches);
+        data->counts.repeated_prompts += to < n_kept;
+        n_kept += to == n_kept;
+    }
+    data->n = n_kept;
+    dpoi_free(l->context, slots);
+    return 0;
+}
+
+/* Sets the pointers, counts what was cut, and hashes it all. An answer that was cut is known by its
+   last token: the end token is nowhere else in it. */
+static int dpoi_finish_data(dpoi_loader *l)
+{
+    dpo_data *data = l->data;
+    dpo_data_counts *counts = &data->counts;
+    if (counts->records == 0) return dpoi_fail(l->context, "%s: no records in it", l->path);
+    if (data->n == 0)
+        return dpoi_fail(l->context, "%s: none of %zu records can be used: in %zu the prompts "
+                         "differ, %zu have no \"\\n\\nAssistant:\", %zu an empty answer, %zu the "
+                         "end token inside", l->path, counts->records, counts->prompts_differ,
+                         counts->no_prompt, counts->empty_answers, counts->end_token_inside);
+    if (dpoi_group_examples(l)) return 1;
+    uint64_t hash = dpoi_hash(DPOI_HASH_START, &data->n, sizeof data->n);
+    for (size_t i = 0; i < data->n; i++) {
+        dpo_example *example = &data->examples[i];
+        const dpoi_place *place = &l->places[i];
+        dpo_branch *branches = &data->branches[i * l->n_branches];
+        size_t n_cut = place->n_whole - example->n_prompt;
+        const uint32_t *tokens = data->tokens.ids + place->start;
+        example->prompt = tokens + (l->options->keep_start ? 0 : n_cut);
+        example->branches = branches;
+        tokens += place->n_whole;
+        counts->cut_prompts += n_cut > 0;
+        size_t shape[] = { example->n_prompt, example->group, example->n_branches };
+        hash = dpoi_hash(hash, shape, sizeof shape);
+        hash = dpoi_hash(hash, example->prompt, example->n_prompt * sizeof *tokens);
+        for (size_t b = 0; b < l->n_branches; b++) {
+            size_t n = branches[b].n;
+            branches[b].tokens = tokens;
+            tokens += n;
+            counts->cut_answers += !l->is_text && tokens[-1] != l->end_token;
+            hash = dpoi_hash(hash, &n, sizeof n);
+            hash = dpoi_hash(hash, branches[b].tokens, n * sizeof *tokens);
+        }
+        counts->ties += l->n_branches == 2 && branches[0].n == branches[1].n &&
+                        !memcmp(branches[0].tokens, branches[1].tokens,
+                                branches[0].n * sizeof *tokens);
+    }
+    data->hash = hash;
+    return 0;
+}
+
+/* Whether a path names JSON lines; some call them .json. */
+static int dpoi_is_jsonl(const char *path)
+{
+    const char *dot = strrchr(path, '.');
+    return dot && (!strcmp(dot, ".jsonl") || !strcmp(dot, ".json"));
+}
+
+DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
+                          const dpo_tokenizer *tokenizer, uint32_t end_token,
+                          const dpo_data_options *options)
+{
+    size_t length = options->max_length, prompt_length = options->max_prompt_length;
+    *data = (dpo_data){ 0 };
+    if (length < 2 || length > UINT32_MAX)
+        return dpoi_fail(context, "max-length %zu: at least 2 tokens are needed", length);
+    if (options->use != DPO_USE_TEXT && prompt_length >= length)
+        return dpoi_fail(context, "max-prompt-length %zu must be less than max-length %zu, or no "
+                         "room is left for answers", prompt_length, length);
+    if (end_token >= tokenizer->n_tokens)
+        return dpoi_fail(context, "the end token %u is not among the tokenizer's %zu tokens: the "
+                         "model needs a tokenizer, and eos_token_id in config.json", end_token,
+                         tokenizer->n_tokens);
+    dpoi_loader l = { .context = context, .data = data, .tokenizer = tokenizer, .options = options,
+        .path = path, .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
+    int failed;
+    if (options->use != DPO_USE_PAIRS && !dpoi_is_jsonl(path)) {
+        failed = dpoi_load_plain_text(&l);
+    } else {
+        dpo_jsonl reader;
+        failed = dpo_jsonl_open(context, &reader, path) || dpoi_load_records(&l, &reader);
+        dpo_jsonl_close(context, &reader);
+    }
+    failed = failed || dpoi_finish_data(&l);
+    dpoi_free(context, l.places);
+    if (failed) dpo_data_free(context, data);
+    return failed;
+}
+
+DPO_API void dpo_data_free(dpo_context *context, dpo_data *data)
+{
+    dpoi_free(context, data->examples);
+    dpoi_free(context, data->branches);
+    dpo_tokens_free(context, &data->tokens);
+    *data = (dpo_data){ 0 };
+}
+
+/* Fisher and Yates's shuffle of the groups, then each group's members in file order. */
+DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data,
+                             uint64_t seed)
+{
+    size_t *groups, *starts;    // [n_groups] in their new order, [n_groups + 1] members before
+    if (dpoi_alloc(context, &groups, data->n_groups, sizeof *groups)) return 1;
+    if (dpoi_alloc_zeroed(context, &starts, data->n_groups + 1, sizeof *starts)) {
+        dpoi_free(context, groups);
+        return 1;
+    }
+    for (size_t g = 0; g < data->n_groups; g++) groups[g] = g;
+    for (size_t g = data->n_groups; g > 1; g--) {
+        size_t other = dpo_random_u64(seed, DPOI_STREAM_SHUFFLE, g) % g;
+        size_t last = groups[g - 1];
+        groups[g - 1] = groups[other];
+        groups[other] = last;
+    }
+    for (size_t i = 0; i < data->n; i++) starts[data->examples[i].group]++;
+    for (size_t g = 0, place = 0; g < data->n_groups; g++) {
+        size_t n = starts[groups[g]];
+        starts[groups[g]] = place;
+        place += n;
+    }
+    for (size_t i = 0; i < data->n; i++) order[starts[data->examples[i].group]++] = i;
+    dpoi_free(context, groups);
+    dpoi_free(context, starts);
+    return 0;
+}
+
+DPO_API size_t dpo_example_rows(const dpo_example *example)
+{
+    size_t rows = example->n_prompt;
+    for (size_t b = 0; b < example->n_branches; b++) rows += example->branches[b].n - 1;
+    return rows;
+}
+
+DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max_rows)
+{
+    size_t rows = 0, taken = 0;
+    while (taken < n && (rows += dpo_example_rows(&examples[taken])) <= max_rows) taken++;
+    return DPOI_MAX(taken, DPOI_MIN(n, (size_t)1));
+}
+/* ================================================================================================
+   10. GENERATION
+
+   A transformer writes one token at a time, and each new row needs of the old ones only their keys
+   and values. So these are kept, [layer][position][2C], and a step costs one row: every weight is
+   read once and used once, which makes generation a test of memory bandwidth, not arithmetic.
+   The prompt goes through the batch path of part 6 in one pass; the steps have their own product,
+   a row times a matrix, and may therefore differ from the batch path by rounding.
+   ============================================================================================= */
+
+/* ---- 10.1 one row through the model ------------------------------------------------------------ */
+
+typedef struct dpoi_cache {
+    float *kv;          // [L, capacity, 2C] keys and values by head: [H][key D, value D]
+    size_t n, capacity; // positions
+    float *x, *normed, *qkv, *attended, *branch, *up, *gate; // one row of each
+    float *scores;      // [H, capacity]
+    float *logits;      // [V]
+} dpoi_cache;
+
+static void dpoi_cache_free(dpo_context *context, dpoi_cache *cache)
+{
+    float *all[] = { cache->kv, cache->x, cache->normed, cache->qkv, cache->attended, cache->branch,
+                     cache->up, cache->gate, cache->scores, cache->logits };
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) dpoi_free(context, all[i]);
+}
+
+static int dpoi_cache_init(dpoi_cache *cache, const dpo_model *model, size_t capacity)
+{
+    dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    size_t C = config->d_model, F = config->d_ff;
+    *cache = (dpoi_cache){ .capacity = capacity };
+    return dpoi_alloc(context, &cache->kv, config->n_layers * capacity, 2 * C * sizeof(float)) ||
+           dpoi_alloc(context, &cache->x, C, sizeof(float)) ||
+           dpoi_alloc(context, &cache->normed, C, sizeof(float)) ||
+           dpoi_alloc(context, &cache->qkv, 3 * C, sizeof(float)) ||
+           dpoi_alloc(context, &cache->attended, C, sizeof(float)) ||
+           dpoi_alloc(context, &cache->branch, C, sizeof(float)) ||
+           dpoi_alloc(context, &cache->up, F, sizeof(float)) ||
+           dpoi_alloc(context, &cache->gate, F, sizeof(float)) ||
+           dpoi_alloc(context, &cache->scores, config->n_heads * capacity, sizeof(float)) ||
+           dpoi_alloc(context, &cache->logits, config->vocab_size, sizeof(float));
+}
+
+/* Copies the keys and values of a row of qkv to position p of a layer. */
+static void dpoi_cache_store(dpoi_cache *cache, const float *qkv, dpoi_heads heads, size_t layer,
+                             size_t p)
+{
+    float *kv = cache->kv + (layer * cache->capacity + p) * 2 * heads.H * heads.D;
+    for (size_t h = 0; h < heads.H; h++) {
+        const float *head = qkv + h * heads.head_stride;
+        memcpy(kv + 2 * h * heads.D, head + heads.key, heads.D * sizeof *kv);
+        memcpy(kv + (2 * h + 1) * heads.D, head + heads.value, heads.D * sizeof *kv);
+    }
+}
+
+/* y = x W^T + b for one row. [out, in] weights are read as dot products, [in, out] ones as a sum of
+   rows; both in the order in which they lie. */
+static void dpoi_linear_row(const dpo_context *context, float *y, const float *x,
+                            const dpo_tensor *W, const dpo_tensor *b)
+{
+    size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
+    DPOI_PARALLEL_FOR(dpoi_threads(context, in * out))
+    for (size_t first = 0; first < out; first += DPOI_COLUMNS) {
+        size_t end = DPOI_MIN(first + DPOI_COLUMNS, out);
+        for (size_t o = first; o < end; o++)
+            y[o] = W->layout == DPO_CONV1D ? 0.0f : dpoi_dot(x, W->data + o * in, in);
+        for (size_t i = 0; W->layout == DPO_CONV1D && i < in; i++)
+            for (size_t o = first; o < end; o++) y[o] += x[i] * W->data[i * out + o];
+        for (size_t o = first; b && o < end; o++) y[o] += b->data[o];
+    }
+}
+
+/* Softmax attention of one query row against all cached positions of a layer. */
+static void dpoi_attention_row(const dpo_context *context, dpoi_cache *cache, size_t layer,
+                               const dpoi_attention *attention)
+{
+    dpoi_heads heads = attention->heads;
+    size_t D = heads.D, row = 2 * heads.H * D, n = cache->n + 1;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, 2 * n * heads.H * D))
+    for (size_t h = 0; h < heads.H; h++) {
+        const float *q = cache->qkv + h * heads.head_stride;
+        const float *kv = cache->kv + layer * cache->capacity * row + 2 * h * D;
+        float *p = cache->scores + h * cache->capacity, *y = cache->attended + h * D;
+        for (size_t j = 0; j < n; j++) p[j] = dpoi_dot(q, kv + j * row, D);
+        dpoi_strip_scale(p, n, attention->scale, attention->slopes ? attention->slopes[h] : 0.0f);
+        float most = dpoi_max(p, n);
+        for (size_t j = 0; j < n; j++) p[j] = dpoi_exp(p[j] - most);
+        float sum = dpoi_sum(p, n);
+        for (size_t d = 0; d < D; d++) y[d] = 0.0f;
+        for (size_t j = 0; j < n; j++)
+            for (size_t d = 0; d < D; d++) y[d] += p[j] / sum * kv[j * row + D + d];
+    }
+}
+
+/* The block of part 6.5 for one row, then the head: logits for the token after this one. */
+static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
+{
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    const dpoi_weights *weights = model->weights;
+    dpoi_workspace *w = model->workspace;
+    size_t C = config->d_model, V = config->vocab_size;
+    float epsilon = (float)config->norm_epsilon, stats[2];
+    uint32_t position = (uint32_t)cache->n;
+    dpoi_embedding_forward(context, cache->x, &token, &position, weights->embedding->data,
+                           weights->positions ? weights->positions->data : NULL,
+                           (float)config->embedding_scale, 1, C);
+    for (size_t l = 0; l < config->n_layers; l++) {
+        const dpoi_block_weights *block = &weights->blocks[l];
+        dpoi_attention attention = dpoi_attention_of(model, l, 0);
+        dpoi_norm_forward(context, cache->normed, stats, cache->x, block->norm1_w->data,
+                          block->norm1_b->data, epsilon, 1, C);
+        dpoi_linear_row(context, cache->qkv, cache->normed, block->qkv_w, block->qkv_b);
+        if (w->rotary)
+            dpoi_rotary(context, cache->qkv, &position, w->rotary, config->rotary_dims,
+                        attention.heads, 1.0f, 1);
+        dpoi_cache_store(cache, cache->qkv, attention.heads, l, cache->n);
+        dpoi_attention_row(context, cache, l, &attention);
+        dpoi_linear_row(context, cache->branch, cache->attended, block->out_w, block->out_b);
+        if (!config->parallel_residual) dpoi_add(context, cache->x, cache->x, cache->branch, C);
+        dpoi_norm_forward(context, cache->normed, stats, cache->x, block->norm2_w->data,
+                          block->norm2_b->data, epsilon, 1, C);
+        if (config->parallel_residual) dpoi_add(context, cache->x, cache->x, cache->branch, C);
+        dpoi_linear_row(context, cache->up, cache->normed, block->up_w, block->up_b);
+        if (block->gate_w)
+            dpoi_linear_row(context, cache->gate, cache->normed, block->gate_w, block->gate_b);
+        dpoi_activation_forward(context, cache->up, cache->up, block->gate_w ? cache->gate : NULL,
+                                config->activation, 1, config->d_ff);
+        dpoi_linear_row(context, cache->branch, cache->up, block->down_w, block->down_b);
+        dpoi_add(context, cache->x, cache->x, cache->branch, C);
+    }
+    dpoi_norm_forward(context, cache->normed, stats, cache->x, weights->norm_w->data,
+                      weights->norm_b->data, epsilon, 1, C);
+    dpo_tensor head = *weights->head;
+    head.layout = DPO_LINEAR; // the embedding, when tied, is [V, C] as well
+    dpoi_linear_row(context, cache->logits, cache->normed, &head, NULL);
+    for (size_t v = 0; v < V; v++) cache->logits[v] *= (float)config->logit_scale;
+    cache->n++;
+}
+
+/* Fills the cache with all tokens but the last in one batch pass, then takes the last as a step. */
+static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tokens, size_t n)
+{
+    // A branch's last token has no row: tokens [0, n) make rows for [0, n - 1).
+    dpo_branch branch = { tokens, n, n - 1 };
+    dpo_example example = { .branches = &branch, .n_branches = 1 };
+    dpo_batch batch = { &example, 1 };
+    if (n > 1) {
+        if (dpoi_lay_out(model, &batch, 0)) return 1;
+        dpoi_embed_rows(model);
+        for (size_t l = 0; l < model->config.n_layers; l++) {
+            dpoi_block_forward(model, l, 1, 0);
+            for (size_t p = 0; p < n - 1; p++) // the layers share their buffers: take the keys now
+                dpoi_cache_store(cache, model->workspace->qkv + p * 3 * model->config.d_model,
+                                 dpoi_heads_of(&model->config), l, p);
+        }
+    } else if (dpo_model_reserve(model, 1, 1, 1, 0)) return 1;
+    cache->n = n - 1;
+    dpoi_step(model, cache, tokens[n - 1]);
+    return 0;
+}
+
+/* ---- 10.2 choosing a token ----------------------------------------------------------------------- */
+
+typedef struct dpoi_choice { float p; uint32_t token; } dpoi_choice;
+
+static int dpoi_by_probability(const void *a, const void *b)
+{
+    const dpoi_choice *x = a, *y = b;
+    if (x->p != y->p) return x->p < y->p ? 1 : -1;
+    return x->token < y->token ? -1 : x->token > y->token; // so that the order is never chance
+}
+
+/* Greedy at temperature 0. Otherwise softmax(logits / temperature), of which top_k keeps the k most
+   probable tokens, and top_p (Holtzman et al. 2020) the fewest whose probabilities reach p. */
+static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float *logits, size_t V,
+                            const dpo_sampling *sampling, uint64_t index)
+{
+    size_t best = 0;
+    for (size_t v = 1; v < V; v++)
+        if (logits[v] > logits[best]) best = v;
+    if (sampling->temperature <= 0) return (uint32_t)best;
+    double total = 0.0;
+    for (size_t v = 0; v < V; v++) {
+        float p = (float)exp((logits[v] - logits[best]) / sampling->temperature);
+        choices[v] = (dpoi_choice){ p, (uint32_t)v };
+        total += p;
+    }
+    size_t n = V;
+    if ((sampling->top_k && sampling->top_k < V) || sampling->top_p < 1) {
+        qsort(choices, V, sizeof *choices, dpoi_by_probability);
+        if (sampling->top_k && sampling->top_k < n) n = sampling->top_k;
+        double kept = 0.0, mass = 0.0;
+        for (size_t i = 0; i < n; i++) mass += choices[i].p;
+        for (size_t i = 0; i < n; i++) {
+            kept += choices[i].p;
+            if (kept >= sampling->top_p * mass) n = i + 1;
+        }
+        total = kept;
+    }
+    double point = dpo_random_uniform(sampling->seed, DPOI_STREAM_SAMPLING, index) * total;
+    for (size_t i = 0; i < n; i++) {
+        point -= choices[i].p;
+        if (point < 0) return choices[i].token;
+    }
+    return choices[n - 1].token;
+}
+
+/* ---- 10.3 generating text -------------------------------------------------------------------------- */
+
+/* Looks for the first stop string in text[from .. n): its place, or n. *held is how many bytes at
+   the end could still become the beginning of one, and must not be shown yet. */
+static size_t dpoi_find_stop(const dpo_sampling *sampling, const char *text, size_t from, size_t n,
+                             size_t *held)
+{
+    *held = 0;
+    for (size_t i = from; i < n; i++)
+        for (size_t k = 0; k < sampling->n_stops; k++) {
+            size_t length = strlen(sampling->stops[k]), rest = n - i;
+            if (length && !memcmp(text + i, sampling->stops[k], DPOI_MIN(length, rest))) {
+                if (length <= rest) return i;
+                *held = DPOI_MAX(*held, rest);
+            }
+        }
+    return n;
+}
+
+DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prompt, size_t n_prompt,
+                         const dpo_sampling *sampling,
+                         void (*on_text)(void *user, const char *bytes, size_t n), void *user)
+{
+    dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
+    if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0))
+        return dpoi_fail(context, "generation needs a prompt of at least one token, at least one new "
+                         "token, and top_p above 0");
+    for (size_t i = 0; i < n_prompt; i++)
+        if (prompt[i] >= config->vocab_size)
+            return dpoi_fail(context, "prompt token %u is outside the model's vocabulary of %zu",
+                             prompt[i], config->vocab_size);
+    if (n_prompt >= config->context_length) { // the end of the prompt is where the question is
+        size_t cut = n_prompt - DPOI_MAX(config->context_length - 1, (size_t)1);
+        prompt += cut;
+        n_prompt -= cut;
+    }
+    size_t capacity = n_prompt + DPOI_MIN(sampling->max_new_tokens, config->context_length);
+    capacity = DPOI_MIN(capacity, config->context_length);
+    size_t start = out->n, shown = out->n;
+    dpoi_cache cache;
+    dpoi_choice *choices = NULL;
+    int failed = dpoi_cache_init(&cache, model, capacity) ||
+                 dpoi_alloc(context, &choices, config->vocab_size, sizeof *choices) ||
+                 dpoi_prefill(model, &cache, prompt, n_prompt);
+    for (size_t i = 0; !failed && i < sampling->max_new_tokens; i++) {
+        uint32_t token = dpoi_choose(choices, cache.logits, config->vocab_size, sampling, i);
+        if ((int64_t)token == config->eos_id) break;
+        if (token < model->tokenizer.n_tokens)
+            failed = dpo_tokenizer_decode(context, out, &model->tokenizer, &token, 1);
+        size_t held, stop = dpoi_find_stop(sampling, out->bytes, start, out->n, &held);
+        int stopped = stop < out->n;
+        if (stopped) out->n = stop;
+        size_t end = stopped ? out->n : out->n - held;
+        if (on_text && end > shown) {
+            on_text(user, out->bytes + shown, end - shown);
+            shown = end;
+        }
+        if (stopped || cache.n == cache.capacity) break;
+        if (i + 1 < sampling->max_new_tokens) dpoi_step(model, &cache, token);
+    }
+    if (!failed && on_text && out->n > shown) on_text(user, out->bytes + shown, out->n - shown);
+    dpoi_free(context, choices);
+    dpoi_cache_free(context, &cache);
+    return failed;
+}
+
+#endif /* DPO_IMPLEMENTATION */
