@@ -61,10 +61,10 @@
 
    The one idea. Everything here asks one question: what is the log-probability of each continuation
    ("branch") of a prompt? SFT has one branch, the good answer. DPO has two, chosen and rejected. A
-   multiple-choice question has as many as options. Running text is one branch of an empty prompt. So
-   there is one forward, which reports log p of every branch; one backward, which takes one number a
-   branch, d loss / d log p; and in between a loss of a few lines that knows no model. The prompt is
-   computed once and shared by its branches, forwards and backwards.
+   multiple-choice question has as many as options. Running text is one branch of an empty prompt.
+   So there is one forward, which reports log p of every branch; one backward, which takes one
+   number a branch, d loss / d log p; and in between a loss of a few lines that knows no model. The
+   prompt is computed once and shared by its branches, forwards and backwards.
 
    Contents
        1  interface     types and functions, with shapes, units and errors
@@ -85,9 +85,9 @@
        DPO_PLAIN_C             products without the compiler's vector extension
 
    Shape letters. B examples of a batch, R rows (tokens of a micro-batch, laid end to end, never
-   padded), S scored rows (those that predict a token somebody asks for), T positions, C width of the
-   model, H heads, D = C / H head size, F width inside the MLP, V vocabulary, L layers. `dx` is the
-   gradient of some final number with respect to x, and has x's shape.
+   padded), S scored rows (those that predict a token somebody asks for), T positions, C width of
+   the model, H heads, D = C / H head size, F width inside the MLP, V vocabulary, L layers. `dx` is
+   the gradient of some final number with respect to x, and has x's shape.
 
    Choices, where the sources differ
        Prompt and answers are tokenised separately, and the end token is appended to every answer.
@@ -99,20 +99,20 @@
        scores 0, and its ties are reported beside it.
        IPO averages log-probabilities per token, as its authors do; ipo-sum does not. Rewards are
        beta times the summed log-ratio whatever the loss.
-       Weight decay (0 unless asked for) applies to matrices and embeddings, not to biases and norms.
+       Weight decay (0 unless asked for) applies to matrices and embeddings only.
        muP models train each block's matrices at mup_width_scale times the learning rate.
        Dropout that a config asks for is not done.
 
    Numerics contract (the tests hold it)
-       fp32 parameters, activations and gradients; log-probabilities of answers, losses and norms add
-       up in fp64; log-softmax from the true maximum, never through a probability.
+       fp32 parameters, activations and gradients; log-probabilities of answers, losses and norms
+       add up in fp64; log-softmax from the true maximum, never through a probability.
        The same inputs, seed, micro-batches and build give the same bits for any number of threads:
-       every sum has one order. The score of an example does not depend on its neighbours in a batch.
+       every sum has one order. An example's score does not depend on its neighbours in a batch.
        NaN and infinity are carried, not hidden: training stops before the weights are touched.
 
    Limits. Sequences up to the model's context (ALiBi models go beyond). Dynamic position
-   interpolation of BTLM and RoPE scaling are refused on import. A context and what belongs to it may
-   be used by one thread at a time (the library makes its own threads).
+   interpolation of BTLM and RoPE scaling are refused on import. A context and what belongs to it
+   may be used by one thread at a time (the library makes its own threads).
 
    Licence: MIT, see the end of the file.
    ============================================================================================= */
@@ -142,7 +142,7 @@ extern "C" {
 #define DPO_API extern
 #endif
 
-/* ---- 1.1 context: threads, scratch memory, the last error ---------------------------------- */
+/* ---- 1.1 context: threads, scratch memory, the last error ------------------------------------ */
 
 typedef struct dpo_context {
     int n_threads;          // threads of every parallel loop; results do not depend on it
@@ -158,7 +158,7 @@ typedef struct dpo_context {
 DPO_API int dpo_context_init(dpo_context *context, int n_threads);
 DPO_API void dpo_context_free(dpo_context *context);
 
-/* ---- 1.2 files: one container for models, adapters, training states, reference caches ------- */
+/* ---- 1.2 files: one container for models, adapters, training states, reference caches -------- */
 
 typedef enum { DPO_F32 = 1, DPO_F16, DPO_BF16, DPO_U8, DPO_U32, DPO_F64, DPO_U64 } dpo_dtype;
 typedef enum { DPO_PLAIN, DPO_LINEAR, DPO_CONV1D } dpo_layout; // [out, in] and [in, out] weights
@@ -199,8 +199,8 @@ DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind
 
 /* ---- 1.3 text: tokenizer, JSON lines --------------------------------------------------------- */
 
-typedef struct dpo_tokens { uint32_t *ids; size_t n, capacity; } dpo_tokens;  // grows; zero to start
-typedef struct dpo_string { char *bytes; size_t n, capacity; } dpo_string;    // likewise; not NUL-terminated
+typedef struct dpo_tokens { uint32_t *ids; size_t n, capacity; } dpo_tokens; // grows; zero to start
+typedef struct dpo_string { char *bytes; size_t n, capacity; } dpo_string;   // no NUL at its end
 DPO_API void dpo_tokens_free(dpo_context *context, dpo_tokens *tokens);
 DPO_API void dpo_string_free(dpo_context *context, dpo_string *string);
 
@@ -225,7 +225,8 @@ typedef struct dpo_tokenizer {
 } dpo_tokenizer;
 
 /* Reads the tokenizer/... entries of a model file, checking every table. */
-DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file);
+DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer,
+                               const dpo_file *file);
 /* The smallest tokenizer: one token a byte, and <|endoftext|> as id 256. */
 DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer);
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer);
@@ -303,13 +304,13 @@ typedef struct dpo_batch {
 /* What a file of records is used for. */
 typedef enum {
     DPO_USE_PAIRS,  // preference records: branch 0 is the chosen answer, branch 1 the rejected one
-    DPO_USE_SFT,    // one branch: the chosen answer (once per distinct prompt), the completion, or text
+    DPO_USE_SFT,    // one branch: the chosen answer (once per distinct prompt), completion, or text
     DPO_USE_TEXT    // windows of running text: {"text"} records or a plain text file
 } dpo_data_use;
 
 typedef struct dpo_data_options {
     dpo_data_use use;
-    size_t max_length;          // tokens of prompt and answer together; scored ones of a text window
+    size_t max_length;          // tokens of prompt and answer; scored ones of a text window
     size_t max_prompt_length;   // what a prompt is cut to when it must be cut
     int keep_start;             // cut prompts keep their start instead of their end
     size_t limit;               // read at most this many examples; 0: all
@@ -318,11 +319,11 @@ typedef struct dpo_data_options {
 /* Why records were dropped or changed; every count is reported, none is silent. */
 typedef struct dpo_data_counts {
     size_t records;             // read from the file
-    size_t prompts_differ;      // dropped: the rejected text does not begin with the chosen one's prompt
+    size_t prompts_differ;      // dropped: rejected does not begin with the chosen one's prompt
     size_t no_prompt;           // dropped: a transcript without "\n\nAssistant:"
     size_t empty_answers;       // dropped: an answer or a document without a token of its own
     size_t end_token_inside;    // dropped: text that spells the end token
-    size_t repeated_prompts;    // SFT on pairs: records whose prompt came again (the last answer stays)
+    size_t repeated_prompts;    // SFT on pairs: prompts that came again (the last answer stays)
     size_t ties;                // kept: chosen equals rejected, token for token
     size_t cut_prompts;         // kept: prompts cut to max_prompt_length
     size_t cut_answers;         // kept: answers cut to fit, which lose their end token
@@ -345,13 +346,14 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
                           const dpo_data_options *options);
 DPO_API void dpo_data_free(dpo_context *context, dpo_data *data);
 /* Puts 0 .. n-1 into `order` shuffled by `seed`; members of one group stay together. */
-DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data, uint64_t seed);
+DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data,
+                             uint64_t seed);
 /* The rows that an example takes in a forward pass: every token but each branch's last. */
 DPO_API size_t dpo_example_rows(const dpo_example *example);
-/* How many of the leading examples make the next micro-batch: as many as fit into max_rows, at least 1. */
+/* How many of the leading examples make the next micro-batch: what fits into max_rows, or 1. */
 DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max_rows);
 
-/* ---- 1.5 the model ---------------------------------------------------------------------------- */
+/* ---- 1.5 the model --------------------------------------------------------------------------- */
 
 typedef enum { DPO_GPT_NEOX, DPO_BTLM } dpo_architecture;
 typedef enum { DPO_ROTARY, DPO_ALIBI, DPO_LEARNED } dpo_position;
@@ -421,8 +423,8 @@ DPO_API void dpo_model_free(dpo_model *model);
 DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *name);
 /* The config of an open model file alone, to plan memory before the weights are loaded. */
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file);
-/* Given vocab_size, context_length, d_model, n_layers, n_heads and d_ff (0: 4 d_model), sets all the
-   rest as Pythia has it (GPT-NeoX) or BTLM-3B (ALiBi, SwiGLU, and muP's scales for this width). */
+/* Given vocab_size, context_length, d_model, n_layers, n_heads and d_ff (0: 4 d_model), sets all
+   the rest as Pythia has it (GPT-NeoX) or BTLM-3B (ALiBi, SwiGLU, muP's scales for this width). */
 DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture);
 DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config);
 
@@ -443,7 +445,8 @@ DPO_API int dpo_model_zero_grad(dpo_model *model);
 DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_example *examples,
                                size_t n, size_t max_rows);
 /* Logits at every position of one sequence, by the batch path. */
-DPO_API int dpo_logits(dpo_model *model, float *logits /* [n, V] */, const uint32_t *tokens, size_t n);
+DPO_API int dpo_logits(dpo_model *model, float *logits /* [n, V] */, const uint32_t *tokens,
+                       size_t n);
 
 /* ---- 1.6 losses and metrics ------------------------------------------------------------------ */
 
@@ -460,7 +463,7 @@ typedef struct dpo_pair {
     double reward[2];           // beta * (policy - reference), summed log-ratios whatever the loss
 } dpo_pair;
 
-/* scores[2] of chosen and rejected under the policy, reference[2] their summed log-probabilities. */
+/* scores[2]: chosen and rejected under the policy; reference[2]: their logp under the reference. */
 DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
                                const dpo_loss_options *options);
 
@@ -475,7 +478,7 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
                                 const dpo_example *examples, const dpo_score *scores,
                                 const double *reference, size_t n, const dpo_loss_options *options);
 
-/* ---- 1.7 optimizer ---------------------------------------------------------------------------- */
+/* ---- 1.7 optimizer --------------------------------------------------------------------------- */
 
 typedef enum { DPO_ADAMW, DPO_RMSPROP } dpo_optimizer_kind;
 typedef enum { DPO_CONSTANT, DPO_LINEAR_DECAY, DPO_COSINE } dpo_schedule;
@@ -500,7 +503,7 @@ DPO_API double dpo_clip_scale(double norm, double max_norm);
 /* Multiplier of the learning rate for update `step` (from 0) of `steps`. */
 DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t steps, size_t warmup);
 
-/* ---- 1.8 reference cache ----------------------------------------------------------------------- */
+/* ---- 1.8 reference cache --------------------------------------------------------------------- */
 
 /* Log-probabilities of a data set's branches under the reference model, kept in a file whose key
    is the model's identity and the data's hash. */
@@ -510,7 +513,7 @@ DPO_API int dpo_reference_save(dpo_context *context, const char *path, uint64_t 
 DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t model_identity,
                                uint64_t data_hash, double *logp, size_t n);
 
-/* ---- 1.9 memory plan --------------------------------------------------------------------------- */
+/* ---- 1.9 memory plan ------------------------------------------------------------------------- */
 
 typedef struct dpo_plan_options {
     int train;                      // gradients and optimizer state too
@@ -526,7 +529,7 @@ typedef struct dpo_memory {         // bytes
 DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_config *config,
                             const dpo_plan_options *options);
 
-/* ---- 1.10 generation ---------------------------------------------------------------------------- */
+/* ---- 1.10 generation ------------------------------------------------------------------------- */
 
 typedef struct dpo_sampling {
     size_t max_new_tokens;
@@ -534,15 +537,15 @@ typedef struct dpo_sampling {
     size_t top_k;                   // 0: off
     double top_p;                   // 1: off
     uint64_t seed;
-    const char *const *stops; size_t n_stops;   // generation ends where one of these strings appears
+    const char *const *stops; size_t n_stops;   // generation ends where one of these appears
 } dpo_sampling;
 /* Continues `prompt`; appends text (without the stop string or end token) to `out`. `on_text`, if
-   not NULL, gets each piece as it becomes final. Prompts longer than the context lose their start. */
+   not NULL, gets each piece as it becomes final. Prompts beyond the context lose their start. */
 DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prompt, size_t n_prompt,
                          const dpo_sampling *sampling,
                          void (*on_text)(void *user, const char *bytes, size_t n), void *user);
 
-/* ---- 1.11 random numbers ------------------------------------------------------------------------ */
+/* ---- 1.11 random numbers --------------------------------------------------------------------- */
 
 /* Counter-based: the number depends on (seed, stream, index) only, so any part of a sequence can be
    had without the rest and threads need no state. */
@@ -559,7 +562,8 @@ DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index
    What everything else stands on: error messages, checked sizes and memory, random numbers, the
    parallel loop, and sums in a fixed order.
    ============================================================================================= */
-#ifdef DPO_IMPLEMENTATION
+#if defined(DPO_IMPLEMENTATION) && !defined(DPOI_IMPLEMENTED)
+#define DPOI_IMPLEMENTED    // including the header again changes nothing
 
 #include <errno.h>
 #include <fcntl.h>
@@ -647,8 +651,8 @@ static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t 
                          size);
     dpoi_block block = { DPO_MALLOC(total), bytes };
     if (!block.base)
-        return dpoi_fail(context, "out of memory: could not allocate %.1f MB on top of %.1f MB; use "
-                         "a smaller model, --max-length or --micro-tokens", (double)bytes / 1e6,
+        return dpoi_fail(context, "out of memory: could not allocate %.1f MB on top of %.1f MB; "
+                         "use a smaller model, --max-length or --micro-tokens", (double)bytes / 1e6,
                          (double)context->heap_bytes / 1e6);
     char *start = (char *)block.base + DPOI_ALIGN;
     start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
@@ -670,7 +674,8 @@ static int dpoi_alloc_zeroed(dpo_context *context, void *pointer, size_t count, 
 }
 
 /* Makes room in a growing array for n elements in all, doubling so that appends stay cheap. */
-static int dpoi_reserve(dpo_context *context, void *pointer, size_t *capacity, size_t n, size_t size)
+static int dpoi_reserve(dpo_context *context, void *pointer, size_t *capacity, size_t n,
+                        size_t size)
 {
     if (n <= *capacity) return 0;
     size_t wanted = DPOI_MAX(n, DPOI_MAX(*capacity + *capacity / 2, (size_t)16));
@@ -741,8 +746,8 @@ DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index
     return (double)(dpo_random_u64(seed, stream, index) >> 11) * 0x1p-53;
 }
 
-/* Streams under one seed that must not repeat each other's numbers; the weights of tensor k of a new
-   model are stream k. */
+/* Streams under one seed that must not repeat each other's numbers; the weights of tensor k of a
+   new model are stream k. */
 enum { DPOI_STREAM_SHUFFLE = 1 << 20, DPOI_STREAM_SAMPLING };
 
 /* A standard normal number by Box and Muller's transform. */
@@ -754,9 +759,10 @@ static double dpoi_random_normal(uint64_t seed, uint64_t stream, uint64_t index)
 
 /* ---- 2.4 the parallel loop ------------------------------------------------------------------- */
 
-/* `DPOI_PARALLEL_FOR(threads) for (...)` shares the iterations out among the threads, each iteration
-   whole: for few and heavy ones. DPOI_PARALLEL_ROWS is for many light ones. Results cannot depend on
-   who runs what: an iteration writes only what is its own, and no sum is ever split between threads. */
+/* `DPOI_PARALLEL_FOR(threads) for (...)` shares the iterations out among the threads, each
+   iteration whole: for few and heavy ones. DPOI_PARALLEL_ROWS is for many light ones. Results
+   cannot depend on who runs what: an iteration writes only what is its own, and no sum is ever
+   split between threads. */
 #ifdef _OPENMP
 #define DPOI_PRAGMA(text) _Pragma(#text)
 #define DPOI_PARALLEL_FOR(threads) \
@@ -779,13 +785,13 @@ static int dpoi_threads(const dpo_context *context, size_t work)
 {
     return work > DPOI_SERIAL_WORK ? context->n_threads : 1;
 }
-/* ---- 2.5 exp, erf, tanh, sigmoid -------------------------------------------------------------- */
+/* ---- 2.5 exp, erf, tanh, sigmoid ------------------------------------------------------------- */
 
 /* Softmax and activations call these for every element, so loops over them must become vector code
-   with gcc and with clang: no branches, no tables, no calls, and nothing that -ffast-math would have
-   to allow. libm's are scalar calls, ten to twenty times slower, and their last bits depend on
-   its version. NaN gives NaN. The errors given are the largest over every float there is, with and
-   without contraction, in ulps (distances between neighbouring floats), against libm in double.
+   with gcc and with clang: no branches, no tables, no calls, and nothing for which -ffast-math would
+   be needed. The C library's are calls, many times slower, and their last bits depend on its
+   version. NaN gives NaN. The errors stated are the largest over all floats, with and without FMAs,
+   in ulps (distances between neighbouring floats), found by comparing with libm's double functions.
    The polynomials are minimax fits by Remez's exchange, weighted by the error of the result; each
    coefficient in turn, lowest first, is rounded to float, and the rest are fitted again. */
 
@@ -873,7 +879,7 @@ static inline float dpoi_erf(float x)
     far = x < 0.0f ? -far : far;
     return a < 1.0f ? x + x * q : far;
 }
-/* ---- 2.5 sums in a fixed order ---------------------------------------------------------------- */
+/* ---- 2.6 sums in a fixed order --------------------------------------------------------------- */
 
 /* A float sum depends on its order. Sixteen running sums, element i in lane i % 16, then a tree
    over the lanes: the same order on every machine, and one that vector units like. */
@@ -924,76 +930,85 @@ static float dpoi_max(const float *x, size_t n)
     return lane[0];
 }
 
-/* ==== 3 matmul ==================================================================================
-Nearly all the time of training goes into c[m, n] = a[m, k] b[k, n], in the three forms that a linear
-layer y = x W^T needs, x[R, in], W[out, in]:
-    forward            y[R, out]   = x  W^T       both operands lie along k
-    backward to input  dx[R, in]   = dy W         a lies along k, b across it
-    backward to weight dW[out, in] += dy^T x      both lie across k
-A matrix argument carries its strides, so one function does all of them, and Conv1D's W[in, out] too.
+/* ================================================================================================
+   3. MATMUL
 
-The reference below is the definition. It runs at 1 % of what the CPU can do: every multiplication
-loads two numbers, and every addition waits for the one before it. Four ideas give 85 to 92 %.
+   Nearly all the time of training goes into c[m, n] = a[m, k] b[k, n], in the three forms that a
+   linear layer with W[out, in] needs:
 
-1. The tile. A core starts one or two vector fused multiply-adds (FMA) a cycle, each ready after four or
-   five: about ten independent sums must be under way, held in registers. A tile of TR rows and TV
-   vectors of columns of c holds TR*TV of them; one step along k loads TV vectors of b and TR numbers
-   of a and does TR*TV FMAs, so the tile should be as large and as square as the registers allow, with
-   TV vectors of b and one number of a beside the sums. In units of registers:
-       AVX-512  32 registers of 16 floats: 14 rows x 2 vectors = 28 sums + 2 + 1 = 31    (16 loads, 28 FMAs)
-       AVX2     16 registers of  8 floats:  6 rows x 2 vectors = 12 sums + 2 + 1 = 15    ( 8 loads, 12 FMAs)
-       NEON     32 registers of  4 floats:  8 rows x 3 vectors = 24 sums + 3 + 2 = 29    (11 loads, 24 FMAs)
-   The sums never touch memory until the step along k is over: 2*TR*TV*lanes*k operations for each
-   read and write of c. Rows count less when the tile is short: the last few rows use a shorter one.
-2. Packing. The tile wants its TR numbers of a, and its TV vectors of b, next to each other at each step
-   along k. They are copied into panels [k][TR] and [k][tile columns] first, whatever order they
-   had; edges are filled up with zeros. It is the one place that reads the operands' elements. Each element is
-   copied once per block (below) and used for hundreds of FMAs; k-contiguous operands are transposed
-   4 x 4 in registers.
-3. Blocking. k is cut into blocks of BLOCK_K, so that a panel of a (14 x 256 floats, 14 KB) stays in the first cache
-   while b's panels stream past it, and b into strips of BLOCK_COLS columns, which
-   (256 x 256 floats, 256 KB) stay in the second while a's panels stream past. The packed rows of a live in the third.
-4. Threads take blocks of c, never parts of a sum, and pack what they need themselves. That packs some of it twice, and is
-   faster than sharing: a barrier per block of k costs more as soon as another program runs.
+       y[R, out]   =  x  W^T      forward; both operands lie along k
+       dx[R, in]   =  dy W        a lies along k, b across it
+       dW[out, in] += dy^T x      both lie across k
 
-What c[i][j] is, exactly: for each block of k in ascending order, the sum of a[i][l] b[l][j] for ascending l, from
-zero, by FMA, added to c (the first block overwrites c unless accumulating). So it depends on nothing but row i of a, column j
-of b, and k: not on m, n, the position, the storage order, the edge of a tile, or the number of threads. */
+   An operand carries its strides, so one function does them all, and Conv1D's W[in, out] too. The
+   reference below is the definition, at one per cent of the speed of the machine: for each
+   multiplication it loads two numbers, and each addition waits for the one before. Four ideas make
+   it 85 to 92 per cent.
+
+   The tile. A core starts one or two vector fused multiply-adds (FMA) in a cycle, and each takes
+   four or five: some ten sums must be under way at once. So a tile of c, TILE_ROWS rows of
+   TILE_VECS vectors, stays in registers while k runs. A step along k loads TILE_VECS vectors of b
+   and TILE_ROWS numbers of a, one at a time, for TILE_ROWS x TILE_VECS FMAs: a small or narrow
+   tile would wait for its loads. Hence the largest that the registers hold beside the vectors of b
+   and the number of a, and no wider than needed to make loads fewer than FMAs:
+
+                 registers        tile         sums + b + a    loads and FMAs in a step
+       AVX-512   32 of 16 floats  14 x 2 vec   28 + 2 + 1      16   28
+       AVX2      16 of 8 floats    6 x 2 vec   12 + 2 + 1       8   12
+       NEON      32 of 4 floats    8 x 3 vec   24 + 3 + 2      11   24
+
+   Packing. The tile wants what it loads in one step side by side. So the operands are copied into
+   panels first, a's [k, TILE_ROWS] and b's [k, TILE_COLS], filled up with zeros at the edges.
+   Packing is the only place that knows how the operands are stored. It costs (1/m + 1/n) / 2 copies
+   for each FMA: 1 to 5 per cent of the time.
+
+   Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS, m into BLOCK_ROWS. So
+   one panel of a (14 KB) stays in the first cache while b's panels pass by, one strip of b (256 KB)
+   stays in the second while a's panels pass by, and the packed block of a (1.2 MB) in the third.
+
+   Threads share out blocks of c, never the sum along k, and pack for themselves. Sharing packed
+   panels would save copies, but costs two barriers for each block of k, and when anything else runs
+   on the machine, the wait at a barrier is longer than the copying.
+
+   Exactly: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending l starts
+   from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces it unless
+   `accumulate`. So the bits of c[i][j] depend on row i of a, column j of b and k only: not on m, n,
+   place, edges, storage order or threads.
+   ============================================================================================= */
+
+/* ---- 3.1 the reference ----------------------------------------------------------------------- */
 
 typedef struct {
     const void *data;
-    size_t row_stride, col_stride;  // element (i, j) is data[i*row_stride + j*col_stride]; one is 1
-    int dtype;                      // DPO_F32
+    size_t row_stride, col_stride;  // element (i, j) is data[i * row_stride + j * col_stride];
+    int dtype;                      // one stride is 1. DPO_F32
 } dpoi_matrix;
 
-static inline size_t dpoi_min(size_t x, size_t y) { return x < y ? x : y; }
-static inline size_t dpoi_ceil_div(size_t x, size_t y) { return x/y + (x%y != 0); }
-
-// x without its first i rows and j columns.
+/* x without its first i rows and j columns. */
 static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
 {
-    x.data = (const float *)x.data + i*x.row_stride + j*x.col_stride;
+    x.data = (const float *)x.data + i * x.row_stride + j * x.col_stride;
     return x;
 }
 
-static inline float dpoi_element(dpoi_matrix x, size_t i, size_t j)
-{
-    return ((const float *)x.data)[i*x.row_stride + j*x.col_stride];
-}
-
-// c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]; row i of c starts at c + i*ldc. For the tests.
-static void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
-                                  size_t m, size_t n, size_t k, int accumulate)
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n], each row of c ldc elements after the one before.
+   The tests compare dpoi_matmul with it. */
+static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
+                                         size_t m, size_t n, size_t k, int accumulate)
 {
     for (size_t i = 0; i < m; i++)
         for (size_t j = 0; j < n; j++) {
-            double sum = accumulate ? c[i*ldc + j] : 0;
+            double sum = accumulate ? c[i * ldc + j] : 0.0;
             for (size_t l = 0; l < k; l++)
-                sum += (double)dpoi_element(a, i, l) * dpoi_element(b, l, j);
-            c[i*ldc + j] = (float)sum;
+                sum += (double)*(const float *)dpoi_submatrix(a, i, l).data *
+                       *(const float *)dpoi_submatrix(b, l, j).data;
+            c[i * ldc + j] = (float)sum;
         }
 }
 
+/* ---- 3.2 the tile ---------------------------------------------------------------------------- */
+
+/* SHORT_ROWS: a second, lower tile for the last rows, so that 64 rows do not cost 70. */
 #if defined(__AVX512F__)
 enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8 };
 #elif defined(__AVX__)
@@ -1008,14 +1023,16 @@ enum {
     DPOI_BLOCK_K = 256,
     DPOI_BLOCK_COLS = 256 / DPOI_TILE_COLS * DPOI_TILE_COLS,
     DPOI_BLOCK_ROWS = 1200 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
-    DPOI_PACK_FLOATS = DPOI_BLOCK_K * (DPOI_BLOCK_COLS + DPOI_BLOCK_ROWS)
+    DPOI_PACK_FLOATS = DPOI_BLOCK_K * (DPOI_BLOCK_COLS + DPOI_BLOCK_ROWS) // scratch of a thread
 };
 
+/* The compiler's vector extension says "these lanes together" without naming an instruction set.
+   Option DPO_PLAIN_C: do without it, as with other compilers. */
 #if defined(__GNUC__) && !defined(DPO_PLAIN_C)
 #define DPOI_INLINE static inline __attribute__((always_inline))
 #define DPOI_NOINLINE static __attribute__((noinline))
 typedef float dpoi_vec __attribute__((vector_size(DPOI_LANES * sizeof(float))));
-typedef dpoi_vec dpoi_vec_at __attribute__((aligned(4), may_alias));  // at any float's address
+typedef dpoi_vec dpoi_vec_at __attribute__((aligned(4), may_alias)); // at any float's address
 typedef float dpoi_four __attribute__((vector_size(16)));
 typedef dpoi_four dpoi_four_at __attribute__((aligned(4), may_alias));
 #ifdef __clang__
@@ -1026,50 +1043,34 @@ typedef dpoi_four dpoi_four_at __attribute__((aligned(4), may_alias));
 #define DPOI_UNROLL _Pragma("GCC unroll 16")
 #define DPOI_NO_UNROLL
 typedef int dpoi_four_ints __attribute__((vector_size(16)));
-#define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (dpoi_four_ints){i, j, k, l})
-#endif
-
-// out[j][i] = in[i][j] for i, j < 4, rows ldo and ldi floats apart.
-DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
-{
-    dpoi_four a = *(const dpoi_four_at *)in, b = *(const dpoi_four_at *)(in + ldi);
-    dpoi_four c = *(const dpoi_four_at *)(in + 2*ldi), d = *(const dpoi_four_at *)(in + 3*ldi);
-    dpoi_four ab = DPOI_SHUFFLE(a, b, 0, 4, 1, 5), cd = DPOI_SHUFFLE(c, d, 0, 4, 1, 5);
-    *(dpoi_four_at *)out = DPOI_SHUFFLE(ab, cd, 0, 1, 4, 5);
-    *(dpoi_four_at *)(out + ldo) = DPOI_SHUFFLE(ab, cd, 2, 3, 6, 7);
-    ab = DPOI_SHUFFLE(a, b, 2, 6, 3, 7), cd = DPOI_SHUFFLE(c, d, 2, 6, 3, 7);
-    *(dpoi_four_at *)(out + 2*ldo) = DPOI_SHUFFLE(ab, cd, 0, 1, 4, 5);
-    *(dpoi_four_at *)(out + 3*ldo) = DPOI_SHUFFLE(ab, cd, 2, 3, 6, 7);
-}
-
-// Contraction of a*b + c to one FMA: gcc does it unless -std=c11, and then does not know C's own
-// pragma; clang knows that one.
-#ifndef __clang__
+#define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (dpoi_four_ints){ i, j, k, l })
+/* a * b + c must become one FMA. gcc does that by default but not under -std=c11, and ignores the
+   standard's pragma; clang obeys that one, below. */
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast")
 #endif
-// c[rows, columns of a tile] = (add ? c : 0) + a panel times b panel. `rows` must be a constant
-// after inlining: the loops are written up to DPOI_TILE_ROWS, so that both compilers unroll them
-// and keep sum[][] in registers, and the test inside disappears.
+
+/* c[rows, TILE_COLS] = (add ? c : 0) + a panel times b panel. `rows` is a constant once this is
+   inlined. The loops go to TILE_ROWS all the same, and the test inside costs nothing: only loops
+   with constant ends are unrolled by both compilers early enough to put sum[][] into registers. */
 DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const float *b, size_t k,
                                 int add, int rows)
 {
 #ifdef __clang__
 #pragma STDC FP_CONTRACT ON
 #endif
-    dpoi_vec sum[DPOI_TILE_ROWS][DPOI_TILE_VECS] = {{{0}}};
-    for (int i = 0; i < rows; i++)  // c is not needed before the end: have it fetched meanwhile
+    dpoi_vec sum[DPOI_TILE_ROWS][DPOI_TILE_VECS] = { { { 0 } } };
+    for (int i = 0; i < rows; i++) // fetch c while k runs
         for (int j = 0; j < DPOI_TILE_COLS; j += 16)
-            __builtin_prefetch(c + (size_t)i*ldc + j, 1);
-    DPOI_NO_UNROLL  // clang would do two steps at a time and run out of registers
+            __builtin_prefetch(c + (size_t)i * ldc + j, 1);
+    DPOI_NO_UNROLL // clang would take two steps at a time and run out of registers
     for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS) {
         const dpoi_vec_at *b_vec = (const dpoi_vec_at *)b;
         DPOI_UNROLL
         for (int i = 0; i < DPOI_TILE_ROWS; i++)
             DPOI_UNROLL
             for (int j = 0; j < DPOI_TILE_VECS; j++)
-                if (i < rows)
-                    sum[i][j] += a[i] * b_vec[j];
+                if (i < rows) sum[i][j] += a[i] * b_vec[j];
     }
     DPOI_UNROLL
     for (int i = 0; i < DPOI_TILE_ROWS; i++, c += ldc)
@@ -1077,37 +1078,46 @@ DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const floa
         for (int j = 0; j < DPOI_TILE_VECS; j++)
             if (i < rows) {
                 dpoi_vec_at *c_vec = (dpoi_vec_at *)c + j;
-                if (add)
-                    sum[i][j] += *c_vec;
+                if (add) sum[i][j] += *c_vec;
                 *c_vec = sum[i][j];
             }
 }
 
-#else  // the same in plain loops, for other compilers
-#define DPOI_INLINE static inline
-#define DPOI_NOINLINE static
+/* out[j][i] = in[i][j] for i, j < 4; rows are ldo and ldi floats apart. */
 DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
 {
-    for (size_t i = 0; i < 4; i++)
-        for (size_t j = 0; j < 4; j++)
-            out[j*ldo + i] = in[i*ldi + j];
+    dpoi_four a = *(const dpoi_four_at *)in, b = *(const dpoi_four_at *)(in + ldi);
+    dpoi_four c = *(const dpoi_four_at *)(in + 2 * ldi), d = *(const dpoi_four_at *)(in + 3 * ldi);
+    dpoi_four ab = DPOI_SHUFFLE(a, b, 0, 4, 1, 5), cd = DPOI_SHUFFLE(c, d, 0, 4, 1, 5);
+    *(dpoi_four_at *)out = DPOI_SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(dpoi_four_at *)(out + ldo) = DPOI_SHUFFLE(ab, cd, 2, 3, 6, 7);
+    ab = DPOI_SHUFFLE(a, b, 2, 6, 3, 7), cd = DPOI_SHUFFLE(c, d, 2, 6, 3, 7);
+    *(dpoi_four_at *)(out + 2 * ldo) = DPOI_SHUFFLE(ab, cd, 0, 1, 4, 5);
+    *(dpoi_four_at *)(out + 3 * ldo) = DPOI_SHUFFLE(ab, cd, 2, 3, 6, 7);
 }
 
+#else // plain loops
+#define DPOI_INLINE static inline
+#define DPOI_NOINLINE static
 DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const float *b, size_t k,
                                 int add, int rows)
 {
-    float sum[DPOI_TILE_ROWS][DPOI_TILE_COLS] = {{0}};
+    float sum[DPOI_TILE_ROWS][DPOI_TILE_COLS] = { { 0 } };
     for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS)
         for (int i = 0; i < rows; i++)
-            for (int j = 0; j < DPOI_TILE_COLS; j++)
-                sum[i][j] += a[i] * b[j];
+            for (int j = 0; j < DPOI_TILE_COLS; j++) sum[i][j] += a[i] * b[j];
     for (int i = 0; i < rows; i++, c += ldc)
-        for (int j = 0; j < DPOI_TILE_COLS; j++)
-            c[j] = add ? c[j] + sum[i][j] : sum[i][j];
+        for (int j = 0; j < DPOI_TILE_COLS; j++) c[j] = add ? c[j] + sum[i][j] : sum[i][j];
+}
+
+DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
+{
+    for (size_t i = 0; i < 4; i++)
+        for (size_t j = 0; j < 4; j++) out[j * ldo + i] = in[i * ldi + j];
 }
 #endif
 
-// Not inlined: inside the loops over tiles, clang keeps some of the sums in memory.
+/* Not inlined: within the loops over tiles, clang runs out of registers. */
 DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *b, size_t k,
                              int add, size_t rows)
 {
@@ -1120,47 +1130,50 @@ DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *
 #pragma GCC pop_options
 #endif
 
-// Copies x[count, k] into panels of `width` rows, each [k, width], the last filled up with zeros.
+/* ---- 3.3 packing ----------------------------------------------------------------------------- */
+
+/* Copies x[count, k] into panels of `width` rows, each [k, width]; zeros fill up the last. */
 DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t count, size_t k)
 {
     const float *in = (const float *)x.data;
-    size_t whole = count - count%width;
-    if (whole < count)
-        memset(panels + whole*k, 0, width*k*sizeof *panels);
+    size_t whole = count - count % width;
+    if (whole < count) memset(panels + whole * k, 0, width * k * sizeof *panels);
     if (x.row_stride == 1) {
         for (size_t l = 0; l < k; l++, in += x.col_stride) {
-            float *out = panels + l*width;
+            float *out = panels + l * width;
             for (size_t i = 0; i < whole; i += width)
-                memcpy(out + i*k, in + i, width*sizeof *out);
-            for (size_t i = whole; i < count; i++)
-                out[whole*k + i - whole] = in[i];
+                memcpy(out + i * k, in + i, width * sizeof *in);
+            for (size_t i = whole; i < count; i++) out[whole * k + i - whole] = in[i];
         }
         return;
     }
-    const size_t line = 16;  // floats in a cache line of x, which are used up while it is at hand
-    for (size_t p = 0; p < count; p += width, panels += width*k, in += width*x.row_stride) {
-        size_t rows = dpoi_min(count - p, width), quads = rows - rows%4, lines = k - k%line;
-        for (size_t l0 = 0; l0 < lines; l0 += line)
-            for (size_t i = 0; i < quads; i += 4)
-                for (size_t l = l0; l < l0 + line; l += 4)
-                    dpoi_transpose_4x4(panels + l*width + i, width,
-                                       in + i*x.row_stride + l, x.row_stride);
-        for (size_t l = 0; l < k; l++)
-            for (size_t i = l < lines ? quads : 0; i < rows; i++)
-                panels[l*width + i] = in[i*x.row_stride + l];
+    const size_t line = 16; // floats in a cache line: used up when it is there
+    for (size_t p = 0; p < count; p += width, panels += width * k, in += width * x.row_stride) {
+        size_t rows = DPOI_MIN(count - p, width), l = 0;
+        for (; rows >= 4 && l + line <= k; l += line)
+            for (size_t r = 0; r < rows; r += 4) {
+                size_t i = DPOI_MIN(r, rows - 4); // the last four may overlap the four before
+                for (size_t step = l; step < l + line; step += 4)
+                    dpoi_transpose_4x4(panels + step * width + i, width,
+                                       in + i * x.row_stride + step, x.row_stride);
+            }
+        for (; l < k; l++)
+            for (size_t i = 0; i < rows; i++) panels[l * width + i] = in[i * x.row_stride + l];
     }
 }
 
-// c[m, n] (+)= a[m, k] b[k, n], all packed, k <= DPOI_BLOCK_K: tile by tile. Tiles over the edge of
-// c go to a buffer first.
+/* ---- 3.4 on one thread ----------------------------------------------------------------------- */
+
+/* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K. Tiles over the edge of c are made
+   aside, and what belongs to c is copied. */
 static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
                                size_t m, size_t n, size_t k, int add)
 {
     for (size_t i = 0; i < m; i += DPOI_TILE_ROWS)
         for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
-            const float *a = a_panels + i*k, *b = b_panels + j*k;
-            float *to = c + i*ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
-            size_t rows = dpoi_min(m - i, DPOI_TILE_ROWS), cols = dpoi_min(n - j, DPOI_TILE_COLS);
+            const float *a = a_panels + i * k, *b = b_panels + j * k;
+            float *to = c + i * ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
+            size_t rows = DPOI_MIN(m - i, DPOI_TILE_ROWS), cols = DPOI_MIN(n - j, DPOI_TILE_COLS);
             if (cols == DPOI_TILE_COLS && (rows == DPOI_TILE_ROWS || rows == DPOI_SHORT_ROWS)) {
                 dpoi_tile(to, ldc, a, b, k, add, rows);
                 continue;
@@ -1168,62 +1181,66 @@ static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, cons
             dpoi_tile(edge, DPOI_TILE_COLS, a, b, k, 0, rows);
             for (size_t r = 0; r < rows; r++)
                 for (size_t s = 0; s < cols; s++) {
-                    float sum = edge[r*DPOI_TILE_COLS + s];
-                    to[r*ldc + s] = add ? to[r*ldc + s] + sum : sum;
+                    float sum = edge[r * DPOI_TILE_COLS + s];
+                    to[r * ldc + s] = add ? to[r * ldc + s] + sum : sum;
                 }
         }
 }
 
-// c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] on the calling thread; pack[DPOI_PACK_FLOATS].
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] on the calling thread, with scratch
+   pack[DPOI_PACK_FLOATS]. Efficient for small shapes too: 80 % of peak at 64 x 64 x 64. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate)
 {
-    dpoi_matrix b_columns = {b.data, b.col_stride, b.row_stride, b.dtype};  // b transposed
-    float *b_panels = pack, *a_panels = pack + DPOI_BLOCK_K*DPOI_BLOCK_COLS;
+    dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    float *b_panels = pack, *a_panels = pack + DPOI_BLOCK_K * DPOI_BLOCK_COLS;
     for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS)
-        for (size_t l = 0; l == 0 || l < k; l += DPOI_BLOCK_K) {
-            size_t rows = dpoi_min(m - i, DPOI_BLOCK_ROWS), depth = dpoi_min(k - l, DPOI_BLOCK_K);
+        for (size_t l = 0; l == 0 || l < k; l += DPOI_BLOCK_K) { // once if k is 0, for the zeros
+            size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS), depth = DPOI_MIN(k - l, DPOI_BLOCK_K);
             dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth);
             for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS) {
-                size_t cols = dpoi_min(n - j, DPOI_BLOCK_COLS);
+                size_t cols = DPOI_MIN(n - j, DPOI_BLOCK_COLS);
                 dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth);
-                dpoi_matmul_packed(c + i*ldc + j, ldc, a_panels, b_panels, rows, cols, depth,
+                dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, rows, cols, depth,
                                    accumulate || l > 0);
             }
         }
 }
 
-// The same on ctx->n_threads threads: c is cut into blocks, `groups` of rows by `strips` of columns.
-static void dpoi_matmul(const dpo_context *ctx, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
-                        size_t m, size_t n, size_t k, int accumulate)
+/* ---- 3.5 on all threads ---------------------------------------------------------------------- */
+
+/* The same on all threads. A block of c that is p x q takes (p + q) k copies for p q k FMAs, so the
+   blocks should be large and square; but equally many for each thread, and up to four where they
+   are large enough, for then the others can take over from a thread that is held up. */
+static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_matrix a,
+                        dpoi_matrix b, size_t m, size_t n, size_t k, int accumulate)
 {
-    size_t row_tiles = dpoi_ceil_div(m, DPOI_TILE_ROWS);
-    size_t col_tiles = dpoi_ceil_div(n, DPOI_TILE_COLS);
-    size_t threads = (size_t)ctx->n_threads, groups = 1, strips = 1;
-    // A block of p x q needs p + q elements packed per p*q of c, so blocks should be large and
-    // square; but two for each thread at least, and no larger than 2^19 elements, so that a thread
-    // that is held up does not hold up the rest; and as many for each thread.
-    while (threads > 1 && (groups*strips < 2*threads || groups*strips % threads
-                           || (m/groups)*(n/strips) >> 19)) {
-        if (m/groups > n/strips && groups < row_tiles)
-            groups++;
-        else if (strips < col_tiles)
-            strips++;
+    size_t row_tiles = m / DPOI_TILE_ROWS + (m % DPOI_TILE_ROWS > 0), down = 1;
+    size_t col_tiles = n / DPOI_TILE_COLS + (n % DPOI_TILE_COLS > 0), across = 1;
+    size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
+    size_t each = m * n / threads >> 19;
+    while (down * across % threads || down * across < threads * DPOI_MIN(each, 4)) {
+        if (m / down > n / across && down < row_tiles)
+            down++;
+        else if (across < col_tiles)
+            across++;
         else
             break;
     }
-    DPOI_PARALLEL_FOR(ctx->n_threads)
-    for (size_t block = 0; block < groups*strips; block++) {
-        size_t g = block / strips, s = block % strips;
-        size_t i = row_tiles*g/groups*DPOI_TILE_ROWS, j = col_tiles*s/strips*DPOI_TILE_COLS;
-        size_t i_end = dpoi_min(m, row_tiles*(g + 1)/groups*DPOI_TILE_ROWS);
-        size_t j_end = dpoi_min(n, col_tiles*(s + 1)/strips*DPOI_TILE_COLS);
-        dpoi_matmul_serial(ctx->pack[dpoi_thread_index()], c + i*ldc + j, ldc,
+    DPOI_PARALLEL_FOR((int)threads)
+    for (size_t block = 0; block < down * across; block++) {
+        size_t r = block / across, s = block % across;
+        size_t i = row_tiles * r / down * DPOI_TILE_ROWS;
+        size_t j = col_tiles * s / across * DPOI_TILE_COLS;
+        size_t i_end = DPOI_MIN(m, row_tiles * (r + 1) / down * DPOI_TILE_ROWS);
+        size_t j_end = DPOI_MIN(n, col_tiles * (s + 1) / across * DPOI_TILE_COLS);
+        dpoi_matmul_serial(context->pack[dpoi_thread_index()], c + i * ldc + j, ldc,
                            dpoi_submatrix(a, i, 0), dpoi_submatrix(b, 0, j),
                            i_end - i, j_end - j, k, accumulate);
     }
 }
-/* ---- 3.6 the context ---------------------------------------------------------------------------- */
+
+/* ---- 3.6 the context ------------------------------------------------------------------------- */
 
 #define DPOI_MAX_THREADS 1024
 
@@ -1309,7 +1326,7 @@ static void dpoi_add(const dpo_context *context, float *y, const float *a, const
         for (size_t i = first; i < DPOI_MIN(first + piece, n); i++) y[i] = a[i] + b[i];
 }
 
-/* ---- 4.1 embedding ---------------------------------------------------------------------------- */
+/* ---- 4.1 embedding --------------------------------------------------------------------------- */
 
 /* y[r] = scale * (E[token[r]] + P[position[r]]); P is NULL unless positions are learned. muP scales
    the sum, so that a wide model's first layer sees entries of the same size as a narrow one's. */
@@ -1342,7 +1359,7 @@ static void dpoi_embedding_backward(const dpo_context *context, float *dE, float
     }
 }
 
-/* ---- 4.2 layer norm ---------------------------------------------------------------------------- */
+/* ---- 4.2 layer norm -------------------------------------------------------------------------- */
 
 /* xhat = (x - mean) * rstd with rstd = 1 / sqrt(variance + epsilon), y = xhat * w + b, for each row
    (Ba, Kiros, Hinton 2016; the variance is the biased one). `stats` keeps mean and rstd of each row
@@ -1368,7 +1385,7 @@ static void dpoi_norm_forward(const dpo_context *context, float *y /* [R, C] */,
 /* Forward: xhat = (x - mean) * rstd, y = xhat * w + b. With dxhat = dy * w, and since mean and rstd
    depend on every x of the row,
        dx = rstd * (dxhat - mean(dxhat) - xhat * mean(dxhat * xhat)),
-   which is *added* to dx: the norm's input also goes on along the residual stream. dy is used up. */
+   which is *added* to dx: the norm's input also goes on along the residual stream. Uses up dy. */
 static void dpoi_norm_backward(const dpo_context *context, float *dx /* [R, C] */, float *dw,
                                float *db /* [C] */, float *dy /* [R, C] */, const float *stats,
                                const float *x /* [R, C] */, const float *w, size_t R, size_t C)
@@ -1398,7 +1415,7 @@ static void dpoi_norm_backward(const dpo_context *context, float *dx /* [R, C] *
     }
 }
 
-/* ---- 4.3 linear -------------------------------------------------------------------------------- */
+/* ---- 4.3 linear ------------------------------------------------------------------------------ */
 
 /* y = x W^T + b. Hugging Face keeps W as [out, in] for nn.Linear (GPT-NeoX) and as [in, out] for
    Conv1D (BTLM); the data stays as it is, and the product reads it by strides. */
@@ -1455,7 +1472,7 @@ static void dpoi_linear_backward(const dpo_context *context, float *dx /* [R, in
     if (b && b->grad) dpoi_add_column_sums(context, b->grad, dy, R, out);
 }
 
-/* ---- 4.4 rotary positions ---------------------------------------------------------------------- */
+/* ---- 4.4 rotary positions -------------------------------------------------------------------- */
 
 /* Where queries, keys and values lie in a row of qkv [R, 3C]. GPT-NeoX stores them head by head,
    [H][q k v][D]; BTLM stores all queries, then all keys, then all values, [q k v][H][D]. */
@@ -1500,7 +1517,7 @@ static void dpoi_rotary(const dpo_context *context, float *qkv /* [R, 3C] */,
     }
 }
 
-/* ---- 4.5 attention ------------------------------------------------------------------------------ */
+/* ---- 4.5 attention --------------------------------------------------------------------------- */
 
 /* A span is a run of rows that see the same beginning: the prompt sees itself; a branch sees all of
    its prompt's rows (the prefix), then itself. Row i of a span stands at position n_prefix + i and
@@ -1586,7 +1603,8 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
         size_t example = task / H, h = task % H, head = h * heads.head_stride;
         float *pack = context->pack[dpoi_thread_index()], *s = context->strip[dpoi_thread_index()];
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
-        for (size_t k = attention->first_span[example]; k < attention->first_span[example + 1]; k++) {
+        for (size_t k = attention->first_span[example]; k < attention->first_span[example + 1];
+             k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
                 size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), own = q0 + n;
@@ -1644,7 +1662,8 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
                 size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), own = q0 + n;
                 size_t keys = span->n_prefix + own, first = span->first + q0;
                 const float *q = qkv + first * row + head, *dyr = dy + first * C + h * D;
-                dpoi_strip_product(pack, p, keys, q, row, qkv, row, head + heads.key, span, D, n, own);
+                dpoi_strip_product(pack, p, keys, q, row, qkv, row, head + heads.key, span, D, n,
+                                   own);
                 dpoi_strip_product(pack, ds, keys, dyr, C, qkv, row, head + heads.value, span, D, n,
                                    own);
                 for (size_t i = 0; i < n; i++) {
@@ -1670,7 +1689,7 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
     }
 }
 
-/* ---- 4.6 activations ---------------------------------------------------------------------------- */
+/* ---- 4.6 activations ------------------------------------------------------------------------- */
 
 /* Value and derivative of each kind. Inlined with a constant `kind`, so every case below becomes a
    loop without a branch in it.
@@ -1754,7 +1773,8 @@ static inline void dpoi_activation_run_back(float *dx, float *dgate, const float
     case DPO_SWIGLU: call(DPO_SWIGLU); break;
 
 static void dpoi_activation_forward(const dpo_context *context, float *y /* [R, F] */,
-                                    const float *x, const float *gate /* [R, F], NULL but for SwiGLU */,
+                                    const float *x /* [R, F] */,
+                                    const float *gate /* [R, F], NULL but for SwiGLU */,
                                     dpo_activation kind, size_t R, size_t F)
 {
     DPOI_PARALLEL_ROWS(dpoi_threads(context, 16 * R * F))
@@ -1793,7 +1813,7 @@ static void dpoi_activation_backward(const dpo_context *context, float *dx, floa
    One row can have several targets: the prompt's last row predicts the first token of every branch.
    ============================================================================================= */
 
-/* ---- 5.1 the head ------------------------------------------------------------------------------- */
+/* ---- 5.1 the head ---------------------------------------------------------------------------- */
 
 typedef struct dpoi_target {
     uint32_t token;
@@ -1813,8 +1833,9 @@ static dpoi_matrix dpoi_head_chunk(const dpo_tensor *W /* [V, C] */, size_t v0)
    argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept. */
 static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S] */,
                               uint32_t *argmax /* [S] */, float *target_logit /* [n_targets] */,
-                              float *logits /* [S, DPOI_CHUNK] scratch */, const float *h /* [S, C] */,
-                              const dpo_tensor *W /* [V, C] */, float scale,
+                              float *logits /* [S, DPOI_CHUNK] scratch */,
+                              const float *h /* [S, C] */, const dpo_tensor *W /* [V, C] */,
+                              float scale,
                               const dpoi_target *targets, const size_t *first_target /* [S + 1] */,
                               float *most /* [S] scratch */, size_t S)
 {
@@ -1846,7 +1867,7 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
 
 /* Forward: logits = scale * h W^T, logp[b] = sum over b's targets of logit[token] - log_sum. With
    coefficients c = d loss / d logp[b] summed over the targets t of a row,
-       dlogit[v] = sum over t of c_t [token_t = v]  -  (sum over t of c_t) * exp(logit[v] - log_sum):
+       dlogit[v] = sum over t of c_t [token_t = v] - (sum over t of c_t) exp(logit[v] - log_sum):
    the softmax's "onehot - p", times one scalar a branch. The logits are computed again, chunk by
    chunk, which costs a product and saves S x V floats.
        dh = scale * dlogit W,   dW += scale * dlogit^T h. */
@@ -1880,13 +1901,13 @@ static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] *
     }
 }
 
-/* ---- 5.2 preference losses ----------------------------------------------------------------------- */
+/* ---- 5.2 preference losses ------------------------------------------------------------------- */
 
 /* log(1 + exp(x)) without overflow; -log sigma(z) = softplus(-z). */
 static double dpoi_softplus(double x) { return x > 0 ? x + log1p(exp(-x)) : log1p(exp(x)); }
 static double dpoi_logistic(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
 
-/* With the log-ratios r = logp(policy) - logp(reference) of chosen (w) and rejected (l), h = r_w - r_l:
+/* With log-ratios r = logp(policy) - logp(reference) of chosen (w) and rejected (l), h = r_w - r_l:
        sigmoid   -log sigma(beta h)                              Rafailov et al. 2023, equation 7
          with eps: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)         Mitchell 2023, cDPO
        ipo       (r_w / n_w - r_l / n_l - 1 / (2 beta))^2        Azar et al. 2023, equation 17,
@@ -1931,13 +1952,13 @@ DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
     return pair;
 }
 
-/* ---- 5.3 metrics ----------------------------------------------------------------------------------- */
+/* ---- 5.3 metrics ----------------------------------------------------------------------------- */
 
 /* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
    rewards/accuracies; a policy equal to its reference has only ties and scores 0).
 
    Pairs of one prompt are not independent draws, so the standard error of the accuracy a is
-   clustered: se^2 = G / (G - 1) * sum over prompts g of (sum over its pairs of (hit - a))^2 / n^2. */
+   clustered: se^2 = G / (G - 1) sum over prompts g of (sum over its pairs of (hit - a))^2 / n^2. */
 DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
                                 const dpo_example *examples, const dpo_score *scores,
                                 const double *reference, size_t n, const dpo_loss_options *options)
@@ -1995,7 +2016,7 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
    in the same buffers.
    ============================================================================================= */
 
-/* ---- 6.1 config ----------------------------------------------------------------------------------- */
+/* ---- 6.1 config ------------------------------------------------------------------------------ */
 
 DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture)
 {
@@ -2023,24 +2044,25 @@ DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architectur
 
 DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
 {
-    const struct { const char *name; size_t value; } sizes[] = {
-        { "vocab_size", config->vocab_size }, { "context_length", config->context_length },
-        { "d_model", config->d_model }, { "n_layers", config->n_layers },
-        { "n_heads", config->n_heads }, { "d_ff", config->d_ff } };
-    const size_t most = (size_t)1 << 24; // products of two stay far below a size_t's range
+    // With these limits no product of sizes below can overflow.
+    const struct { const char *name; size_t value, most; } sizes[] = {
+        { "vocab_size", config->vocab_size, 1 << 24 }, { "d_model", config->d_model, 1 << 20 },
+        { "context_length", config->context_length, 1 << 24 }, { "d_ff", config->d_ff, 1 << 20 },
+        { "n_layers", config->n_layers, 1 << 10 }, { "n_heads", config->n_heads, 1 << 20 } };
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value < 1 || sizes[i].value > most)
+        if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
             return dpoi_fail(context, "config: %s is %zu; it must be 1 to %zu", sizes[i].name,
-                             sizes[i].value, most);
+                             sizes[i].value, sizes[i].most);
     if (config->d_model % config->n_heads)
         return dpoi_fail(context, "config: d_model %zu is not a multiple of n_heads %zu",
                          config->d_model, config->n_heads);
     size_t D = config->d_model / config->n_heads;
     if (config->position == DPO_ROTARY && (config->rotary_dims % 2 || config->rotary_dims > D))
-        return dpoi_fail(context, "config: rotary_dims is %zu; it must be even and at most the head "
-                         "size, %zu", config->rotary_dims, D);
+        return dpoi_fail(context, "config: rotary_dims is %zu; it must be even and at most the "
+                         "head size, %zu", config->rotary_dims, D);
     int btlm = config->architecture == DPO_BTLM;
-    if (btlm ? config->position == DPO_ROTARY || config->parallel_residual || !config->attention_bias
+    if (btlm ? config->position == DPO_ROTARY || config->parallel_residual ||
+                   !config->attention_bias
              : config->position != DPO_ROTARY || config->activation == DPO_SWIGLU)
         return dpoi_fail(context, "config: %s; no Hugging Face model of this architecture has that",
                          btlm ? "BTLM with rotary positions, a parallel residual or without biases"
@@ -2056,16 +2078,18 @@ DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
                              positive[i].name, positive[i].value);
     int64_t V = (int64_t)config->vocab_size;
     if (config->bos_id < -1 || config->bos_id >= V || config->eos_id < -1 || config->eos_id >= V)
-        return dpoi_fail(context, "config: bos_id %lld or eos_id %lld is not in the vocabulary of %zu",
-                         (long long)config->bos_id, (long long)config->eos_id, config->vocab_size);
+        return dpoi_fail(context, "config: bos_id %lld or eos_id %lld is not in the vocabulary of "
+                         "%zu", (long long)config->bos_id, (long long)config->eos_id,
+                         config->vocab_size);
     return 0;
 }
 
-/* ---- 6.2 the table of tensors ---------------------------------------------------------------------- */
+/* ---- 6.2 the table of tensors ---------------------------------------------------------------- */
 
 typedef struct dpoi_block_weights {
-    dpo_tensor *norm1_w, *norm1_b, *qkv_w, *qkv_b, *out_w, *out_b;      // attention; biases may be NULL
-    dpo_tensor *norm2_w, *norm2_b, *up_w, *up_b, *gate_w, *gate_b, *down_w, *down_b; // gate: SwiGLU only
+    dpo_tensor *norm1_w, *norm1_b, *qkv_w, *qkv_b, *out_w, *out_b;  // biases of linears may be NULL
+    dpo_tensor *norm2_w, *norm2_b, *up_w, *up_b, *down_w, *down_b;
+    dpo_tensor *gate_w, *gate_b;                                    // SwiGLU's, otherwise NULL
 } dpoi_block_weights;
 
 typedef struct dpoi_weights {
@@ -2120,8 +2144,8 @@ static void dpoi_add_block(dpo_model *model, size_t layer)
     dpoi_add_pair(model, &block->qkv_w, &block->qkv_b, layer,
                   btlm ? "attn.c_attn" : "attention.query_key_value", C, 3 * C,
                   config->attention_bias);
-    dpoi_add_pair(model, &block->out_w, &block->out_b, layer, btlm ? "attn.c_proj" : "attention.dense",
-                  C, C, config->attention_bias);
+    dpoi_add_pair(model, &block->out_w, &block->out_b, layer,
+                  btlm ? "attn.c_proj" : "attention.dense", C, C, config->attention_bias);
     dpoi_add_pair(model, &block->up_w, &block->up_b, layer, btlm ? "mlp.c_fc" : "mlp.dense_h_to_4h",
                   C, F, 1);
     if (config->activation == DPO_SWIGLU)
@@ -2143,8 +2167,8 @@ static int dpoi_build_table(dpo_model *model)
         dpoi_alloc_zeroed(context, &model->weights->blocks, L, sizeof *model->weights->blocks))
         return 1;
     dpoi_weights *weights = model->weights;
-    weights->embedding = dpoi_add_tensor(model, DPO_PLAIN, config->vocab_size, C, 1.0,
-                                         btlm ? "transformer.wte.weight" : "gpt_neox.embed_in.weight");
+    weights->embedding = dpoi_add_tensor(model, DPO_PLAIN, config->vocab_size, C, 1.0, btlm ?
+                                         "transformer.wte.weight" : "gpt_neox.embed_in.weight");
     if (config->position == DPO_LEARNED)
         weights->positions = dpoi_add_tensor(model, DPO_PLAIN, config->context_length, C, 1.0,
                                              "transformer.wpe.weight");
@@ -2169,7 +2193,7 @@ static int dpoi_build_table(dpo_model *model)
     return 0;
 }
 
-/* ---- 6.3 buffers ----------------------------------------------------------------------------------- */
+/* ---- 6.3 buffers ----------------------------------------------------------------------------- */
 
 typedef struct dpoi_workspace {
     size_t max_rows, max_scored, max_span;  // what the buffers can hold
@@ -2314,7 +2338,7 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     return 0;
 }
 
-/* ---- 6.4 a batch as rows --------------------------------------------------------------------------- */
+/* ---- 6.4 a batch as rows --------------------------------------------------------------------- */
 
 static int dpoi_check_example(dpo_context *context, const dpo_config *config,
                               const dpo_example *example, size_t index)
@@ -2323,24 +2347,24 @@ static int dpoi_check_example(dpo_context *context, const dpo_config *config,
         const dpo_branch *branch = &example->branches[b];
         size_t first = branch->first_scored, length = example->n_prompt + branch->n;
         if (branch->n <= first || (!example->n_prompt && !first))
-            return dpoi_fail(context, "example %zu, branch %zu: no token to score: %zu tokens, scored "
-                             "from %zu (a first token without a prompt cannot be scored)", index, b,
-                             branch->n, first);
+            return dpoi_fail(context, "example %zu, branch %zu: no token to score: %zu tokens, "
+                             "scored from %zu (a first token without a prompt cannot be scored)",
+                             index, b, branch->n, first);
         if (config->position != DPO_ALIBI && length - 1 > config->context_length)
-            return dpoi_fail(context, "example %zu: %zu tokens are longer than the model's context of "
-                             "%zu; use a smaller --max-length", index, length,
+            return dpoi_fail(context, "example %zu: %zu tokens are longer than the model's "
+                             "context of %zu; use a smaller --max-length", index, length,
                              config->context_length);
         for (size_t i = 0; i < branch->n; i++)
             if (branch->tokens[i] >= config->vocab_size)
-                return dpoi_fail(context, "example %zu, branch %zu: token %u is outside the model's "
-                                 "vocabulary of %zu; was it made with another tokenizer?", index, b,
-                                 branch->tokens[i], config->vocab_size);
+                return dpoi_fail(context, "example %zu, branch %zu: token %u is outside the "
+                                 "model's vocabulary of %zu; was it made with another tokenizer?",
+                                 index, b, branch->tokens[i], config->vocab_size);
     }
     for (size_t i = 0; i < example->n_prompt; i++)
         if (example->prompt[i] >= config->vocab_size)
-            return dpoi_fail(context, "example %zu: prompt token %u is outside the model's vocabulary "
-                             "of %zu; was it made with another tokenizer?", index, example->prompt[i],
-                             config->vocab_size);
+            return dpoi_fail(context, "example %zu: prompt token %u is outside the model's "
+                             "vocabulary of %zu; was it made with another tokenizer?", index,
+                             example->prompt[i], config->vocab_size);
     return 0;
 }
 
@@ -2355,7 +2379,8 @@ static void dpoi_add_rows(dpoi_workspace *w, const uint32_t *tokens, size_t n, s
     }
 }
 
-/* Notes that the last row added predicts `token`; several targets of one row come one after another. */
+/* Notes that the last row added predicts `token`; several targets of one row come one after
+   another. */
 static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_t branch)
 {
     if (w->S == 0 || w->scored_row[w->S - 1] != row) {
@@ -2383,6 +2408,9 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
         }
     }
     if (!n_branches) return dpoi_fail(context, "the batch has no branches to score");
+    if (rows > (size_t)1 << 28)
+        return dpoi_fail(context, "%zu tokens in one pass; use a smaller --micro-tokens or "
+                         "--max-length", rows);
     if (dpo_model_reserve(model, rows, scored, longest, keep)) return 1;
     dpoi_workspace *w = model->workspace;
     if (dpoi_reserve(context, &w->token, &w->token_capacity, rows, sizeof *w->token) ||
@@ -2421,7 +2449,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
     return 0;
 }
 
-/* ---- 6.5 the block ---------------------------------------------------------------------------------- */
+/* ---- 6.5 the block --------------------------------------------------------------------------- */
 
 /* Pointers to what one layer keeps. Without keeping, all layers share one set and the residual
    stream runs in place. */
@@ -2454,8 +2482,8 @@ static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer, si
     const dpoi_workspace *w = model->workspace;
     double scale = config->attention_scale;
     if (config->attention_scale_by_layer) scale /= (double)(layer + 1);
-    return (dpoi_attention){ dpoi_heads_of(config), (float)scale, w->slopes, w->spans, w->first_span,
-                             n_examples, w->R * config->d_model * DPOI_STRIP };
+    return (dpoi_attention){ dpoi_heads_of(config), (float)scale, w->slopes, w->spans,
+                             w->first_span, n_examples, w->R * config->d_model * DPOI_STRIP };
 }
 
 static void dpoi_block_forward(dpo_model *model, size_t layer, size_t n_examples, int keep)
@@ -2485,16 +2513,17 @@ static void dpoi_block_forward(dpo_model *model, size_t layer, size_t n_examples
     dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
                       block->norm2_b->data, epsilon, R, C);
     dpoi_linear_forward(context, kept.up, w->normed, block->up_w, block->up_b, R, 0);
-    if (kept.gate) dpoi_linear_forward(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0);
+    if (kept.gate)
+        dpoi_linear_forward(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0);
     dpoi_activation_forward(context, w->activated, kept.up, kept.gate, config->activation, R, F);
     dpoi_linear_forward(context, w->branch, w->activated, block->down_w, block->down_b, R,
                         config->parallel_residual); // in parallel, on top of the attention's output
     dpoi_add(context, kept.out, kept.middle, w->branch, R * C);
 }
 
-/* Gradient through the MLP branch, from w->dx, the gradient of the block's output, which is also the
-   gradient of what the branch was added to. Leaves d(norm2's output) in w->dnormed and adds the way
-   through the norm to w->dx. */
+/* Gradient through the MLP branch, from w->dx, the gradient of the block's output, which is also
+   the gradient of what the branch was added to. Leaves d(norm2's output) in w->dnormed and adds the
+   way through the norm to w->dx. */
 static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block, dpoi_kept kept)
 {
     const dpo_context *context = model->context;
@@ -2511,7 +2540,8 @@ static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block,
     // up = norm2(middle) W_up + b, gate likewise
     dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
                       block->norm2_b->data, (float)config->norm_epsilon, R, C);
-    dpoi_linear_backward(context, w->dnormed, w->dactivated, w->normed, block->up_w, block->up_b, R, 0);
+    dpoi_linear_backward(context, w->dnormed, w->dactivated, w->normed, block->up_w, block->up_b, R,
+                         0);
     if (kept.gate)
         dpoi_linear_backward(context, w->dnormed, w->dgate, w->normed, block->gate_w, block->gate_b,
                              R, 1);
@@ -2535,7 +2565,8 @@ static void dpoi_block_backward(dpo_model *model, size_t layer, size_t n_example
 
     if (!config->parallel_residual) dpoi_mlp_backward(model, block, kept);
     // middle = x + attended W_out + b
-    dpoi_linear_backward(context, w->dattended, w->dx, kept.attended, block->out_w, block->out_b, R, 0);
+    dpoi_linear_backward(context, w->dattended, w->dx, kept.attended, block->out_w, block->out_b, R,
+                         0);
     if (config->parallel_residual) dpoi_mlp_backward(model, block, kept);
     dpoi_attention_backward(context, w->dqkv, w->dattended, kept.attended, kept.lse, kept.qkv,
                             &attention);
@@ -2550,7 +2581,7 @@ static void dpoi_block_backward(dpo_model *model, size_t layer, size_t n_example
                        w->stats, kept.x, block->norm1_w->data, R, C);
 }
 
-/* ---- 6.6 forward and backward of the model ----------------------------------------------------------- */
+/* ---- 6.6 forward and backward of the model --------------------------------------------------- */
 
 static void dpoi_embed_rows(dpo_model *model)
 {
@@ -2567,7 +2598,8 @@ static const float *dpoi_blocks_forward(dpo_model *model, size_t n_examples, int
     const dpo_config *config = &model->config;
     dpoi_embed_rows(model);
     for (size_t l = 0; l < config->n_layers; l++) dpoi_block_forward(model, l, n_examples, keep);
-    return model->workspace->x + (keep ? config->n_layers * model->workspace->R * config->d_model : 0);
+    size_t place = keep ? config->n_layers * model->workspace->R * config->d_model : 0;
+    return model->workspace->x + place;
 }
 
 DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep)
@@ -2584,8 +2616,8 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
     dpoi_norm_forward(context, w->head_normed, w->head_stats, w->head_in, weights->norm_w->data,
                       weights->norm_b->data, (float)config->norm_epsilon, w->S, C);
     dpoi_head_forward(context, w->log_sum, w->argmax, w->target_logit, w->logits, w->head_normed,
-                      weights->head, (float)config->logit_scale, w->targets, w->first_target, w->most,
-                      w->S);
+                      weights->head, (float)config->logit_scale, w->targets, w->first_target,
+                      w->most, w->S);
     for (size_t b = 0; b < w->n_branches; b++) scores[b] = (dpo_score){ .greedy = 1 };
     for (size_t t = 0; t < w->n_targets; t++) {
         const dpoi_target *target = &w->targets[t];
@@ -2608,8 +2640,9 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     if (!w || !w->kept || !model->grads)
         return dpoi_fail(model->context, "dpo_backward needs a dpo_forward with `keep` as the last "
                          "pass, and dpo_model_zero_grad before it");
-    dpoi_head_backward(context, w->dhead, w->logits, dlogp, w->log_sum, w->head_normed, weights->head,
-                       (float)config->logit_scale, w->targets, w->first_target, w->S);
+    dpoi_head_backward(context, w->dhead, w->logits, dlogp, w->log_sum, w->head_normed,
+                       weights->head, (float)config->logit_scale, w->targets, w->first_target,
+                       w->S);
     // dhead becomes the gradient of the gathered rows, which then go back to their places
     memset(w->dx, 0, w->R * C * sizeof *w->dx);
     memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);
@@ -2675,8 +2708,8 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
     const float *x = dpoi_blocks_forward(model, 1, 0);
     dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
                       (float)config->norm_epsilon, n, C);
-    dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n, V,
-                C, 0);
+    dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n,
+                V, C, 0);
     for (size_t i = 0; i < n * V; i++) logits[i] *= (float)config->logit_scale;
     return 0;
 }
@@ -2731,11 +2764,11 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
     for (size_t t = 0; t < model->n_tensors; t++)
         for (size_t i = 0; model->tensors[t].grad && i < model->tensors[t].n; i++)
             if (!isfinite(model->tensors[t].grad[i]))
-                return dpoi_fail(context, "the gradient of %s is not finite (element %zu); the weights "
-                                 "are as they were before this step. A smaller --learning-rate "
-                                 "usually helps", model->tensors[t].name, i);
-    return dpoi_fail(context, "the norm of the gradients is not finite; the weights are as they were "
-                     "before this step. A smaller --learning-rate usually helps");
+                return dpoi_fail(context, "the gradient of %s is not finite (element %zu); the "
+                                 "weights are as they were before this step. A smaller "
+                                 "--learning-rate usually helps", model->tensors[t].name, i);
+    return dpoi_fail(context, "the norm of the gradients is not finite; the weights are as they "
+                     "were before this step. A smaller --learning-rate usually helps");
 }
 
 DPO_API double dpo_clip_scale(double norm, double max_norm)
@@ -2754,7 +2787,7 @@ DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, doubl
 {
     dpo_context *context = model->context;
     if (!model->grads || !optimizer->v)
-        return dpoi_fail(context, "dpo_optimizer_step needs gradients and an initialised optimizer");
+        return dpoi_fail(context, "dpo_optimizer_step needs gradients and dpo_optimizer_init");
     double t = (double)++optimizer->step;
     double correction1 = 1 - pow(optimizer->beta1, t), correction2 = 1 - pow(optimizer->beta2, t);
     const float b1 = (float)optimizer->beta1, b2 = (float)optimizer->beta2;
@@ -2799,7 +2832,8 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
     if (step < warmup) return (double)(step + 1) / (double)(warmup + 1);
     if (schedule == DPO_CONSTANT || steps <= warmup) return 1.0;
     double progress = DPOI_MIN(1.0, (double)(step - warmup) / (double)(steps - warmup));
-    return schedule == DPO_LINEAR_DECAY ? 1.0 - progress : 0.5 * (1.0 + cos(3.141592653589793 * progress));
+    if (schedule == DPO_LINEAR_DECAY) return 1.0 - progress;
+    return 0.5 * (1.0 + cos(3.141592653589793 * progress));
 }
 /* ================================================================================================
    8. FILES
@@ -2821,7 +2855,7 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
    rename it, so a file with the right name is always complete.
    ============================================================================================= */
 
-/* ---- 8.1 CRC-32 ------------------------------------------------------------------------------- */
+/* ---- 8.1 CRC-32 ------------------------------------------------------------------------------ */
 
 /* The checksum of zip and PNG (polynomial 0xEDB88320), eight bytes a step: table[j][b] is what byte
    b does to the remainder from j bytes further on. */
@@ -2857,7 +2891,7 @@ static uint32_t dpoi_crc(const dpoi_crc_table *table, const void *data, size_t n
     return crc ^ 0xFFFFFFFFu;
 }
 
-/* ---- 8.2 reading ------------------------------------------------------------------------------ */
+/* ---- 8.2 reading ----------------------------------------------------------------------------- */
 
 #define DPOI_MAGIC "dpo.h\r\n\x1a"  // the line end shows a transfer in text mode, as in PNG
 #define DPOI_VERSION 1
@@ -3043,7 +3077,7 @@ DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
     return NULL;
 }
 
-/* ---- 8.3 writing ------------------------------------------------------------------------------ */
+/* ---- 8.3 writing ----------------------------------------------------------------------------- */
 
 /* Header, table and data in the order of the file; 0 if all of it was written. */
 static int dpoi_file_write_stream(FILE *stream, dpoi_file_header *header,
@@ -3111,7 +3145,7 @@ DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind
                      strerror(reason));
 }
 
-/* ---- 8.4 models ------------------------------------------------------------------------------------- */
+/* ---- 8.4 models ------------------------------------------------------------------------------ */
 
 static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm" };
 static const char *const dpoi_position_names[] = { "rotary", "alibi", "learned" };
@@ -3130,13 +3164,15 @@ typedef struct dpoi_field {
 #define DPOI_FIELD(kind, member) { #member, kind, offsetof(dpo_config, member), NULL, 0 }
 #define DPOI_NAMES(names) names, sizeof names / sizeof *names
 static const dpoi_field dpoi_config_fields[] = {
-    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture), DPOI_NAMES(dpoi_architecture_names) },
+    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture),
+      DPOI_NAMES(dpoi_architecture_names) },
     DPOI_FIELD(DPOI_SIZE, vocab_size), DPOI_FIELD(DPOI_SIZE, context_length),
     DPOI_FIELD(DPOI_SIZE, d_model), DPOI_FIELD(DPOI_SIZE, n_layers), DPOI_FIELD(DPOI_SIZE, n_heads),
     DPOI_FIELD(DPOI_SIZE, d_ff),
     { "position", DPOI_CHOICE, offsetof(dpo_config, position), DPOI_NAMES(dpoi_position_names) },
     DPOI_FIELD(DPOI_SIZE, rotary_dims), DPOI_FIELD(DPOI_REAL, rotary_base),
-    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation), DPOI_NAMES(dpoi_activation_names) },
+    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation),
+      DPOI_NAMES(dpoi_activation_names) },
     DPOI_FIELD(DPOI_FLAG, parallel_residual), DPOI_FIELD(DPOI_FLAG, attention_bias),
     DPOI_FIELD(DPOI_FLAG, tied_head), DPOI_FIELD(DPOI_REAL, norm_epsilon),
     DPOI_FIELD(DPOI_REAL, embedding_scale), DPOI_FIELD(DPOI_REAL, logit_scale),
@@ -3151,7 +3187,7 @@ static int dpoi_config_read(dpo_context *context, dpo_config *config, const dpo_
     *config = (dpo_config){ 0 };
     for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
         const dpoi_field *field = &dpoi_config_fields[f];
-        char *at = (char *)config + field->offset;
+        void *at = (char *)config + field->offset;
         const dpo_json_value *value = dpo_json_member(json, json->values, field->name);
         double number = value ? value->number : 0.0;
         dpo_json_kind wanted = field->kind == DPOI_CHOICE ? DPO_JSON_STRING :
@@ -3163,10 +3199,10 @@ static int dpoi_config_read(dpo_context *context, dpo_config *config, const dpo_
                              "checkpoint again", path, field->name);
         size_t choice = 0;
         switch (field->kind) {
-        case DPOI_SIZE: *(size_t *)(void *)at = (size_t)number; break;
-        case DPOI_REAL: *(double *)(void *)at = number; break;
-        case DPOI_FLAG: *(int *)(void *)at = number != 0; break;
-        case DPOI_ID: *(int64_t *)(void *)at = (int64_t)number; break;
+        case DPOI_SIZE: *(size_t *)at = (size_t)number; break;
+        case DPOI_REAL: *(double *)at = number; break;
+        case DPOI_FLAG: *(int *)at = number != 0; break;
+        case DPOI_ID: *(int64_t *)at = (int64_t)number; break;
         case DPOI_CHOICE:
             while (choice < field->n && (strlen(field->choices[choice]) != value->n_string ||
                                          memcmp(field->choices[choice], json->text.bytes +
@@ -3176,7 +3212,7 @@ static int dpoi_config_read(dpo_context *context, dpo_config *config, const dpo_
                 return dpoi_fail(context, "%s: config: %s is \"%.*s\", which this program does not "
                                  "know", path, field->name, (int)DPOI_MIN(value->n_string,
                                  (size_t)40), json->text.bytes + value->string);
-            *(int *)(void *)at = (int)choice; // enums are ints in every supported ABI
+            *(int *)at = (int)choice; // enums are ints in every supported ABI
         }
     }
     return 0;
@@ -3196,8 +3232,9 @@ DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_
     if (failed) return 1;
     if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
     if (config->n_layers > file->n_entries)
-        return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: import "
-                         "the checkpoint again", file->path, config->n_layers, file->n_entries);
+        return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: "
+                         "import the checkpoint again", file->path, config->n_layers,
+                         file->n_entries);
     return 0;
 }
 
@@ -3205,18 +3242,17 @@ static int dpoi_config_write(dpo_context *context, dpo_string *out, const dpo_co
 {
     for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
         const dpoi_field *field = &dpoi_config_fields[f];
-        const char *at = (const char *)config + field->offset;
+        const void *at = (const char *)config + field->offset;
         char text[160];
         int used = snprintf(text, sizeof text, "%s\"%s\": ", f ? ", " : "{", field->name);
         char *rest = text + used;
         size_t room = sizeof text - (size_t)used;
         switch (field->kind) {
-        case DPOI_SIZE: snprintf(rest, room, "%zu", *(const size_t *)(const void *)at); break;
-        case DPOI_REAL: snprintf(rest, room, "%.17g", *(const double *)(const void *)at); break;
-        case DPOI_FLAG: snprintf(rest, room, *(const int *)(const void *)at ? "true" : "false"); break;
-        case DPOI_ID: snprintf(rest, room, "%lld", (long long)*(const int64_t *)(const void *)at); break;
-        case DPOI_CHOICE:
-            snprintf(rest, room, "\"%s\"", field->choices[*(const int *)(const void *)at]);
+        case DPOI_SIZE: snprintf(rest, room, "%zu", *(const size_t *)at); break;
+        case DPOI_REAL: snprintf(rest, room, "%.17g", *(const double *)at); break;
+        case DPOI_FLAG: snprintf(rest, room, *(const int *)at ? "true" : "false"); break;
+        case DPOI_ID: snprintf(rest, room, "%lld", (long long)*(const int64_t *)at); break;
+        case DPOI_CHOICE: snprintf(rest, room, "\"%s\"", field->choices[*(const int *)at]); break;
         }
         if (dpoi_string_append(context, out, text, strlen(text))) return 1;
     }
@@ -3264,8 +3300,8 @@ static int dpoi_tensor_read(dpo_context *context, float *out, const dpo_entry *e
     return 0;
 }
 
-/* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for a
-   power of two n; otherwise those of the next smaller power, then every other one of the next
+/* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for
+   a power of two n; otherwise those of the next smaller power, then every other one of the next
    larger (Press et al. 2021, and the code that all of its users share). */
 static void dpoi_alibi_slopes(float *slopes, size_t H)
 {
@@ -3279,7 +3315,8 @@ static void dpoi_alibi_slopes(float *slopes, size_t H)
 /* Allocates params and points the table into it. */
 static int dpoi_place_tensors(dpo_model *model)
 {
-    if (dpoi_alloc(model->context, &model->params, model->n_params, sizeof *model->params)) return 1;
+    if (dpoi_alloc(model->context, &model->params, model->n_params, sizeof *model->params))
+        return 1;
     float *place = model->params;
     for (size_t i = 0; i < model->n_tensors; i++) {
         model->tensors[i].data = place;
@@ -3317,8 +3354,8 @@ static int dpoi_model_read(dpo_model *model, const char *path)
                              tensor->name);
         if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
             entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
-            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d; the config asks for "
-                             "[%zu, %zu] in layout %d", path, tensor->name, entry->shape[0],
+            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d; the config asks "
+                             "for [%zu, %zu] in layout %d", path, tensor->name, entry->shape[0],
                              entry->shape[1], (int)entry->layout, tensor->shape[0],
                              tensor->shape[1], (int)tensor->layout);
         found++;
@@ -3330,9 +3367,9 @@ static int dpoi_model_read(dpo_model *model, const char *path)
                              file->entries[i].name);
     if (dpoi_place_tensors(model)) return 1;
     for (size_t i = 0; i < model->n_tensors; i++) {
-        const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
-        if (entry && dpoi_tensor_read(context, model->tensors[i].data, entry, model->tensors[i].n, path))
-            return 1;
+        const dpo_tensor *tensor = &model->tensors[i];
+        const dpo_entry *entry = dpo_file_find(file, tensor->name);
+        if (entry && dpoi_tensor_read(context, tensor->data, entry, tensor->n, path)) return 1;
     }
     return 0;
 }
@@ -3346,7 +3383,8 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
         failed = dpoi_fail_at(context, path);
     if (!failed && model->tokenizer.n_tokens > model->config.vocab_size)
         failed = dpoi_fail(context, "%s: the tokenizer has %zu tokens, but the model's vocabulary "
-                           "only %zu rows", path, model->tokenizer.n_tokens, model->config.vocab_size);
+                           "only %zu rows", path, model->tokenizer.n_tokens,
+                           model->config.vocab_size);
     if (failed) dpo_model_free(model);
     else model->identity = model->file.identity;
     return failed;
@@ -3393,15 +3431,15 @@ static int dpoi_init_tokenizer(dpo_model *model, const char *path)
         if (dpo_tokenizer_load(context, &model->tokenizer, &model->file))
             return dpoi_fail_at(context, path);
         if (!model->tokenizer.n_tokens)
-            return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has one",
-                             path);
+            return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has "
+                             "one", path);
     }
     if (config->bos_id == -1) config->bos_id = source.bos_id;
     if (config->eos_id == -1) config->eos_id = source.eos_id;
     if (!config->vocab_size) config->vocab_size = (model->tokenizer.n_tokens + 63) / 64 * 64;
     if (config->vocab_size < model->tokenizer.n_tokens)
-        return dpoi_fail(context, "config: vocab_size %zu is smaller than the tokenizer's %zu tokens",
-                         config->vocab_size, model->tokenizer.n_tokens);
+        return dpoi_fail(context, "config: vocab_size %zu is smaller than the tokenizer's %zu "
+                         "tokens", config->vocab_size, model->tokenizer.n_tokens);
     return 0;
 }
 
@@ -3433,8 +3471,9 @@ static void dpoi_byte_tokenizer_entries(dpo_entry *entries, const dpo_tokenizer 
           .data = tokenizer->token_bytes, .bytes = n_bytes },
         { .name = "tokenizer/byte_ids", .dtype = DPO_U32, .n_dims = 1, .shape = { 256, 1 },
           .data = tokenizer->byte_ids, .bytes = 256 * 4 },
-        { .name = "tokenizer/added", .dtype = DPO_U32, .n_dims = 2, .shape = { tokenizer->n_added, 2 },
-          .data = tokenizer->added, .bytes = tokenizer->n_added * 8 } };
+        { .name = "tokenizer/added", .dtype = DPO_U32, .n_dims = 2,
+          .shape = { tokenizer->n_added, 2 }, .data = tokenizer->added,
+          .bytes = tokenizer->n_added * 8 } };
     memcpy(entries, made, sizeof made);
 }
 
@@ -3498,7 +3537,7 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
     return NULL;
 }
 
-/* ---- 8.5 the reference cache -------------------------------------------------------------------------- */
+/* ---- 8.5 the reference cache ----------------------------------------------------------------- */
 
 DPO_API int dpo_reference_save(dpo_context *context, const char *path, uint64_t model_identity,
                                uint64_t data_hash, const double *logp, size_t n)
@@ -3522,7 +3561,7 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t 
     int failed = 0;
     if (!key || !values || key->dtype != DPO_U64 || key->bytes != sizeof found ||
         values->dtype != DPO_F64 || values->n_dims != 1)
-        failed = dpoi_fail(context, "%s: is not a reference cache of this version; delete it", path);
+        failed = dpoi_fail(context, "%s: not a reference cache of this version; delete it", path);
     else {
         memcpy(found, key->data, sizeof found);
         const char *differs = found[0] != model_identity ? "another reference model"
@@ -4867,7 +4906,7 @@ DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max
    a row times a matrix, and may therefore differ from the batch path by rounding.
    ============================================================================================= */
 
-/* ---- 10.1 one row through the model ------------------------------------------------------------ */
+/* ---- 10.1 one row through the model ---------------------------------------------------------- */
 
 typedef struct dpoi_cache {
     float *kv;          // [L, capacity, 2C] keys and values by head: [H][key D, value D]
@@ -5021,7 +5060,7 @@ static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tok
     return 0;
 }
 
-/* ---- 10.2 choosing a token ----------------------------------------------------------------------- */
+/* ---- 10.2 choosing a token ------------------------------------------------------------------- */
 
 typedef struct dpoi_choice { float p; uint32_t token; } dpoi_choice;
 
@@ -5067,7 +5106,7 @@ static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float 
     return choices[n - 1].token;
 }
 
-/* ---- 10.3 generating text -------------------------------------------------------------------------- */
+/* ---- 10.3 generating text -------------------------------------------------------------------- */
 
 /* Looks for the first stop string in text[from .. n): its place, or n. *held is how many bytes at
    the end could still become the beginning of one, and must not be shown yet. */
@@ -5093,8 +5132,8 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
     dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0))
-        return dpoi_fail(context, "generation needs a prompt of at least one token, at least one new "
-                         "token, and top_p above 0");
+        return dpoi_fail(context, "generation needs a prompt of at least one token, at least one "
+                         "new token, and top_p above 0");
     for (size_t i = 0; i < n_prompt; i++)
         if (prompt[i] >= config->vocab_size)
             return dpoi_fail(context, "prompt token %u is outside the model's vocabulary of %zu",

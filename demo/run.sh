@@ -1,0 +1,40 @@
+#!/bin/sh
+# make demo: a tiny model learns to talk, kindly and rudely by turns, and then to be kind.
+#
+#   sh demo/run.sh [SEED]        everything it makes lies in build/demo
+set -e
+cd "$(dirname "$0")/.."
+seed=${1:-1}
+out=build/demo
+python=${PYTHON:-python3}
+# On a busy machine threads that spin while they wait cost more than threads that sleep.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+rm -rf "$out"
+mkdir -p "$out"
+
+say() { printf '\n== %s\n' "$*" >&2; }
+
+say "1. Text: questions with kind and with rude answers, half and half"
+"$python" demo/make_data.py "$out"
+wc -l "$out"/text.jsonl "$out"/pairs.jsonl "$out"/dev.jsonl | sed '$d' >&2
+
+say "2. A model with random weights reads it until it talks like that"
+./train init -o "$out/new.bin" --arch btlm --d-model 96 --n-layers 3 --n-heads 4 \
+        --context-length 256 --seed "$seed" >&2
+./train sft -m "$out/new.bin" -d "$out/text.jsonl" -o "$out/sft" --max-length 200 \
+        --max-prompt-length 100 --batch-size 4 --epochs 9 --learning-rate 1.5e-3 \
+        --adam-beta2 0.98 --seed "$seed" > "$out/sft.txt"
+
+say "3. DPO: the kind answer is preferred; watch rewards/accuracies on questions it never trains on"
+./train dpo -m "$out/sft" -d "$out/pairs.jsonl" --eval-data "$out/dev.jsonl" -o "$out/dpo" \
+        --max-length 200 --max-prompt-length 100 --batch-size 16 --epochs 3 \
+        --learning-rate 5e-5 --eval-steps 3 --seed "$seed"
+
+say "4. The held-out questions, asked eight times each, before and after"
+for repeat in 1 2 3 4 5 6 7 8; do
+    for model in sft dpo; do
+        ./eval generate -m "$out/$model" -d "$out/ask.jsonl" --temperature 1 --top-p 1 \
+               --max-new-tokens 60 --seed "$repeat" 2> /dev/null >> "$out/$model.jsonl"
+    done
+done
+"$python" demo/compare.py "$out/sft.jsonl" "$out/dpo.jsonl"

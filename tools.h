@@ -1,0 +1,590 @@
+/* tools.h: what train.c and eval.c share: options and help, errors, progress, tables, CSV files.
+   Not part of the library: everything here may print, and exits when something is wrong.
+   Results go to stdout, everything else to stderr. Exit status 1: failed; 2: wrong usage.
+   Include it after dpo.h. */
+#ifndef TOOLS_H
+#define TOOLS_H
+
+#include <ctype.h>
+#include <errno.h>
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+static const char *tool_name = "";  // "train dpo": starts every error message
+static int bar_on_screen;           // a progress bar stands on the terminal's last line
+
+/* ---- messages -------------------------------------------------------------------------------- */
+
+static inline void clear_bar(void)
+{
+    if (bar_on_screen) fputs("\r\033[K", stderr);
+    bar_on_screen = 0;
+}
+
+__attribute__((format(printf, 1, 2)))
+static inline void say(const char *format, ...)
+{
+    va_list arguments;
+    clear_bar();
+    va_start(arguments, format);
+    vfprintf(stderr, format, arguments);
+    va_end(arguments);
+    fputc('\n', stderr);
+}
+
+__attribute__((noreturn))
+static inline void stop(int status, const char *format, va_list arguments)
+{
+    fflush(stdout);
+    clear_bar();
+    fprintf(stderr, "%s: ", tool_name);
+    vfprintf(stderr, format, arguments);
+    fputc('\n', stderr);
+    exit(status);
+}
+
+__attribute__((noreturn, format(printf, 1, 2)))
+static inline void fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    stop(1, format, arguments);
+}
+
+__attribute__((noreturn, format(printf, 1, 2)))
+static inline void usage_fail(const char *format, ...)
+{
+    va_list arguments;
+    va_start(arguments, format);
+    stop(2, format, arguments);
+}
+
+/* Passes on a failure of the library. */
+static inline void check(const dpo_context *context, int status)
+{
+    if (status) fail("%s", context->error);
+}
+
+static inline void *allocate(size_t n, size_t size)
+{
+    void *p = calloc(n ? n : 1, size);
+    if (!p) fail("out of memory: %zu elements of %zu bytes", n, size);
+    return p;
+}
+
+/* Output that did not reach its file (a full disk, a closed pipe) must not look like success. */
+static inline void finish_stdout(void)
+{
+    if (fflush(stdout) || ferror(stdout))
+        fail("cannot write to standard output: %s", strerror(errno));
+}
+
+/* ---- options: one table drives parsing, help and the record in config.json ------------------- */
+
+typedef enum {
+    OPTION_SIZE,    // size_t
+    OPTION_BYTES,   // size_t, written as 500M or 8G (powers of 1000)
+    OPTION_REAL,    // double
+    OPTION_TEXT,    // const char *
+    OPTION_LIST,    // text_list; may be given several times
+    OPTION_CHOICE,  // int: position in argument's "a|b|c"; -1 is "not given"
+    OPTION_FLAG     // int: 1 if given
+} option_kind;
+
+typedef struct text_list { const char *texts[16]; size_t n; } text_list;
+
+typedef struct option {
+    unsigned commands;      // bits of the commands that have it
+    char letter;            // short form, or 0
+    const char *name;
+    option_kind kind;
+    void *value;            // holds the default until parse_options
+    const char *argument;   // what help calls the value; of a choice, the choices
+    const char *help;
+    double low, high;       // accepted numbers; a high of 0: no end
+    int required;
+} option;
+
+/* Rows of the table. */
+#define COUNT(who, name, value, low, high, help) \
+    {who, 0, name, OPTION_SIZE, value, "N", help, low, high, 0}
+#define REAL(who, name, value, low, high, help) \
+    {who, 0, name, OPTION_REAL, value, "X", help, low, high, 0}
+#define CHOICE(who, name, value, choices, help) \
+    {who, 0, name, OPTION_CHOICE, value, choices, help, 0, 0, 0}
+#define TEXT(who, letter, name, value, argument, required, help) \
+    {who, letter, name, OPTION_TEXT, value, argument, help, 0, 0, required}
+#define LIST(who, name, value, help) {who, 0, name, OPTION_LIST, value, "TEXT", help, 0, 0, 0}
+#define FLAG(who, name, value, help) {who, 0, name, OPTION_FLAG, value, NULL, help, 0, 0, 0}
+#define BYTES(who, name, value, help) {who, 0, name, OPTION_BYTES, value, "BYTES", help, 0, 0, 0}
+
+/* Bit 0 is the first command. */
+typedef struct tool_command { const char *name, *synopsis, *help; } tool_command;
+
+static inline int find_choice(const char *choices, const char *text)
+{
+    size_t length = strlen(text);
+    for (int i = 0; *choices; i++) {
+        size_t n = strcspn(choices, "|");
+        if (n == length && !strncmp(choices, text, n)) return i;
+        choices += n + (choices[n] == '|');
+    }
+    return -1;
+}
+
+/* The i-th of "a|b|c" with its length: print with %.*s. */
+static inline const char *choice_text(const char *choices, int i, int *length)
+{
+    while (i-- > 0) choices += strcspn(choices, "|") + 1;
+    *length = (int)strcspn(choices, "|");
+    return choices;
+}
+
+/* The shortest decimal that reads back as x. */
+static inline const char *real_text(char text[32], double x)
+{
+    for (int digits = 6; digits <= 17; digits++) {
+        snprintf(text, 32, "%.*g", digits, x);
+        if (strtod(text, NULL) == x) break;
+    }
+    return text;
+}
+
+static inline void parse_value(const option *o, const char *text)
+{
+    char *end, low[32], high[32];
+    double number = 0, scale = 1;
+    int choice;
+    switch (o->kind) {
+    case OPTION_TEXT: *(const char **)o->value = text; return;
+    case OPTION_LIST: {
+        text_list *list = o->value;
+        if (list->n == sizeof list->texts / sizeof *list->texts)
+            usage_fail("--%s was given more than %zu times", o->name, list->n);
+        list->texts[list->n++] = text;
+        return;
+    }
+    case OPTION_CHOICE:
+        choice = find_choice(o->argument, text);
+        if (choice < 0) usage_fail("--%s must be one of %s, not '%s'", o->name, o->argument, text);
+        *(int *)o->value = choice;
+        return;
+    default: break;
+    }
+    int digit = isdigit((unsigned char)text[0]);
+    errno = 0;
+    if (o->kind == OPTION_SIZE) {
+        unsigned long long n = strtoull(text, &end, 10);
+        number = (double)n;
+        *(size_t *)o->value = (size_t)n;
+    } else {
+        number = strtod(text, &end);
+        digit |= strchr("+-.", text[0]) != NULL;
+        if (o->kind == OPTION_BYTES && *end && strchr("KMGT", *end)) {
+            scale = pow(1000, 1 + (double)(strchr("KMGT", *end) - "KMGT"));
+            end++;
+        }
+    }
+    if (!digit || end == text || *end || errno == ERANGE || !isfinite(number))
+        usage_fail("--%s must be a %s, not '%s'", o->name, o->kind == OPTION_SIZE ? "whole number" :
+                   o->kind == OPTION_BYTES ? "size like 500M or 8G" : "number", text);
+    if (number < o->low || (o->high > 0 && number > o->high))
+        usage_fail("--%s must be from %s to %s, not %s", o->name, real_text(low, o->low),
+                   o->high > 0 ? real_text(high, o->high) : "any size", text);
+    if (o->kind == OPTION_REAL) *(double *)o->value = number;
+    if (o->kind == OPTION_BYTES) *(size_t *)o->value = (size_t)(number * scale);
+}
+
+/* Edits (insert, delete, replace) that turn a into b. */
+static inline size_t edit_distance(const char *a, const char *b)
+{
+    size_t row[64], n = strlen(b);
+    if (n > 63) return 64;
+    for (size_t j = 0; j <= n; j++) row[j] = j;
+    for (size_t i = 0; a[i]; i++) {
+        size_t diagonal = row[0];
+        row[0] = i + 1;
+        for (size_t j = 0; j < n; j++) {
+            size_t best = diagonal + (a[i] != b[j]);
+            diagonal = row[j + 1];
+            if (row[j] + 1 < best) best = row[j] + 1;
+            if (diagonal + 1 < best) best = diagonal + 1;
+            row[j + 1] = best;
+        }
+    }
+    return row[n];
+}
+
+static inline void print_default(FILE *out, const option *o)
+{
+    char text[32];
+    int length;
+    switch (o->kind) {
+    case OPTION_SIZE: case OPTION_BYTES: fprintf(out, " [%zu]", *(size_t *)o->value); break;
+    case OPTION_REAL: fprintf(out, " [%s]", real_text(text, *(double *)o->value)); break;
+    case OPTION_TEXT:
+        if (*(const char **)o->value) fprintf(out, " [%s]", *(const char **)o->value);
+        break;
+    case OPTION_CHOICE:
+        if (*(int *)o->value < 0) break;
+        const char *choice = choice_text(o->argument, *(int *)o->value, &length);
+        fprintf(out, " [%.*s]", length, choice);
+        break;
+    default: break;
+    }
+}
+
+/* Prints the options of a command with the defaults that hold now, and exits. */
+__attribute__((noreturn))
+static inline void print_help(const tool_command *c, unsigned bit, const option *options, size_t n)
+{
+    int n_program = (int)strcspn(tool_name, " ");
+    printf("usage: ./%.*s %s\n%s\n\n", n_program, tool_name, c->synopsis, c->help);
+    for (const option *o = options; o < options + n; o++) {
+        if (!(o->commands & bit)) continue;
+        char left[160];
+        int n_left = o->letter ? snprintf(left, sizeof left, "-%c, ", o->letter)
+                               : snprintf(left, sizeof left, "    ");
+        n_left += snprintf(left + n_left, sizeof left - (size_t)n_left, "--%s %s", o->name,
+                           o->argument ? o->argument : "");
+        printf("  %-34s", left);
+        if (n_left > 33) printf("\n%36s", "");
+        fputs(o->help, stdout);
+        if (o->required) fputs(" (required)", stdout);
+        print_default(stdout, o);
+        putchar('\n');
+    }
+    printf("      --help                        print this\n");
+    finish_stdout();
+    exit(0);
+}
+
+/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. */
+static inline void parse_options(int argc, char **argv, const tool_command *c, unsigned bit,
+                                 const option *options, size_t n)
+{
+    const option *end = options + n;
+    for (int i = 2; i < argc; i++) {
+        const char *word = argv[i], *value = NULL;
+        const option *found = NULL, *nearest = NULL;
+        size_t distance = SIZE_MAX, length;
+        if (!strcmp(word, "--help") || !strcmp(word, "-h")) print_help(c, bit, options, n);
+        if (word[0] != '-' || !word[1])
+            usage_fail("'%s' is no option; try ./%s --help", word, tool_name);
+        int is_long = word[1] == '-';
+        const char *name = word + 1 + is_long;
+        length = is_long ? strcspn(name, "=") : 1;
+        if (is_long && name[length] == '=') value = name + length + 1;
+        if (!is_long && name[1]) value = name + 1;
+        for (const option *o = options; o < end && !found; o++) {
+            if (!(o->commands & bit)) continue;
+            if (is_long ? strlen(o->name) == length && !strncmp(o->name, name, length)
+                        : o->letter == name[0]) found = o;
+            char given[64];
+            snprintf(given, sizeof given, "%.*s", (int)(length < 63 ? length : 63), name);
+            size_t d = edit_distance(given, o->name);
+            if (is_long && d < distance) { distance = d; nearest = o; }
+        }
+        if (!found && nearest && distance <= 1 + length / 3)
+            usage_fail("no option %.*s; did you mean --%s?", (int)length + 2, word, nearest->name);
+        if (!found) usage_fail("no option %s; try ./%s --help", word, tool_name);
+        if (found->kind == OPTION_FLAG) {
+            if (value) usage_fail("--%s takes no value", found->name);
+            *(int *)found->value = 1;
+            continue;
+        }
+        if (!value && ++i == argc) usage_fail("--%s needs a value", found->name);
+        parse_value(found, value ? value : argv[i]);
+    }
+    for (const option *o = options; o < end; o++) {
+        const char *text = o->kind == OPTION_TEXT ? *(const char **)o->value : "";
+        if ((o->commands & bit) && o->required && (!text || !*text))
+            usage_fail("--%s is missing; try ./%s --help", o->name, tool_name);
+    }
+}
+
+/* The command that argv[1] names, or help and the end; *bit gets its bit. */
+static inline const tool_command *find_command(int argc, char **argv, const tool_command *commands,
+                                               size_t n, unsigned *bit)
+{
+    int help = argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"));
+    for (size_t i = 0; i < n && argc > 1; i++) {
+        *bit = 1u << i;
+        if (!strcmp(argv[1], commands[i].name)) return &commands[i];
+    }
+    if (argc > 1 && !help) fprintf(stderr, "%s: no command '%s'\n", tool_name, argv[1]);
+    for (size_t i = 0; i < n; i++)
+        fprintf(help ? stdout : stderr, "  ./%s %s\n      %s\n", tool_name, commands[i].synopsis,
+                commands[i].help);
+    fprintf(help ? stdout : stderr, "Each has --help.\n");
+    exit(help ? 0 : 2);
+}
+
+/* ---- files and the machine ------------------------------------------------------------------- */
+
+static inline int path_exists(const char *path)
+{
+    struct stat status;
+    return stat(path, &status) == 0;
+}
+
+static inline char *path_join(const char *directory, const char *name)
+{
+    char *path = allocate(strlen(directory) + strlen(name) + 2, 1);
+    sprintf(path, "%s/%s", directory, name);
+    return path;
+}
+
+/* Where a run directory is given for a model file, its model.bin is meant. */
+static inline const char *model_path(const char *path)
+{
+    struct stat status;
+    int directory = stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+    return directory ? path_join(path, "model.bin") : path;
+}
+
+static inline FILE *create_file(const char *path)
+{
+    FILE *file = fopen(path, "wx");     // x: never over an existing file
+    if (!file) fail("cannot create %s: %s", path, strerror(errno));
+    return file;
+}
+
+static inline void close_file(FILE *file, const char *path)
+{
+    int failed = ferror(file);
+    if (fclose(file) || failed) fail("cannot write %s: %s", path, strerror(errno));
+}
+
+typedef struct csv { FILE *file; const char *path; int cells; } csv;
+
+static inline csv csv_create(const char *path)
+{
+    return (csv){create_file(path), path, 0};
+}
+
+__attribute__((format(printf, 2, 3)))
+static inline void csv_cell(csv *c, const char *format, ...)
+{
+    va_list arguments;
+    if (c->cells++) fputc(',', c->file);
+    va_start(arguments, format);
+    vfprintf(c->file, format, arguments);
+    va_end(arguments);
+}
+
+/* Every row reaches the file at once, so that a run can be watched. */
+static inline void csv_end_row(csv *c)
+{
+    c->cells = 0;
+    fputc('\n', c->file);
+    if (fflush(c->file) || ferror(c->file)) fail("cannot write %s: %s", c->path, strerror(errno));
+}
+
+/* Memory that can be had now, in bytes; 0 if the machine does not say. */
+static inline size_t available_memory(void)
+{
+    char line[128];
+    size_t kilobytes = 0;
+    FILE *file = fopen("/proc/meminfo", "r");
+    while (file && !kilobytes && fgets(line, sizeof line, file))
+        sscanf(line, "MemAvailable: %zu", &kilobytes);
+    if (file) fclose(file);
+    if (kilobytes) return kilobytes * 1024;
+    long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
+}
+
+static inline double now(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* ---- what both programs print ---------------------------------------------------------------- */
+
+/* The rows of micro-batches and examples decide about activations and attention's scratch. */
+static inline void plan_data(dpo_plan_options *plan, const dpo_data *data, size_t micro_tokens)
+{
+    size_t total = 0, longest = 1;
+    for (size_t i = 0; i < data->n; i++) {
+        const dpo_example *e = &data->examples[i];
+        size_t rows = dpo_example_rows(e);
+        total += rows;
+        if (rows > longest) longest = rows;
+        for (size_t b = 0; b < e->n_branches; b++)
+            if (e->n_prompt + e->branches[b].n > plan->max_span)
+                plan->max_span = e->n_prompt + e->branches[b].n;
+    }
+    size_t most = total < micro_tokens ? total : micro_tokens;
+    if (longest > most) most = longest;
+    if (most > plan->max_rows) plan->max_rows = most;
+    plan->max_scored = plan->max_rows;
+}
+
+/* Prints the plan (with `show`) and refuses what does not fit; returns the weights' bytes. `other`
+   is what neither the plan nor the context knows of. max_memory 0: what the machine has. */
+static inline size_t check_memory(dpo_context *context, const dpo_config *config,
+                                  const dpo_plan_options *plan, size_t other, size_t max_memory,
+                                  int show)
+{
+    dpo_memory m;
+    check(context, dpo_memory_plan(context, &m, config, plan));
+    size_t data = context->heap_bytes + other, total = m.total + data;
+    size_t free_bytes = available_memory();
+    size_t limit = max_memory ? max_memory : free_bytes;
+    const struct { const char *name; size_t bytes; } rows[] = {
+        {"weights", m.weights}, {"gradients", m.gradients}, {"optimizer", m.optimizer},
+        {"activations", m.activations}, {"head", m.head}, {"scratch", m.scratch}, {"data", data},
+    };
+    if (show) {
+        say("memory  %10.1f MB of %.1f MB %s", 1e-6 * (double)total, 1e-6 * (double)limit,
+            max_memory ? "allowed" : "available");
+        for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+            say("  %-12s%10.1f MB", rows[i].name, 1e-6 * (double)rows[i].bytes);
+    }
+    if (limit && total > limit)
+        fail("needs %.1f MB of memory, and %.1f MB are %s; lower --micro-tokens or --max-length, "
+             "or take a smaller model%s", 1e-6 * (double)total, 1e-6 * (double)limit,
+             max_memory ? "allowed by --max-memory" : "available",
+             max_memory ? "" : " (--max-memory overrules what the machine says)");
+    return m.weights;
+}
+
+/* What was read, and why some of it was not: no record disappears silently. */
+static inline void print_counts(const char *path, const dpo_data *data, const char *what)
+{
+    const dpo_data_counts *c = &data->counts;
+    const struct { size_t n; const char *why; } rows[] = {
+        {c->prompts_differ, "dropped: the rejected text does not begin with the prompt"},
+        {c->no_prompt, "dropped: no \"\\n\\nAssistant:\" in the text"},
+        {c->empty_answers, "dropped: an answer or a text without tokens"},
+        {c->end_token_inside, "dropped: the text spells the end token"},
+        {c->repeated_prompts, "merged: the prompt came again (the last answer stays)"},
+        {c->ties, "kept, but chosen and rejected are equal"},
+        {c->cut_prompts, "kept, prompt cut"},
+        {c->cut_answers, "kept, answer cut (and its end token with it)"},
+    };
+    if (c->bytes)
+        say("data    %s: %zu records, %zu bytes; %zu windows of text, %zu tokens", path, c->records,
+            c->bytes, data->n, data->tokens.n);
+    else
+        say("data    %s: %zu records; %zu %s of %zu prompts, %zu tokens", path, c->records, data->n,
+            what, data->n_groups, data->tokens.n);
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
+        if (rows[i].n) say("  %8zu %s", rows[i].n, rows[i].why);
+    if (!data->n) fail("%s: nothing in it can be used", path);
+}
+
+/* Opens a model file for its configuration and tokenizer, which say what the weights will need. */
+static inline void open_model(dpo_context *context, dpo_file *file, dpo_config *config,
+                              dpo_tokenizer *tokenizer, const char *path)
+{
+    dpo_plan_options plan = {.n_threads = 1};
+    dpo_memory memory;
+    check(context, dpo_file_open(context, file, path, DPO_FILE_MODEL, 0));
+    check(context, dpo_config_load(context, config, file));
+    check(context, dpo_tokenizer_load(context, tokenizer, file));
+    if (!tokenizer->n_tokens)
+        fail("%s has no tokenizer; import it from a folder that has one", path);
+    check(context, dpo_memory_plan(context, &memory, config, &plan));
+    say("model   %s: %s, %zu layers, width %zu, %zu heads, vocabulary %zu, context %zu, "
+        "%.2f M parameters, %016llx", path,
+        config->architecture == DPO_BTLM ? "btlm" : "gpt_neox", config->n_layers, config->d_model,
+        config->n_heads, config->vocab_size, config->context_length,
+        1e-6 * (double)memory.weights / sizeof(float), (unsigned long long)file->identity);
+}
+
+/* Two models can be compared on the same tokens only. */
+static inline void check_same_tokenizer(const dpo_file *a, const char *a_path, const dpo_file *b,
+                                        const char *b_path)
+{
+    static const char *const parts[] = {"tokenizer/token_ends", "tokenizer/token_bytes",
+                                        "tokenizer/merges", "tokenizer/added"};
+    for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
+        const dpo_entry *x = dpo_file_find(a, parts[i]), *y = dpo_file_find(b, parts[i]);
+        if (!x && !y) continue;
+        if (!x || !y || x->bytes != y->bytes || memcmp(x->data, y->data, x->bytes))
+            fail("%s and %s have different tokenizers", a_path, b_path);
+    }
+}
+
+/* Loads a data file for a model; lengths beyond its context are lowered to it. */
+static inline void load_data(dpo_context *context, dpo_data *data, const char *path,
+                             const dpo_tokenizer *tokenizer, const dpo_config *config,
+                             dpo_data_options options)
+{
+    if (options.max_length > config->context_length) {
+        options.max_length = config->context_length;
+        say("note    --max-length becomes %zu, the model's context", options.max_length);
+    }
+    if (options.max_prompt_length >= options.max_length) {
+        options.max_prompt_length = options.max_length / 2;
+        say("note    --max-prompt-length becomes %zu, half of --max-length",
+            options.max_prompt_length);
+    }
+    if (config->eos_id < 0)
+        fail("the model names no end token (eos_token_id in config.json), and answers need one");
+    check(context, dpo_data_load(context, data, path, tokenizer, (uint32_t)config->eos_id,
+                                 &options));
+    print_counts(path, data, options.use == DPO_USE_PAIRS ? "pairs" : "answers");
+}
+
+static inline void write_quoted(dpo_context *context, FILE *file, const char *bytes, size_t n)
+{
+    dpo_string quoted = {0};
+    check(context, dpo_json_quote(context, &quoted, bytes, n));
+    fwrite(quoted.bytes, 1, quoted.n, file);
+    dpo_string_free(context, &quoted);
+}
+
+/* TRL's names of dpo_metrics, and their values in the same order. */
+#define N_METRICS 7
+static const char *const metric_names[N_METRICS] = {
+    "loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
+    "logps/chosen", "logps/rejected",
+};
+static inline void metric_values(double values[N_METRICS], const dpo_metrics *m)
+{
+    const double all[N_METRICS] = {m->loss, m->reward[0], m->reward[1], m->accuracy, m->margin,
+                                   m->logp[0], m->logp[1]};
+    memcpy(values, all, sizeof all);
+}
+
+/* ---- progress: a bar on a terminal, lines elsewhere ------------------------------------------ */
+
+typedef struct progress { const char *label; double start, last; size_t twentieths; } progress;
+
+static inline progress progress_start(const char *label)
+{
+    return (progress){label, now(), now(), 0};
+}
+
+static inline void progress_show(progress *p, size_t done, size_t total, const char *details)
+{
+    double t = now(), left = done ? (t - p->start) / (double)done * (double)(total - done) : 0;
+    size_t s = (size_t)(left + 0.5), filled = 24 * done / total;
+    int terminal = isatty(STDERR_FILENO);
+    // A bar ten times a second; lines every half minute, or every second with a twentieth done.
+    double pause = terminal ? 0.1 : 20 * done / total > p->twentieths ? 1 : 30;
+    if (t - p->last < pause && done < total) return;
+    p->last = t;
+    p->twentieths = 20 * done / total;
+    if (terminal)
+        fprintf(stderr, "\r%s %zu/%zu [%.*s%.*s] %s %zu:%02zu:%02zu left\033[K", p->label, done,
+                total, (int)filled, "########################", (int)(24 - filled),
+                "........................", details, s / 3600, s / 60 % 60, s % 60);
+    else
+        fprintf(stderr, "%s %zu/%zu %s %zu:%02zu:%02zu left\n", p->label, done, total, details,
+                s / 3600, s / 60 % 60, s % 60);
+    bar_on_screen = terminal;
+}
+
+#endif
