@@ -788,12 +788,12 @@ static int dpoi_threads(const dpo_context *context, size_t work)
 /* ---- 2.5 exp, erf, tanh, sigmoid ------------------------------------------------------------- */
 
 /* Softmax and activations call these for every element, so loops over them must become vector code
-   with gcc and with clang: no branches, no tables, no calls, and nothing for which -ffast-math would
-   be needed. The C library's are calls, many times slower, and their last bits depend on its
-   version. NaN gives NaN. The errors stated are the largest over all floats, with and without FMAs,
-   in ulps (distances between neighbouring floats), found by comparing with libm's double functions.
-   The polynomials are minimax fits by Remez's exchange, weighted by the error of the result; each
-   coefficient in turn, lowest first, is rounded to float, and the rest are fitted again. */
+   with gcc and with clang: no branches, no tables, no calls, and nothing that needs -ffast-math.
+   The C library's are calls, many times slower, and their last bits depend on its version. NaN
+   gives NaN. The errors stated are the largest over all floats, with and without FMAs, in ulps
+   (distances between neighbouring floats), against libm's double functions. The polynomials are
+   minimax fits by Remez's exchange, weighted by the error of the result; each coefficient in turn,
+   lowest first, is rounded to float, and the rest are fitted again. */
 
 /* exp(x) = 2^n exp(r) with n the integer nearest x / log 2, so |r| <= log(2) / 2 = 0.3466. Returns
    exp(r) - 1 = r + r^2 P(r), P off by 3e-9 of exp(r), and n + 256 in *n, for |x| < 150. Adding
@@ -823,8 +823,8 @@ static inline float dpoi_power_of_two(uint32_t n)
     return power;
 }
 
-/* At most 0.9 ulp, results below 2^-126 included; exactly 0 below -104, infinity above 88.7228. The
-   power is applied in two halves: 2^-150 and 2^128 are not floats, and the one rounding that a
+/* At most 1.02 ulp, results below 2^-126 included; exactly 0 below -104, infinity above 88.7229.
+   The power is applied in two halves: 2^-150 and 2^128 are not floats, and the one rounding that a
    subnormal result needs happens in the last product. */
 static inline float dpoi_exp(float x)
 {
@@ -836,7 +836,7 @@ static inline float dpoi_exp(float x)
 }
 
 /* tanh(x) = (e - 1) / (e + 1) with e = exp(2x). e - 1 = 2^n (exp(r) - 1) + (2^n - 1) loses nothing
-   to cancellation: near 0, n is 0. At most 2.4 ulp. */
+   to cancellation: near 0, n is 0. At most 2.7 ulp. */
 static inline float dpoi_tanh(float x)
 {
     x = x < -10.0f ? -10.0f : x;
@@ -856,7 +856,7 @@ static inline float dpoi_sigmoid(float x)
 }
 
 /* Error function: x + x Q(x^2) for |x| < 1, Q off by 2e-9; 1 - exp(-R(|x|)) with the sign of x
-   from there to 3.95, where the result is 1, R off by 1e-9 of it. At most 1.5 ulp. */
+   from there to 3.95, where the result is 1, R off by 1e-9 of it. At most 1.4 ulp. */
 static inline float dpoi_erf(float x)
 {
     float a = x < 0.0f ? -x : x, z = x * x;
@@ -943,7 +943,7 @@ static float dpoi_max(const float *x, size_t n)
    An operand carries its strides, so one function does them all, and Conv1D's W[in, out] too. The
    reference below is the definition, at one per cent of the speed of the machine: for each
    multiplication it loads two numbers, and each addition waits for the one before. Four ideas make
-   it 85 to 92 per cent.
+   it 85 to 90 per cent.
 
    The tile. A core starts one or two vector fused multiply-adds (FMA) in a cycle, and each takes
    four or five: some ten sums must be under way at once. So a tile of c, TILE_ROWS rows of
@@ -991,8 +991,8 @@ static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
     return x;
 }
 
-/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n], each row of c ldc elements after the one before.
-   The tests compare dpoi_matmul with it. */
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]; row i of c starts at c + i * ldc. The tests
+   compare dpoi_matmul with it. */
 static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                          size_t m, size_t n, size_t k, int accumulate)
 {
@@ -2316,7 +2316,10 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
                             const dpo_plan_options *options)
 {
     dpo_model model = { .context = context, .config = *config };
-    if (dpoi_build_table(&model)) return 1;
+    if (dpoi_build_table(&model)) {
+        dpo_model_free(&model);
+        return 1;
+    }
     dpoi_workspace w;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
     size_t n = dpoi_list_buffers(list, &w, config, options->max_rows, options->max_scored,
@@ -3488,6 +3491,7 @@ DPO_API int dpo_model_save(dpo_model *model, const char *path)
     if (dpoi_alloc_zeroed(context, &entries, most, sizeof *entries)) return 1;
     if (dpoi_config_write(context, &config, &model->config)) {
         dpoi_free(context, entries);
+        dpo_string_free(context, &config);
         return 1;
     }
     entries[n++] = (dpo_entry){ .name = "config", .dtype = DPO_U8, .n_dims = 1,
@@ -3582,7 +3586,7 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t 
    From files of text to examples of tokens:
 
        UTF-8        bytes <-> code points
-       tokenizer    text -> normalised text -> pieces -> byte-pair encoding -> ids, and back
+       tokenizer    text -> normalised text -> words -> byte-pair encoding -> ids, and back
        JSON         one text, parsed strictly into a flat array of values
        JSON lines   one record a line, with the line's number for messages
        examples     records -> prompts and branches, cut to length, dropped and counted by rule
@@ -3618,13 +3622,19 @@ static uint32_t dpoi_utf8_read(const char *text, size_t n, size_t *length)
     return code;
 }
 
-static int dpoi_utf8_append(dpo_context *context, dpo_string *out, uint32_t code)
+/* Writes a character, and returns how many of the 4 bytes it takes. */
+static size_t dpoi_utf8_write(char *bytes, uint32_t code)
 {
-    char bytes[4];
     size_t n = code < 0x80 ? 1 : code < 0x800 ? 2 : code < 0x10000 ? 3 : 4;
     for (size_t i = n - 1; i > 0; i--, code >>= 6) bytes[i] = (char)(0x80 | (code & 0x3F));
     bytes[0] = (char)(n == 1 ? code : (0xF00u >> n & 0xFF) | code);
-    return dpoi_string_append(context, out, bytes, n);
+    return n;
+}
+
+static int dpoi_utf8_append(dpo_context *context, dpo_string *out, uint32_t code)
+{
+    char bytes[4];
+    return dpoi_string_append(context, out, bytes, dpoi_utf8_write(bytes, code));
 }
 
 /* Where the first byte that is not UTF-8 stands; n if there is none. */
@@ -3638,19 +3648,16 @@ static size_t dpoi_utf8_check(const char *text, size_t n)
 
 DPO_API int dpo_string_make_valid(dpo_context *context, dpo_string *string)
 {
-    if (dpoi_utf8_check(string->bytes, string->n) == string->n) return 0;
     dpo_string valid = { 0 };
     size_t length;
-    for (size_t i = 0; i < string->n; i += length) {
+    int failed = 0;
+    for (size_t i = 0; i < string->n && !failed; i += length) {
         uint32_t code = dpoi_utf8_read(string->bytes + i, string->n - i, &length);
-        if (dpoi_utf8_append(context, &valid, code == DPOI_NONE ? 0xFFFD : code)) {
-            dpo_string_free(context, &valid);
-            return 1;
-        }
+        failed = dpoi_utf8_append(context, &valid, code == DPOI_NONE ? 0xFFFD : code);
     }
-    dpo_string_free(context, string);
-    *string = valid;
-    return 0;
+    dpo_string_free(context, failed ? &valid : string);
+    if (!failed) *string = valid;
+    return failed;
 }
 
 /* ---- 9.2 tokenizer: tables ------------------------------------------------------------------- */
@@ -3666,6 +3673,7 @@ DPO_API int dpo_string_make_valid(dpo_context *context, dpo_string *string)
    machine. A row of a table is found by bisection, a merge through a hash table built here. */
 
 enum { DPOI_ADDED_SPECIAL = 1, DPOI_ADDED_NORMALIZED = 2 };    // flags in tokenizer->added
+#define DPOI_DAMAGED "%s is missing or damaged: import the model again"
 
 /* The last row whose first two numbers are at most (a, b), or NULL; rows ascend. */
 static const uint32_t *dpoi_row(const uint32_t *table, size_t n, size_t width, uint32_t a,
@@ -3695,100 +3703,83 @@ static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t ri
     }
 }
 
+/* A token's bytes; an id that nobody owns has none. */
 static const char *dpoi_token_text(const dpo_tokenizer *t, uint32_t id, size_t *n)
 {
+    *n = 0;
+    if (id >= t->n_tokens) return "";
     size_t start = id ? t->token_ends[id - 1] : 0;
     *n = t->token_ends[id] - start;
     return t->token_bytes + start;
 }
 
-/* A pair that is listed twice has its last rank, as in `tokenizers`. */
-static int dpoi_hash_merges(dpo_context *context, dpo_tokenizer *t)
-{
-    t->n_merge_slots = 1;
-    while (t->n_merge_slots / 2 < t->n_merges) t->n_merge_slots *= 2;
-    if (dpoi_alloc(context, &t->merge_slots, t->n_merge_slots, sizeof *t->merge_slots)) return 1;
-    memset(t->merge_slots, 0xFF, t->n_merge_slots * sizeof *t->merge_slots);
-    for (size_t rank = 0; rank < t->n_merges; rank++) {
-        const uint32_t *merge = t->merges + 3 * rank;
-        t->merge_slots[dpoi_merge_slot(t, merge[0], merge[1])] = (uint32_t)rank;
-    }
-    return 0;
-}
-
-/* A merged token's bytes must be those of its two parts. */
+/* Whether a merged token's bytes are those of its two parts. */
 static int dpoi_merge_fits(const dpo_tokenizer *t, const uint32_t *merge)
 {
-    for (size_t i = 0; i < 3; i++)
-        if (merge[i] >= t->n_tokens) return 0;
     size_t n_left, n_right, n_merged;
     const char *left = dpoi_token_text(t, merge[0], &n_left);
     const char *right = dpoi_token_text(t, merge[1], &n_right);
     const char *merged = dpoi_token_text(t, merge[2], &n_merged);
-    return n_merged == n_left + n_right && !memcmp(merged, left, n_left) &&
+    return n_left && n_right && n_merged == n_left + n_right && !memcmp(merged, left, n_left) &&
            !memcmp(merged + n_left, right, n_right);
 }
 
-/* Checks all that encoding and decoding rely on, so that they need not. */
-static int dpoi_tokenizer_check(dpo_context *context, const dpo_tokenizer *t, size_t n_bytes)
-{
-    const char *wrong = NULL;
-    size_t n = 0, end = 0, row = 0;
-    for (size_t i = 0; i < t->n_tokens && !wrong; end = t->token_ends[i++])
-        if (t->token_ends[i] < end || t->token_ends[i] > n_bytes) wrong = "token_ends", row = i;
-    for (uint32_t i = 0; i < 256 && !wrong; i++) {
-        uint32_t id = t->byte_ids[i];
-        if (id != DPOI_NONE && (id >= t->n_tokens ||
-            (unsigned char)*dpoi_token_text(t, id, &n) != i || n != 1)) wrong = "byte_ids", row = i;
-    }
-    for (size_t i = 0; i < t->n_merges && !wrong; i++)
-        if (!dpoi_merge_fits(t, t->merges + 3 * i)) wrong = "merges", row = i;
-    for (size_t i = 0; i < t->n_added && !wrong; i++)
-        if (t->added[2 * i] >= t->n_tokens ||
-            (dpoi_token_text(t, t->added[2 * i], &n), n == 0)) wrong = "added", row = i;
-    return wrong ? dpoi_fail(context, "tokenizer/%s: row %zu is wrong: import the model again",
-                             wrong, row) : 0;
-}
-
+/* Checks all that encoding and decoding rely on, so that they need not. A merge that is listed
+   twice has its last rank, as in `tokenizers`. */
 static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file)
 {
-    size_t n_bytes = 0;
+    const size_t merges = dpo_file_find(file, "tokenizer/merges") != NULL, nfc = t->nfc != 0;
+    size_t n_byte_ids, n;
     const struct {
         const char *name;
-        size_t width;
-        const uint32_t **table;
-        size_t *rows;
+        size_t width, least;        // columns, least number of rows
+        const uint32_t **rows;
+        size_t *n;
+        int ascending;
     } tables[] = {
-        { "tokenizer/token_ends", 1, &t->token_ends, &t->n_tokens },
-        { "tokenizer/byte_ids", 1, &t->byte_ids, &n_bytes },
-        { "tokenizer/merges", 3, &t->merges, &t->n_merges },
-        { "tokenizer/added", 2, &t->added, &t->n_added },
-        { "tokenizer/letters", 2, &t->letters, &t->n_letters },     // from here on: ascending rows
-        { "tokenizer/numbers", 2, &t->numbers, &t->n_numbers },
-        { "tokenizer/decompositions", 3, &t->decompositions, &t->n_decompositions },
-        { "tokenizer/compositions", 3, &t->compositions, &t->n_compositions },
-        { "tokenizer/classes", 2, &t->classes, &t->n_classes },
+        { "tokenizer/token_ends", 1, 1, &t->token_ends, &t->n_tokens, 1 },
+        { "tokenizer/byte_ids", 1, 256, &t->byte_ids, &n_byte_ids, 0 },
+        { "tokenizer/merges", 3, 0, &t->merges, &t->n_merges, 0 },
+        { "tokenizer/added", 2, 0, &t->added, &t->n_added, 0 },
+        { "tokenizer/letters", 2, merges, &t->letters, &t->n_letters, 1 },
+        { "tokenizer/numbers", 2, merges, &t->numbers, &t->n_numbers, 1 },
+        { "tokenizer/decompositions", 3, nfc, &t->decompositions, &t->n_decompositions, 1 },
+        { "tokenizer/compositions", 3, nfc, &t->compositions, &t->n_compositions, 1 },
+        { "tokenizer/classes", 2, nfc, &t->classes, &t->n_classes, 1 },
     };
+    const char *wrong = NULL;
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
-        size_t width = tables[i].width;
         const dpo_entry *entry = dpo_file_find(file, tables[i].name);
-        if (!entry) continue;
-        const uint32_t *row = entry->data;
-        int wrong = entry->dtype != DPO_U32 || entry->shape[1] != width;
-        for (size_t j = 1; i >= 4 && !wrong && j < entry->shape[0]; j++, row += width)
-            wrong = row[0] > row[width] || (row[0] == row[width] && row[1] > row[width + 1]);
-        if (wrong)
-            return dpoi_fail(context, "%s is malformed: import the model again", tables[i].name);
-        *tables[i].table = entry->data;
-        *tables[i].rows = entry->shape[0];
+        const size_t w = tables[i].width, n_rows = *tables[i].n = entry ? entry->shape[0] : 0;
+        const uint32_t *row = *tables[i].rows = entry ? entry->data : NULL;
+        int bad = n_rows < tables[i].least || n_rows >= DPOI_NONE ||
+                  (entry && (entry->dtype != DPO_U32 || entry->shape[1] != w));
+        for (size_t j = 1; tables[i].ascending && !bad && j < n_rows; j++, row += w)
+            bad = row[0] > row[w] || (w > 1 && row[0] == row[w] && row[1] > row[w + 1]);
+        if (bad) return dpoi_fail(context, DPOI_DAMAGED, tables[i].name);
     }
     const dpo_entry *bytes = dpo_file_find(file, "tokenizer/token_bytes");
-    if (!bytes || bytes->dtype != DPO_U8 || n_bytes != 256 || t->n_tokens == 0 ||
-        t->n_tokens >= DPOI_NONE || t->n_merges >= DPOI_NONE || (t->n_merges && !t->n_letters) ||
-        (t->nfc && !t->n_decompositions))
-        return dpoi_fail(context, "a tokenizer table is missing: import the model again");
+    if (!bytes || t->token_ends[t->n_tokens - 1] != bytes->bytes)
+        return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/token_ends or token_bytes");
     t->token_bytes = bytes->data;
-    return dpoi_tokenizer_check(context, t, bytes->bytes) || dpoi_hash_merges(context, t);
+    for (uint32_t i = 0; i < 256; i++) {
+        const char *byte = dpoi_token_text(t, t->byte_ids[i], &n);
+        if (t->byte_ids[i] != DPOI_NONE && (n != 1 || (unsigned char)*byte != i))
+            wrong = "tokenizer/byte_ids";
+    }
+    for (size_t i = 0; i < t->n_added; i++)
+        if (dpoi_token_text(t, t->added[2 * i], &n), n == 0) wrong = "tokenizer/added";
+    for (size_t i = 0; i < t->n_merges; i++)
+        if (!dpoi_merge_fits(t, t->merges + 3 * i)) wrong = "tokenizer/merges";
+    if (wrong) return dpoi_fail(context, DPOI_DAMAGED, wrong);
+
+    for (t->n_merge_slots = 1; t->n_merge_slots / 2 < t->n_merges;) t->n_merge_slots *= 2;
+    if (dpoi_alloc(context, &t->merge_slots, t->n_merge_slots, sizeof *t->merge_slots)) return 1;
+    memset(t->merge_slots, 0xFF, t->n_merge_slots * sizeof *t->merge_slots);
+    const uint32_t *merge = t->merges;
+    for (uint32_t rank = 0; rank < t->n_merges; rank++, merge += 3)
+        t->merge_slots[dpoi_merge_slot(t, merge[0], merge[1])] = rank;
+    return 0;
 }
 
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file)
@@ -3801,11 +3792,13 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
     if (!failed) {
         const dpo_json_value *nfc = dpo_json_member(&json, json.values, "nfc");
         const dpo_json_value *unicode = dpo_json_member(&json, json.values, "unicode");
+        if (unicode && unicode->kind == DPO_JSON_STRING)
+            snprintf(tokenizer->unicode, sizeof tokenizer->unicode, "%s",
+                     json.text.bytes + unicode->string);
         tokenizer->nfc = nfc && nfc->number != 0;
-        if (unicode) snprintf(tokenizer->unicode, sizeof tokenizer->unicode, "%.*s",
-                              (int)DPOI_MIN(unicode->n_string, sizeof tokenizer->unicode),
-                              json.text.bytes + unicode->string);
-        failed = dpoi_tokenizer_read(context, tokenizer, file);
+        failed = nfc && nfc->kind == DPO_JSON_BOOL
+               ? dpoi_tokenizer_read(context, tokenizer, file)
+               : dpoi_fail(context, DPOI_DAMAGED, entry->name);
     }
     dpo_json_free(context, &json);
     if (failed) dpo_tokenizer_free(context, tokenizer);
@@ -3815,26 +3808,23 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
 DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer)
 {
     static const char end[] = "<|endoftext|>";
-    enum { N_TOKENS = 257, N_BYTES = 256 + sizeof end - 1 };
-    struct {
-        uint32_t token_ends[N_TOKENS], byte_ids[256], added[2];
-        char token_bytes[N_BYTES];
-    } *owned;
+    enum { N_END = sizeof end - 1 };
+    struct { uint32_t ids[256], ends[257], added[2]; char bytes[256 + N_END]; } *owned;
     *tokenizer = (dpo_tokenizer){ 0 };
     if (dpoi_alloc(context, &owned, 1, sizeof *owned)) return 1;
     for (uint32_t i = 0; i < 256; i++) {
-        owned->token_bytes[i] = (char)i;
-        owned->token_ends[i] = i + 1;
-        owned->byte_ids[i] = i;
+        owned->bytes[i] = (char)i;
+        owned->ends[i] = i + 1;
+        owned->ids[i] = i;
     }
-    memcpy(owned->token_bytes + 256, end, N_BYTES - 256);
-    owned->token_ends[256] = N_BYTES;
+    memcpy(owned->bytes + 256, end, N_END);
+    owned->ends[256] = 256 + N_END;
     owned->added[0] = 256;
     owned->added[1] = DPOI_ADDED_SPECIAL;
-    *tokenizer = (dpo_tokenizer){ .n_tokens = N_TOKENS, .token_ends = owned->token_ends,
-        .token_bytes = owned->token_bytes, .byte_ids = owned->byte_ids, .added = owned->added,
-        .n_added = 1, .owned = owned };
-    return dpoi_hash_merges(context, tokenizer);
+    *tokenizer = (dpo_tokenizer){ .n_tokens = 257, .token_ends = owned->ends, .n_added = 1,
+        .token_bytes = owned->bytes, .byte_ids = owned->ids, .added = owned->added,
+        .owned = owned };
+    return 0;
 }
 
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
@@ -3854,34 +3844,39 @@ DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
        compose     letter and mark into one character where one exists, unless a mark of the same
                    or a higher class stands between them
 
-   Letters and other starters have class 0. Hangul syllables go by arithmetic instead of tables.
-   Nothing below U+0300 joins what stands before it, so text is handled in runs that begin at such
-   a character, and text without anything else is in form C already. */
+   Letters and other starters have class 0. Hangul syllables compose by arithmetic; taking them
+   apart first would change nothing, as they compose the same whether whole or in pieces. Nothing
+   below U+0300 joins what stands before it, so text is handled in runs that begin at such a
+   character, and text without anything else is in form C already. */
 
 #define DPOI_FIRST_MARK 0x300
+
+/* Two numbers that are sorted by the first, then by the second. */
+typedef struct dpoi_key { uint64_t first, second; } dpoi_key;
+
+static int dpoi_compare_keys(const void *a, const void *b)
+{
+    const dpoi_key *x = a, *y = b;
+    if (x->first != y->first) return x->first < y->first ? -1 : 1;
+    return (x->second > y->second) - (x->second < y->second);
+}
 
 typedef struct dpoi_encoder {
     dpo_context *context;
     const dpo_tokenizer *tokenizer;
     dpo_tokens *out;
-    dpo_string normal;                              // normalised text
-    uint64_t *run; size_t n_run, run_capacity;      // class << 56 | place << 21 | code point
-    struct dpoi_symbol *symbols; size_t symbol_capacity;
-    uint64_t *heap; size_t n_heap, heap_capacity;   // rank << 32 | place of the left symbol
-    char starts_added[2][256];                      // first bytes of added tokens, by stage
+    dpo_string normal;                                          // normalised text
+    dpoi_key *run; size_t n_run, run_capacity;                  // class, place << 32 | code point
+    struct dpoi_symbol *symbols; size_t symbol_capacity;        // of a word, see dpoi_encode_word
+    uint64_t *tree; size_t tree_capacity;
+    char starts_added[2][256];                                  // first bytes of added tokens
 } dpoi_encoder;
 
-/* Appends a character's full decomposition to the run. Real tables are 4 steps deep; the limit is
+/* Appends a character's full decomposition to the run. Real tables are 3 steps deep; the limit is
    for damaged ones, which could go in circles. */
 static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
 {
     const dpo_tokenizer *t = e->tokenizer;
-    if (code - 0xAC00 < 11172 && depth < 8) {
-        uint32_t syllable = code - 0xAC00;
-        return dpoi_decompose(e, 0x1100 + syllable / 588, 8) ||
-               dpoi_decompose(e, 0x1161 + syllable % 588 / 28, 8) ||
-               (syllable % 28 && dpoi_decompose(e, 0x11A7 + syllable % 28, 8));
-    }
     const uint32_t *row = NULL;
     if (code >= 0xC0 && depth < 8)
         row = dpoi_row(t->decompositions, t->n_decompositions, 3, code, UINT32_MAX);
@@ -3891,7 +3886,7 @@ static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
     row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(t->classes, t->n_classes, 2, code, UINT32_MAX);
     uint64_t class = row && row[0] == code ? row[1] : 0;
     if (dpoi_reserve(e->context, &e->run, &e->run_capacity, e->n_run + 1, sizeof *e->run)) return 1;
-    e->run[e->n_run] = class << 56 | (uint64_t)e->n_run << 21 | code;
+    e->run[e->n_run] = (dpoi_key){ class, (uint64_t)e->n_run << 32 | code };
     e->n_run++;
     return 0;
 }
@@ -3907,58 +3902,51 @@ static uint32_t dpoi_compose(const dpo_tokenizer *t, uint32_t first, uint32_t se
     return row && row[0] == first && row[1] == second ? row[2] : DPOI_NONE;
 }
 
-static int dpoi_compare_u64(const void *a, const void *b)
-{
-    uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-    return (x > y) - (x < y);
-}
-
 /* Reorders and composes the run, and appends it to the normalised text. */
 static int dpoi_flush_run(dpoi_encoder *e)
 {
-    uint64_t *run = e->run;
+    dpoi_key *run = e->run;
     size_t n_kept = 0, starter = SIZE_MAX, n = e->n_run;
-    int last_class = -1;        // of what was kept after the starter; -1: nothing
-    for (size_t i = 0, marks_end = 0; i < n; i++) {
-        if (run[i] >> 56 && i >= marks_end) {
-            for (marks_end = i; marks_end < n && run[marks_end] >> 56;) marks_end++;
-            qsort(run + i, marks_end - i, sizeof *run, dpoi_compare_u64);
+    int64_t last_class = -1;    // of what was kept after the starter; -1: nothing
+    for (size_t i = 0, sorted = 0; i < n; i++) {
+        if (run[i].first && i >= sorted) {
+            for (sorted = i; sorted < n && run[sorted].first;) sorted++;
+            qsort(run + i, sorted - i, sizeof *run, dpoi_compare_keys);
         }
-        uint32_t code = run[i] & 0x1FFFFF, composed = DPOI_NONE;
-        int class = (int)(run[i] >> 56);
+        uint32_t code = (uint32_t)run[i].second, composed = DPOI_NONE;
+        int64_t class = (int64_t)run[i].first;
         if (starter != SIZE_MAX && last_class < class)
-            composed = dpoi_compose(e->tokenizer, (uint32_t)run[starter], code);
+            composed = dpoi_compose(e->tokenizer, (uint32_t)run[starter].second, code);
         if (composed != DPOI_NONE) {
-            run[starter] = composed;
+            run[starter].second = composed;
             continue;
         }
         if (class == 0) starter = n_kept;
         last_class = class ? class : -1;
-        run[n_kept++] = code;
+        run[n_kept++].second = code;
     }
     e->n_run = 0;
     for (size_t i = 0; i < n_kept; i++)
-        if (dpoi_utf8_append(e->context, &e->normal, (uint32_t)run[i])) return 1;
+        if (dpoi_utf8_append(e->context, &e->normal, (uint32_t)run[i].second)) return 1;
     return 0;
 }
 
-/* Puts the form C of text into e->normal. */
-static int dpoi_normalise(dpoi_encoder *e, const char *text, size_t n)
+/* Replaces text by its form C, which lies in e->normal, unless it is in that form for certain. */
+static int dpoi_normalise(dpoi_encoder *e, const char **text, size_t *n)
 {
+    int above = 0;
     size_t length;
+    for (size_t i = 0; i < *n; i++) above |= (unsigned char)(*text)[i] >= 0xCC;     // U+0300 on
+    if (!above) return 0;
     e->normal.n = 0;
-    for (size_t i = 0; i < n; i += length) {
-        uint32_t code = dpoi_utf8_read(text + i, n - i, &length);
+    for (size_t i = 0; i < *n; i += length) {
+        uint32_t code = dpoi_utf8_read(*text + i, *n - i, &length);
         if ((code < DPOI_FIRST_MARK && dpoi_flush_run(e)) || dpoi_decompose(e, code, 0)) return 1;
     }
-    return dpoi_flush_run(e);
-}
-
-static int dpoi_may_need_form_c(const char *text, size_t n)
-{
-    int found = 0;              // 0xCC is the first byte of U+0300
-    for (size_t i = 0; i < n; i++) found |= (unsigned char)text[i] >= 0xCC;
-    return found;
+    if (dpoi_flush_run(e)) return 1;
+    *text = e->normal.bytes;
+    *n = e->normal.n;
+    return 0;
 }
 
 /* ---- 9.4 tokenizer: encode and decode -------------------------------------------------------- */
@@ -3976,13 +3964,14 @@ static int dpoi_may_need_form_c(const char *text, size_t n)
    cut: in GPT-NeoX's "a  b" the two spaces are one token and b has no space before it. */
 
 /* The longest added token of a stage (0 raw, 1 normalised) that text begins with. */
-static size_t dpoi_match_added(const dpo_tokenizer *t, uint32_t *id, const char *text, size_t n,
+static size_t dpoi_match_added(const dpoi_encoder *e, uint32_t *id, const char *text, size_t n,
                                int stage)
 {
-    size_t longest = 0;
+    const dpo_tokenizer *t = e->tokenizer;
+    size_t longest = 0, n_token;
+    if (!e->starts_added[stage][(unsigned char)text[0]]) return 0;
     for (size_t i = 0; i < t->n_added; i++) {
         const uint32_t *added = t->added + 2 * i;
-        size_t n_token;
         const char *token = dpoi_token_text(t, added[0], &n_token);
         if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && n_token > longest && n_token <= n &&
             !memcmp(token, text, n_token)) {
@@ -4017,58 +4006,43 @@ static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t
 /* The length of the word that text begins with, as GPT-2's pattern cuts it:
        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
    White space before something else leaves its last character to that: a space then begins the
-   next word, anything else stands alone. */
+   next word, anything else stands alone. Without merges every byte is a token, wherever the text is
+   cut. */
 static size_t dpoi_word(const dpo_tokenizer *t, const char *text, size_t n)
 {
     static const char endings[][3] = { "s", "t", "re", "ve", "m", "ll", "d" };
+    if (!t->n_merges) return 1;
     for (size_t i = 0; text[0] == '\'' && i < sizeof endings / sizeof endings[0]; i++) {
         size_t n_ending = strlen(endings[i]);
         if (n_ending < n && !memcmp(text + 1, endings[i], n_ending)) return 1 + n_ending;
     }
-    size_t length, i = text[0] == ' ' && n > 1;
+    size_t length, last = 0, i = text[0] == ' ' && n > 1;
     dpoi_class class = dpoi_classify(t, text + i, n - i, &length);
-    if (class != DPOI_SPACE) {
-        do i += length;
-        while (i < n && dpoi_classify(t, text + i, n - i, &length) == class);
-        return i;
-    }
-    size_t last = 0;
-    for (i = 0; i < n && dpoi_classify(t, text + i, n - i, &length) == DPOI_SPACE; i += length)
-        last = i;
-    return i < n && last > 0 ? last : i;
+    if (class == DPOI_SPACE) i = 0;
+    for (; i < n && dpoi_classify(t, text + i, n - i, &length) == class; i += length) last = i;
+    return class == DPOI_SPACE && i < n && last > 0 ? last : i;
 }
 
-/* The tokens of a word are a linked list over its bytes; a merge keeps the left one's place. The
-   merges that are possible lie in a heap, lowest rank first and leftmost among equals. A merge
-   leaves entries behind that no longer hold: they are known by their tokens and skipped. The heap
-   never holds more than 2 n entries, so a word of n bytes costs n log n, however long. */
+/* The tokens of a word are a linked list over its bytes; a merge keeps the left one's place. Which
+   merge comes next is decided by a knockout tournament: each place holds the rank of the merge of
+   its token with the one after it, and each node of a binary tree the lower of the two below it.
+   Node 1 is then the merge with the lowest rank, the leftmost of several. A change plays only the
+   matches on its way up, so a word of n bytes costs n log n, however long. */
 typedef struct dpoi_symbol { uint32_t id, before, after; } dpoi_symbol;
 
-static void dpoi_push_merge(dpoi_encoder *e, uint32_t left)
+/* Enters place i of n, which is node n + i; the other side of node k is k ^ 1. */
+static void dpoi_enter_merge(dpoi_encoder *e, uint32_t i, size_t n)
 {
-    uint32_t right = e->symbols[left].after;
-    if (right == DPOI_NONE) return;
     const dpo_tokenizer *t = e->tokenizer;
-    uint32_t rank = t->merge_slots[dpoi_merge_slot(t, e->symbols[left].id, e->symbols[right].id)];
-    if (rank == DPOI_NONE) return;
-    uint64_t entry = (uint64_t)rank << 32 | left;
-    size_t i = e->n_heap++;
-    for (; i > 0 && e->heap[(i - 1) / 2] > entry; i = (i - 1) / 2)
-        e->heap[i] = e->heap[(i - 1) / 2];
-    e->heap[i] = entry;
-}
-
-static uint64_t dpoi_pop_merge(dpoi_encoder *e)
-{
-    uint64_t *heap = e->heap, lowest = heap[0], moved = heap[--e->n_heap];
-    size_t i = 0;
-    for (size_t child; (child = 2 * i + 1) < e->n_heap; i = child) {
-        if (child + 1 < e->n_heap && heap[child + 1] < heap[child]) child++;
-        if (heap[child] >= moved) break;
-        heap[i] = heap[child];
+    const dpoi_symbol *left = &e->symbols[i];
+    uint32_t rank = DPOI_NONE;
+    if (left->after != DPOI_NONE)
+        rank = t->merge_slots[dpoi_merge_slot(t, left->id, e->symbols[left->after].id)];
+    uint64_t winner = rank == DPOI_NONE ? UINT64_MAX : (uint64_t)rank << 32 | i;
+    for (size_t node = n + i; node > 0 && e->tree[node] != winner; node /= 2) {
+        e->tree[node] = winner;
+        winner = DPOI_MIN(winner, e->tree[node ^ 1]);
     }
-    heap[i] = moved;
-    return lowest;
 }
 
 static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
@@ -4077,7 +4051,7 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
     if (n >= DPOI_NONE)
         return dpoi_fail(e->context, "a word of %zu bytes is too long to encode", n);
     if (dpoi_reserve(e->context, &e->symbols, &e->symbol_capacity, n, sizeof *e->symbols) ||
-        dpoi_reserve(e->context, &e->heap, &e->heap_capacity, 2 * n, sizeof *e->heap))
+        dpoi_reserve(e->context, &e->tree, &e->tree_capacity, 2 * n, sizeof *e->tree))
         return 1;
     dpoi_symbol *symbols = e->symbols;
     for (uint32_t i = 0; i < n; i++) {
@@ -4086,63 +4060,46 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
         if (symbols[i].id == DPOI_NONE)
             return dpoi_fail(e->context, "the tokenizer has no token for byte 0x%02X", byte);
     }
-    for (uint32_t i = 0; i < n; i++) dpoi_push_merge(e, i);
-    while (e->n_heap) {
-        uint64_t entry = dpoi_pop_merge(e);
-        const uint32_t *merge = t->merges + 3 * (entry >> 32);
-        dpoi_symbol *left = &symbols[(uint32_t)entry];
-        if (left->id != merge[0] || left->after == DPOI_NONE ||
-            symbols[left->after].id != merge[1])
-            continue;
-        dpoi_symbol *right = &symbols[left->after];
-        left->id = merge[2];
-        left->after = right->after;
-        right->id = DPOI_NONE;
-        if (left->after != DPOI_NONE) symbols[left->after].before = (uint32_t)entry;
-        if (left->before != DPOI_NONE) dpoi_push_merge(e, left->before);
-        dpoi_push_merge(e, (uint32_t)entry);
+    memset(e->tree, 0xFF, 2 * n * sizeof *e->tree);
+    for (uint32_t i = 0; i < n; i++) dpoi_enter_merge(e, i, n);
+    for (uint64_t best; (best = e->tree[1]) != UINT64_MAX;) {
+        uint32_t place = (uint32_t)best, gone = symbols[place].after;
+        dpoi_symbol *left = &symbols[place];
+        left->id = t->merges[3 * (best >> 32) + 2];
+        left->after = symbols[gone].after;
+        symbols[gone].after = DPOI_NONE;
+        if (left->after != DPOI_NONE) symbols[left->after].before = place;
+        if (left->before != DPOI_NONE) dpoi_enter_merge(e, left->before, n);
+        dpoi_enter_merge(e, place, n);
+        dpoi_enter_merge(e, gone, n);
     }
     for (uint32_t i = 0; i != DPOI_NONE; i = symbols[i].after)
         if (dpoi_tokens_append(e->context, e->out, symbols[i].id)) return 1;
     return 0;
 }
 
-/* Without merges every byte is a token, wherever the text is cut. */
-static int dpoi_encode_words(dpoi_encoder *e, const char *text, size_t n)
-{
-    size_t length;
-    for (size_t i = 0; i < n; i += length) {
-        length = e->tokenizer->n_merges ? dpoi_word(e->tokenizer, text + i, n - i) : 1;
-        if (dpoi_encode_word(e, text + i, length)) return 1;
-    }
-    return 0;
-}
-
 /* Cuts the added tokens of a stage out of text; the gaps go on to the next stage or to words. */
 static int dpoi_encode_stage(dpoi_encoder *e, const char *text, size_t n, int stage)
 {
-    size_t gap = 0, length;     // where the gap before text[i] begins
-    for (size_t i = 0; i <= n; i += length) {
-        uint32_t id = DPOI_NONE;
-        length = 1;
-        if (i < n) {
-            size_t matched = e->starts_added[stage][(unsigned char)text[i]] ?
-                             dpoi_match_added(e->tokenizer, &id, text + i, n - i, stage) : 0;
-            if (!matched) continue;
-            length = matched;
-        }
+    size_t gap = 0, matched;    // a gap is text[gap .. i)
+    for (size_t i = 0; i <= n; i += DPOI_MAX(matched, (size_t)1)) {
+        uint32_t id;
+        matched = i < n ? dpoi_match_added(e, &id, text + i, n - i, stage) : 0;
+        if (!matched && i < n) continue;
         const char *inner = text + gap;
-        size_t n_inner = i - gap;
-        if (stage == 0 && e->tokenizer->nfc && dpoi_may_need_form_c(inner, n_inner)) {
-            if (dpoi_normalise(e, inner, n_inner)) return 1;
-            inner = e->normal.bytes;
-            n_inner = e->normal.n;
+        size_t n_inner = i - gap, n_word;
+        if (stage == 0) {
+            if ((e->tokenizer->nfc && dpoi_normalise(e, &inner, &n_inner)) ||
+                dpoi_encode_stage(e, inner, n_inner, 1))
+                return 1;
+        } else {
+            for (size_t j = 0; j < n_inner; j += n_word) {
+                n_word = dpoi_word(e->tokenizer, inner + j, n_inner - j);
+                if (dpoi_encode_word(e, inner + j, n_word)) return 1;
+            }
         }
-        if (n_inner && (stage == 0 ? dpoi_encode_stage(e, inner, n_inner, 1)
-                                   : dpoi_encode_words(e, inner, n_inner)))
-            return 1;
-        if (id != DPOI_NONE && dpoi_tokens_append(e->context, e->out, id)) return 1;
-        gap = i + length;
+        if (matched && dpoi_tokens_append(e->context, e->out, id)) return 1;
+        gap = i + matched;
     }
     return 0;
 }
@@ -4153,23 +4110,21 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
     if (!tokenizer->n_tokens)
         return dpoi_fail(context, "the model has no tokenizer: import it from a folder that holds "
                          "tokenizer.json, or vocab.json and merges.txt");
-    size_t bad = dpoi_utf8_check(text, n_bytes);
+    size_t bad = dpoi_utf8_check(text, n_bytes), n_before = out->n, n;
     if (bad < n_bytes)
         return dpoi_fail(context, "byte %zu of the text is not UTF-8: save it as UTF-8", bad + 1);
     dpoi_encoder e = { .context = context, .tokenizer = tokenizer, .out = out };
     for (size_t i = 0; i < tokenizer->n_added; i++) {
-        size_t n;
-        const char *token = dpoi_token_text(tokenizer, tokenizer->added[2 * i], &n);
-        int stage = (tokenizer->added[2 * i + 1] & DPOI_ADDED_NORMALIZED) != 0;
-        e.starts_added[stage][(unsigned char)token[0]] = 1;
+        const uint32_t *added = tokenizer->added + 2 * i;
+        int stage = (added[1] & DPOI_ADDED_NORMALIZED) != 0;
+        e.starts_added[stage][(unsigned char)*dpoi_token_text(tokenizer, added[0], &n)] = 1;
     }
-    size_t n_before = out->n;
     int failed = n_bytes && dpoi_encode_stage(&e, text, n_bytes, 0);
     if (failed) out->n = n_before;
     dpo_string_free(context, &e.normal);
     dpoi_free(context, e.run);
     dpoi_free(context, e.symbols);
-    dpoi_free(context, e.heap);
+    dpoi_free(context, e.tree);
     return failed;
 }
 
@@ -4178,9 +4133,7 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
 DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
                                  const dpo_tokenizer *tokenizer, const uint32_t *ids, size_t n)
 {
-    for (size_t i = 0; i < n; i++) {
-        if (ids[i] >= tokenizer->n_tokens) continue;
-        size_t n_token;
+    for (size_t i = 0, n_token; i < n; i++) {
         const char *token = dpoi_token_text(tokenizer, ids[i], &n_token);
         if (dpoi_string_append(context, out, token, n_token)) return 1;
     }
@@ -4191,229 +4144,181 @@ DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
 
 /* A strict reader of RFC 8259, by recursive descent over checked UTF-8: no comments, no trailing
    commas, no second value, no key twice in one object. Values lie in one array and refer to each
-   other by index, because the array moves as it grows. */
+   other by index, because the array moves as it grows. The text is copied once, with a 0 behind it
+   that no rule accepts, so nothing can run over the end; strings are unescaped where they stand in
+   the copy, as no escape is shorter than what it means. */
 
 #define DPOI_JSON_DEPTH 64
-#define DPOI_JSON_KEYS 1000
+#define DPOI_JSON_KEYS 1000     // in one object: makes the slow search for double ones harmless
 
 typedef struct dpoi_parser {
     dpo_context *context;
     dpo_json *json;
-    const char *text, *where;
-    size_t n, at;
+    const char *where;
+    char *at;                   // in json->text
 } dpoi_parser;
 
 static int dpoi_json_fail(const dpoi_parser *p, const char *what)
 {
-    return dpoi_fail(p->context, "%s: byte %zu: %s", p->where, p->at + 1, what);
+    return dpoi_fail(p->context, "%s: byte %zu: %s", p->where,
+                     (size_t)(p->at - p->json->text.bytes) + 1, what);
 }
 
-/* The next character, or -1 at the end. */
-static int dpoi_json_peek(const dpoi_parser *p)
+/* Steps over white space, and over the character c if it follows. */
+static int dpoi_json_take(dpoi_parser *p, char c)
 {
-    return p->at < p->n ? (unsigned char)p->text[p->at] : -1;
-}
-
-/* Steps over the next character if it is c. */
-static int dpoi_json_take(dpoi_parser *p, int c)
-{
-    if (dpoi_json_peek(p) != c) return 0;
+    p->at += strspn(p->at, " \t\r\n");
+    if (*p->at != c) return 0;
     p->at++;
     return 1;
 }
 
-static void dpoi_json_skip_space(dpoi_parser *p)
-{
-    while (p->at < p->n && memchr(" \t\r\n", p->text[p->at], 4)) p->at++;
-}
-
-/* Steps over digits; says whether there was one. */
-static int dpoi_json_digits(dpoi_parser *p)
-{
-    size_t start = p->at;
-    while (p->at < p->n && (unsigned)(p->text[p->at] - '0') < 10) p->at++;
-    return p->at > start;
-}
-
 static int dpoi_json_number(dpoi_parser *p, double *number)
 {
-    size_t start = p->at;
-    dpoi_json_take(p, '-');
-    int ok = dpoi_json_take(p, '0') || dpoi_json_digits(p);
-    if (ok && dpoi_json_take(p, '.')) ok = dpoi_json_digits(p);
-    if (ok && (dpoi_json_take(p, 'e') || dpoi_json_take(p, 'E'))) {
-        if (!dpoi_json_take(p, '+')) dpoi_json_take(p, '-');
-        ok = dpoi_json_digits(p);
+    static const char digits[] = "0123456789";
+    char *start = p->at, *end = start + (*start == '-'), *read;
+    size_t n = *end == '0' ? 1 : strspn(end, digits);       // of digits, where some must be
+    end += n;
+    if (n && *end == '.') end += 1 + (n = strspn(end + 1, digits));
+    if (n && (*end == 'e' || *end == 'E')) {
+        end += end[1] == '+' || end[1] == '-' ? 2 : 1;
+        end += n = strspn(end, digits);
     }
-    if (!ok) return dpoi_json_fail(p, "a digit is expected here");
-    // strtod wants a terminated copy: the end of the strings' buffer lends itself.
-    dpo_string *text = &p->json->text;
-    size_t n_text = text->n, n = p->at - start;
-    if (dpoi_string_append(p->context, text, p->text + start, n) ||
-        dpoi_string_append(p->context, text, "", 1))
-        return 1;
-    char *end;
-    *number = strtod(text->bytes + n_text, &end);
-    ok = end == text->bytes + n_text + n && isfinite(*number);  // a locale may want a decimal comma
-    text->n = n_text;
-    return ok ? 0 : dpoi_json_fail(p, "the number before here cannot be represented");
+    p->at = end;
+    if (!n) return dpoi_json_fail(p, "a digit is expected here");
+    char after = *end;
+    *end = 0;                   // what follows must not look like a part of it in any locale
+    *number = strtod(start, &read);
+    *end = after;
+    return read == end && isfinite(*number) ? 0 :
+           dpoi_json_fail(p, "the number before here cannot be represented");
 }
 
-/* The four hexadecimal digits of \uXXXX. */
-static int dpoi_json_hex(dpoi_parser *p, uint32_t *code)
+/* The number that four hexadecimal digits mean, or DPOI_NONE. */
+static uint32_t dpoi_json_hex(const char *at)
 {
-    static const char digits[] = "0123456789abcdef0123456789ABCDEF";
-    *code = 0;
-    for (int i = 0; i < 4; i++, p->at++) {
-        const char *digit = p->at < p->n ? memchr(digits, p->text[p->at], 32) : NULL;
-        if (!digit) return dpoi_json_fail(p, "\\u wants four hexadecimal digits");
-        *code = *code << 4 | (uint32_t)((digit - digits) & 15);
-    }
-    return 0;
+    char digits[5] = { 0 };
+    if (strspn(at, "0123456789abcdefABCDEF") < 4) return DPOI_NONE;
+    memcpy(digits, at, 4);
+    return (uint32_t)strtoul(digits, NULL, 16);
 }
 
 /* What follows a backslash. A surrogate without its other half becomes U+FFFD. */
-static int dpoi_json_escape(dpoi_parser *p)
+static int dpoi_json_escape(dpoi_parser *p, char **out)
 {
     static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
-    uint32_t code, low = 0;
-    if (!dpoi_json_take(p, 'u')) {
-        const char *name = memchr(names, dpoi_json_peek(p), sizeof names - 1);
-        if (!name) return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
+    const char *name = memchr(names, *p->at, sizeof names - 1);
+    if (name) {
+        *(*out)++ = meanings[name - names];
         p->at++;
-        return dpoi_string_append(p->context, &p->json->text, meanings + (name - names), 1);
+        return 0;
     }
-    if (dpoi_json_hex(p, &code)) return 1;
-    size_t back = p->at;
-    if (code - 0xD800 < 0x400 && dpoi_json_take(p, '\\') && dpoi_json_take(p, 'u') &&
-        dpoi_json_hex(p, &low))
-        return 1;
-    if (low - 0xDC00 < 0x400) code = 0x10000 + ((code - 0xD800) << 10) + (low - 0xDC00);
-    else p->at = back;
-    return dpoi_utf8_append(p->context, &p->json->text, code - 0xD800 < 0x800 ? 0xFFFD : code);
-}
-
-static int dpoi_json_string(dpoi_parser *p, size_t *start, size_t *n)
-{
-    dpo_string *text = &p->json->text;
-    *start = text->n;
-    if (!dpoi_json_take(p, '"')) return dpoi_json_fail(p, "a string in double quotes is expected");
-    while (!dpoi_json_take(p, '"')) {
-        size_t first = p->at;
-        int c;
-        while ((c = dpoi_json_peek(p)) >= 0x20 && c != '"' && c != '\\') p->at++;
-        if (c < 0) return dpoi_json_fail(p, "the text ends inside a string");
-        if (c < 0x20) return dpoi_json_fail(p, "a raw control character; write it as \\u00XX");
-        if (dpoi_string_append(p->context, text, p->text + first, p->at - first) ||
-            (dpoi_json_take(p, '\\') && dpoi_json_escape(p)))
-            return 1;
+    if (*p->at != 'u') return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
+    uint32_t code = dpoi_json_hex(p->at + 1), low;
+    if (code == DPOI_NONE) return dpoi_json_fail(p, "\\u wants four hexadecimal digits");
+    p->at += 5;
+    if (code - 0xD800 < 0x400 && p->at[0] == '\\' && p->at[1] == 'u' &&
+        (low = dpoi_json_hex(p->at + 2) - 0xDC00) < 0x400) {
+        code = 0x10000 + ((code - 0xD800) << 10) + low;
+        p->at += 6;
     }
-    *n = text->n - *start;
+    *out += dpoi_utf8_write(*out, code - 0xD800 < 0x800 ? 0xFFFD : code);
     return 0;
 }
 
-/* Whether an object may have one more key, this one. The limit makes the slow search harmless. */
-static int dpoi_json_check_key(const dpoi_parser *p, size_t object, size_t key, size_t n_key)
+/* Unescapes a string, and puts a 0 behind it; keys are compared as far as their first 0. */
+static int dpoi_json_string(dpoi_parser *p, size_t *start, size_t *n)
 {
-    const dpo_json_value *values = p->json->values;
-    const char *text = p->json->text.bytes;
-    size_t n = 0;
-    for (size_t i = values[object].first_child; i; i = values[i].next, n++)
-        if (values[i].n_key == n_key &&
-            (!n_key || !memcmp(text + values[i].key, text + key, n_key)))
-            return dpoi_json_fail(p, "the key before here comes twice in its object");
-    return n < DPOI_JSON_KEYS ? 0 : dpoi_json_fail(p, "more than 1000 keys in one object");
+    const dpo_string *text = &p->json->text;
+    if (!dpoi_json_take(p, '"')) return dpoi_json_fail(p, "a string in double quotes is expected");
+    char *first = p->at, *out = first;
+    while (*p->at != '"') {
+        if (p->at == text->bytes + text->n)
+            return dpoi_json_fail(p, "the text ends inside a string");
+        if ((unsigned char)*p->at < 0x20)
+            return dpoi_json_fail(p, "a raw control character; write it as \\u00XX");
+        char c = *p->at++;
+        if (c != '\\') *out++ = c;
+        else if (dpoi_json_escape(p, &out)) return 1;
+    }
+    p->at++;
+    *out = 0;
+    *start = (size_t)(first - text->bytes);
+    *n = (size_t)(out - first);
+    return 0;
 }
 
-static int dpoi_json_value(dpoi_parser *p, size_t *index, int depth);
-
-/* The members of an object or the elements of an array, with both brackets. */
-static int dpoi_json_children(dpoi_parser *p, size_t parent, int close, int depth)
+static int dpoi_json_scalar(dpoi_parser *p, dpo_json_value *value)
 {
+    const char c = *p->at, *word = c == 't' ? "true" : c == 'f' ? "false" : "null";
+    value->kind = c == '"' ? DPO_JSON_STRING : DPO_JSON_NUMBER;
+    if (c == '"') return dpoi_json_string(p, &value->string, &value->n_string);
+    if (c == '-' || (c >= '0' && c <= '9')) return dpoi_json_number(p, &value->number);
+    if (strncmp(p->at, word, strlen(word)))
+        return dpoi_json_fail(p, c ? "a value is expected here" : "the text ends too early");
+    p->at += strlen(word);
+    value->kind = c == 'n' ? DPO_JSON_NULL : DPO_JSON_BOOL;
+    value->number = c == 't';
+    return 0;
+}
+
+static int dpoi_json_value(dpoi_parser *p, int depth)
+{
+    dpo_json *json = p->json;
+    const size_t self = json->n_values++;
+    if (dpoi_reserve(p->context, &json->values, &json->capacity, self + 1, sizeof *json->values))
+        return 1;
+    json->values[self] = (dpo_json_value){ .kind = DPO_JSON_ARRAY };
+    char close = dpoi_json_take(p, '{') ? '}' : dpoi_json_take(p, '[') ? ']' : 0;
+    if (!close) return dpoi_json_scalar(p, &json->values[self]);
+    if (close == '}') json->values[self].kind = DPO_JSON_OBJECT;
     if (depth == DPOI_JSON_DEPTH) return dpoi_json_fail(p, "nested more than 64 levels deep");
-    p->at++;
-    dpoi_json_skip_space(p);
     if (dpoi_json_take(p, close)) return 0;
-    for (size_t child, last = 0;; last = child) {
+    size_t child, last = 0, n_keys = 0;
+    do {
         size_t key = 0, n_key = 0;
         if (close == '}') {
-            dpoi_json_skip_space(p);
-            if (dpoi_json_string(p, &key, &n_key) || dpoi_json_check_key(p, parent, key, n_key))
-                return 1;
-            dpoi_json_skip_space(p);
+            if (dpoi_json_string(p, &key, &n_key)) return 1;
+            if (dpo_json_member(json, &json->values[self], json->text.bytes + key))
+                return dpoi_json_fail(p, "the key before here comes twice in its object");
+            if (n_keys++ == DPOI_JSON_KEYS)
+                return dpoi_json_fail(p, "more than 1000 keys in one object");
             if (!dpoi_json_take(p, ':')) return dpoi_json_fail(p, "a ':' is expected here");
         }
-        if (dpoi_json_value(p, &child, depth + 1)) return 1;
-        dpo_json_value *values = p->json->values;
-        values[child].key = key;
-        values[child].n_key = n_key;
-        *(last ? &values[last].next : &values[parent].first_child) = child;
-        dpoi_json_skip_space(p);
-        if (dpoi_json_take(p, close)) return 0;
-        if (!dpoi_json_take(p, ',')) return dpoi_json_fail(p, "a ',' or the end of the object or "
-                                                              "array is expected here");
-    }
-}
-
-static int dpoi_json_value(dpoi_parser *p, size_t *index, int depth)
-{
-    static const char *const words[] = { "null", "false", "true" };
-    dpo_json *json = p->json;
-    *index = json->n_values;
-    if (dpoi_reserve(p->context, &json->values, &json->capacity, json->n_values + 1,
-                     sizeof *json->values))
-        return 1;
-    dpo_json_value *value = &json->values[json->n_values++];
-    *value = (dpo_json_value){ .kind = DPO_JSON_NULL };
-    dpoi_json_skip_space(p);
-    int c = dpoi_json_peek(p);
-    if (c == '{' || c == '[') {
-        value->kind = c == '{' ? DPO_JSON_OBJECT : DPO_JSON_ARRAY;
-        return dpoi_json_children(p, *index, c == '{' ? '}' : ']', depth);
-    }
-    if (c == '"') {
-        value->kind = DPO_JSON_STRING;
-        return dpoi_json_string(p, &value->string, &value->n_string);
-    }
-    if (c == '-' || (c >= '0' && c <= '9')) {
-        value->kind = DPO_JSON_NUMBER;
-        return dpoi_json_number(p, &value->number);
-    }
-    for (int i = 0; i < 3; i++) {
-        size_t n = strlen(words[i]);
-        if (p->n - p->at < n || memcmp(p->text + p->at, words[i], n)) continue;
-        p->at += n;
-        value->kind = i ? DPO_JSON_BOOL : DPO_JSON_NULL;
-        value->number = i == 2;
-        return 0;
-    }
-    return dpoi_json_fail(p, c < 0 ? "the text ends too early" : "a value is expected here");
+        child = json->n_values;
+        if (dpoi_json_value(p, depth + 1)) return 1;
+        json->values[child].key = key;
+        json->values[child].n_key = n_key;
+        *(last ? &json->values[last].next : &json->values[self].first_child) = child;
+        last = child;
+    } while (dpoi_json_take(p, ','));
+    if (dpoi_json_take(p, close)) return 0;
+    return dpoi_json_fail(p, "a ',' or the end of the object or array is expected here");
 }
 
 DPO_API int dpo_json_parse(dpo_context *context, dpo_json *json, const char *text, size_t n_bytes,
                            const char *where)
 {
-    dpoi_parser p = { context, json, text, where, n_bytes, dpoi_utf8_check(text, n_bytes) };
-    size_t root;
-    json->n_values = 0;
-    json->text.n = 0;
-    if (p.at < n_bytes) return dpoi_json_fail(&p, "not UTF-8; save the file as UTF-8");
-    p.at = 0;
-    if (dpoi_json_value(&p, &root, 0)) return 1;
-    dpoi_json_skip_space(&p);
-    return p.at == n_bytes ? 0 : dpoi_json_fail(&p, "something follows the value");
+    json->n_values = json->text.n = 0;
+    if (dpoi_string_append(context, &json->text, text, n_bytes) ||
+        dpoi_string_append(context, &json->text, "", 1))
+        return 1;
+    json->text.n = n_bytes;
+    dpoi_parser p = { context, json, where, json->text.bytes + dpoi_utf8_check(text, n_bytes) };
+    char *end = json->text.bytes + n_bytes;
+    if (p.at < end) return dpoi_json_fail(&p, "not UTF-8; save the file as UTF-8");
+    p.at = json->text.bytes;
+    if (dpoi_json_value(&p, 0)) return 1;
+    dpoi_json_take(&p, 0);      // the one behind the text
+    return p.at > end ? 0 : dpoi_json_fail(&p, "something follows the value");
 }
 
 DPO_API const dpo_json_value *dpo_json_member(const dpo_json *json, const dpo_json_value *object,
                                               const char *key)
 {
     if (object->kind != DPO_JSON_OBJECT) return NULL;
-    size_t n_key = strlen(key);
-    for (size_t i = object->first_child; i; i = json->values[i].next) {
-        const dpo_json_value *value = &json->values[i];
-        if (value->n_key == n_key && !memcmp(json->text.bytes + value->key, key, n_key))
-            return value;
-    }
+    for (size_t i = object->first_child; i; i = json->values[i].next)
+        if (!strcmp(json->text.bytes + json->values[i].key, key)) return &json->values[i];
     return NULL;
 }
 
@@ -4431,7 +4336,6 @@ DPO_API int dpo_json_quote(dpo_context *context, dpo_string *out, const char *s,
         char escape[8];
         int n = 0;
         if (s[i] == '"' || s[i] == '\\') n = snprintf(escape, sizeof escape, "\\%c", s[i]);
-        else if (s[i] == '\n') n = snprintf(escape, sizeof escape, "\\n");
         else if ((unsigned char)s[i] < 0x20) n = snprintf(escape, sizeof escape, "\\u%04x", s[i]);
         if (dpoi_string_append(context, out, n ? escape : s + i, n ? (size_t)n : 1)) return 1;
     }
@@ -4443,11 +4347,6 @@ DPO_API int dpo_json_quote(dpo_context *context, dpo_string *out, const char *s,
 /* One object a line, of any length. Blank lines are skipped, and so is the byte order mark that
    some editors put at the start of a file. */
 
-static size_t dpoi_bom_bytes(const dpo_string *start)
-{
-    return start->n >= 3 && !memcmp(start->bytes, "\xEF\xBB\xBF", 3) ? 3 : 0;
-}
-
 DPO_API int dpo_jsonl_open(dpo_context *context, dpo_jsonl *reader, const char *path)
 {
     *reader = (dpo_jsonl){ .path = path, .stream = fopen(path, "rb") };
@@ -4455,38 +4354,44 @@ DPO_API int dpo_jsonl_open(dpo_context *context, dpo_jsonl *reader, const char *
     return dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(errno));
 }
 
+/* Reads on to the character `stop` into the buffer, with EOF to the end of the file. */
+static int dpoi_jsonl_read(dpo_context *context, dpo_jsonl *reader, int stop, int *found)
+{
+    dpo_string *text = &reader->buffer;
+    FILE *stream = reader->stream;
+    int c;
+    text->n = 0;
+    while ((c = getc_unlocked(stream)) != EOF && c != stop) {
+        if (dpoi_reserve(context, &text->bytes, &text->capacity, text->n + 1, 1)) return 1;
+        text->bytes[text->n++] = (char)c;
+    }
+    if (ferror(stream))
+        return dpoi_fail(context, "%s: cannot be read: %s", reader->path, strerror(errno));
+    *found = text->n > 0 || c != EOF;
+    if (reader->line++ == 0 && text->n >= 3 && !memcmp(text->bytes, "\xEF\xBB\xBF", 3))
+        memmove(text->bytes, text->bytes + 3, text->n -= 3);
+    return 0;
+}
+
 DPO_API int dpo_jsonl_next(dpo_context *context, dpo_jsonl *reader, int *found)
 {
-    dpo_string *line = &reader->buffer;
-    size_t bom, blank;
-    *found = 0;
+    const dpo_string *line = &reader->buffer;
+    size_t blank;
     do {
-        int c;
-        line->n = 0;
-        while ((c = getc_unlocked((FILE *)reader->stream)) != EOF && c != '\n') {
-            if (dpoi_reserve(context, &line->bytes, &line->capacity, line->n + 1, 1)) return 1;
-            line->bytes[line->n++] = (char)c;
-        }
-        if (ferror((FILE *)reader->stream))
-            return dpoi_fail(context, "%s: cannot be read: %s", reader->path, strerror(errno));
-        if (c == EOF && line->n == 0) return 0;
-        reader->line++;
-        bom = reader->line == 1 ? dpoi_bom_bytes(line) : 0;
-        for (blank = bom; blank < line->n && memchr(" \t\r", line->bytes[blank], 3);) blank++;
-    } while (blank == line->n);
+        if (dpoi_jsonl_read(context, reader, '\n', found)) return 1;
+        for (blank = 0; blank < line->n && memchr(" \t\r", line->bytes[blank], 3);) blank++;
+    } while (*found && blank == line->n);
+    if (!*found) return 0;
     snprintf(reader->where, sizeof reader->where, "%.480s:%zu", reader->path, reader->line);
-    if (dpo_json_parse(context, &reader->json, line->bytes + bom, line->n - bom, reader->where))
-        return 1;
-    if (reader->json.values[0].kind != DPO_JSON_OBJECT)
-        return dpoi_fail(context, "%s: an object {...} is expected on each line; convert other "
-                         "files with `python3 convert.py data`", reader->where);
-    *found = 1;
-    return 0;
+    if (dpo_json_parse(context, &reader->json, line->bytes, line->n, reader->where)) return 1;
+    if (reader->json.values[0].kind == DPO_JSON_OBJECT) return 0;
+    return dpoi_fail(context, "%s: an object {...} is expected on each line; convert other files "
+                     "with `python3 convert.py data`", reader->where);
 }
 
 DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader)
 {
-    if (reader->stream) fclose((FILE *)reader->stream);
+    if (reader->stream) fclose(reader->stream);
     dpo_string_free(context, &reader->buffer);
     dpo_json_free(context, &reader->json);
     *reader = (dpo_jsonl){ 0 };
@@ -4508,91 +4413,70 @@ DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader)
    max_length scored tokens; neighbours share one token, so that each token but the very first is
    predicted once. An example with an empty prompt is scored from its second token on.
 
-   All tokens lie in one array, each example's together: the whole prompt, then the branches. Where
-   an example begins is kept aside until the array has stopped growing. */
+   All tokens lie in one array, each example's together: the whole prompt, then the whole answers.
+   Until the array has stopped growing, and so moving, examples are drafts of places in it. */
 
-typedef enum { DPOI_UNKNOWN, DPOI_PAIR, DPOI_TRANSCRIPTS, DPOI_COMPLETION, DPOI_TEXT } dpoi_record;
-typedef struct dpoi_place { size_t start, n_whole; } dpoi_place;    // n_whole: of the uncut prompt
-typedef struct dpoi_slice { const char *bytes; size_t n; } dpoi_slice;
+typedef struct dpoi_draft {
+    size_t start, n_prompt, n_answers[2];       // where its tokens begin, and how many there are
+    size_t group, line;
+} dpoi_draft;
 
 typedef struct dpoi_loader {
     dpo_context *context;
     dpo_data *data;
     const dpo_tokenizer *tokenizer;
     const dpo_data_options *options;
-    const char *path;
     uint32_t end_token;
-    size_t n_branches;                  // of every example
-    size_t line;                        // of the current record; 0 for windows of text
-    size_t example_capacity, branch_capacity, place_capacity;
-    dpoi_place *places;                 // [data->n]
-    int is_text, once;                  // windows of text; one example per distinct prompt
+    size_t n_branches;          // of every example
+    size_t room;                // tokens of prompt and answer together
+    dpoi_draft *drafts;         // [data->n]
+    size_t draft_capacity;
+    int once;                   // one example per distinct prompt
 } dpoi_loader;
 
-/* Adds an example of which only the place is known; its branches follow those before it. */
-static int dpoi_new_example(dpoi_loader *l, size_t start, size_t n_whole)
+static int dpoi_add_draft(dpoi_loader *l, dpoi_draft draft)
 {
-    dpo_data *data = l->data;
-    size_t n = data->n + 1;
-    dpo_context *context = l->context;
-    if (dpoi_reserve(context, &data->examples, &l->example_capacity, n, sizeof *data->examples) ||
-        dpoi_reserve(context, &l->places, &l->place_capacity, n, sizeof *l->places) ||
-        dpoi_reserve(context, &data->branches, &l->branch_capacity, n * l->n_branches,
-                     sizeof *data->branches))
-        return 1;
-    data->examples[data->n] = (dpo_example){ .n_branches = l->n_branches, .line = l->line };
-    l->places[data->n++] = (dpoi_place){ start, n_whole };
+    size_t n = l->data->n + 1;
+    if (dpoi_reserve(l->context, &l->drafts, &l->draft_capacity, n, sizeof draft)) return 1;
+    l->drafts[l->data->n++] = draft;
     return 0;
 }
 
-/* Makes an example of a prompt and the answers that are used, or drops and counts it. */
-static int dpoi_add_answers(dpoi_loader *l, dpoi_slice prompt, const dpoi_slice *texts)
+/* Adds the tokens of a text and an end token. */
+static int dpoi_add_text(dpoi_loader *l, dpo_string text)
 {
-    const dpo_data_options *options = l->options;
     dpo_tokens *tokens = &l->data->tokens;
-    size_t start = tokens->n, longest = 0, n_answers[2] = { 0 }, n_ends = 0;
-    int empty = 0;
+    return dpo_tokenizer_encode(l->context, tokens, l->tokenizer, text.bytes, text.n) ||
+           dpoi_tokens_append(l->context, tokens, l->end_token);
+}
+
+/* Makes a draft of a prompt and the answers that are used, or drops and counts it. */
+static int dpoi_add_answers(dpoi_loader *l, dpo_string prompt, const dpo_string *answers,
+                            size_t line)
+{
+    dpo_tokens *tokens = &l->data->tokens;
+    dpoi_draft draft = { .start = tokens->n, .line = line };
+    size_t n_ends = 0, empty = 0;
     if (dpo_tokenizer_encode(l->context, tokens, l->tokenizer, prompt.bytes, prompt.n)) return 1;
-    size_t n_whole = tokens->n - start, n_prompt = n_whole;
+    draft.n_prompt = tokens->n - draft.start;
     for (size_t b = 0; b < l->n_branches; b++) {
         size_t before = tokens->n;
-        if (dpo_tokenizer_encode(l->context, tokens, l->tokenizer, texts[b].bytes, texts[b].n) ||
-            dpoi_tokens_append(l->context, tokens, l->end_token))
-            return 1;
-        n_answers[b] = tokens->n - before;
-        longest = DPOI_MAX(longest, n_answers[b]);
-        empty |= n_answers[b] == 1;
+        if (dpoi_add_text(l, answers[b])) return 1;
+        draft.n_answers[b] = tokens->n - before;
+        empty += draft.n_answers[b] == 1;
     }
-    for (size_t i = start; i < tokens->n; i++) n_ends += tokens->ids[i] == l->end_token;
-    if (empty || n_ends != l->n_branches) {
-        ++*(empty ? &l->data->counts.empty_answers : &l->data->counts.end_token_inside);
-        tokens->n = start;
-        return 0;
-    }
-    if (n_whole + longest > options->max_length)
-        n_prompt = DPOI_MIN(n_whole, options->max_prompt_length);
-    if (dpoi_new_example(l, start, n_whole)) return 1;
-    l->data->examples[l->data->n - 1].n_prompt = n_prompt;
-    dpo_branch *branches = l->data->branches + (l->data->n - 1) * l->n_branches;
-    uint32_t *from = tokens->ids + start + n_whole, *to = from;     // answers close up when cut
-    for (size_t b = 0; b < l->n_branches; from += n_answers[b++]) {
-        size_t n = DPOI_MIN(n_answers[b], options->max_length - n_prompt);
-        memmove(to, from, n * sizeof *to);
-        to += n;
-        branches[b] = (dpo_branch){ .n = n, .first_scored = n_prompt == 0 };
-    }
-    tokens->n = (size_t)(to - tokens->ids);
+    for (size_t i = draft.start; i < tokens->n; i++) n_ends += tokens->ids[i] == l->end_token;
+    if (!empty && n_ends == l->n_branches) return dpoi_add_draft(l, draft);
+    ++*(empty ? &l->data->counts.empty_answers : &l->data->counts.end_token_inside);
+    tokens->n = draft.start;
     return 0;
 }
 
-static int dpoi_add_document(dpoi_loader *l, dpoi_slice text)
+static int dpoi_add_document(dpoi_loader *l, dpo_string text)
 {
-    dpo_data *data = l->data;
-    data->counts.bytes += text.n;
-    data->counts.empty_answers += text.n == 0;
-    return text.n && (dpo_tokenizer_encode(l->context, &data->tokens, l->tokenizer, text.bytes,
-                                           text.n) ||
-                      dpoi_tokens_append(l->context, &data->tokens, l->end_token));
+    l->data->counts.bytes += text.n;
+    l->data->counts.empty_answers += text.n == 0;
+    return text.n && dpoi_add_text(l, text);
 }
 
 /* Lays the windows. The text of tokens behind the last one, if `limit` allows no more, is not
@@ -4601,11 +4485,10 @@ static int dpoi_add_windows(dpoi_loader *l)
 {
     dpo_data *data = l->data;
     size_t length = l->options->max_length, limit = l->options->limit, start = 0, n;
-    l->is_text = 1;
+    l->room = length + 1;
     for (; start + 1 < data->tokens.n && (!limit || data->n < limit); start += length) {
-        if (dpoi_new_example(l, start, 0)) return 1;
-        n = DPOI_MIN(length + 1, data->tokens.n - start);
-        data->branches[data->n - 1] = (dpo_branch){ .n = n, .first_scored = 1 };
+        n = DPOI_MIN(l->room, data->tokens.n - start);
+        if (dpoi_add_draft(l, (dpoi_draft){ .start = start, .n_answers = { n } })) return 1;
     }
     for (size_t i = start + 1; i < data->tokens.n; i++) {
         dpoi_token_text(l->tokenizer, data->tokens.ids[i], &n);
@@ -4615,192 +4498,165 @@ static int dpoi_add_windows(dpoi_loader *l)
     return 0;
 }
 
-/* The string of that name in the current record. */
-static int dpoi_read_field(dpo_context *context, dpoi_slice *out, const dpo_json *json,
-                           const char *name)
-{
-    const dpo_json_value *value = dpo_json_member(json, json->values, name);
-    if (!value) return dpoi_fail(context, "\"%s\" is missing", name);
-    if (value->kind != DPO_JSON_STRING)
-        return dpoi_fail(context, "\"%s\" is not a string; convert lists of messages and other "
-                         "forms with `python3 convert.py data`", name);
-    *out = (dpoi_slice){ json->text.bytes + value->string, value->n_string };
-    return 0;
-}
-
 /* Splits HH's transcripts into prompt and answers, or counts why that cannot be done. */
-static int dpoi_split_transcripts(dpo_data_counts *counts, dpoi_slice *prompt, dpoi_slice *answers)
+static int dpoi_split_transcripts(dpo_data_counts *counts, dpo_string *prompt, dpo_string *answers)
 {
     static const char turn[] = "\n\nAssistant:";
     size_t n_turn = sizeof turn - 1, n = answers[0].n;
     while (n >= n_turn && memcmp(answers[0].bytes + n - n_turn, turn, n_turn)) n--;
-    int found = n >= n_turn;
-    if (!found || answers[1].n < n || memcmp(answers[0].bytes, answers[1].bytes, n)) {
-        ++*(found ? &counts->prompts_differ : &counts->no_prompt);
-        return 0;
-    }
-    *prompt = (dpoi_slice){ answers[0].bytes, n };
-    for (size_t b = 0; b < 2; b++) {
-        answers[b].bytes += n;
-        answers[b].n -= n;
-    }
+    size_t *reason = n < n_turn ? &counts->no_prompt : &counts->prompts_differ;
+    if (n < n_turn || answers[1].n < n || memcmp(answers[0].bytes, answers[1].bytes, n))
+        return ++*reason, 0;
+    *prompt = (dpo_string){ .bytes = answers[0].bytes, .n = n };
+    for (size_t b = 0; b < 2; b++)
+        answers[b] = (dpo_string){ .bytes = answers[b].bytes + n, .n = answers[b].n - n };
     return 1;
 }
 
-static int dpoi_add_record(dpoi_loader *l, const dpo_json *json, dpoi_record kind)
+/* The kinds of records, by the names of their fields: prompt, then answers or text. */
+enum { DPOI_PAIR, DPOI_TRANSCRIPTS, DPOI_COMPLETION, DPOI_TEXT };
+static const char *const dpoi_fields[][3] = { { "prompt", "chosen", "rejected" },
+    { NULL, "chosen", "rejected" }, { "prompt", "completion", NULL }, { NULL, "text", NULL } };
+
+/* Finds the first kind, from *kind to last, of which the record has all fields. */
+static int dpoi_read_record(dpo_context *context, dpo_string *fields, int *kind, int last,
+                            const dpo_jsonl *reader)
 {
-    dpo_context *context = l->context;
-    dpoi_slice prompt = { NULL, 0 }, answers[2] = { { NULL, 0 }, { NULL, 0 } };
-    if (kind == DPOI_TEXT)
-        return dpoi_read_field(context, answers, json, "text") || dpoi_add_document(l, answers[0]);
-    if (kind != DPOI_TRANSCRIPTS && dpoi_read_field(context, &prompt, json, "prompt")) return 1;
-    if (kind == DPOI_COMPLETION)
-        return dpoi_read_field(context, answers, json, "completion") ||
-               dpoi_add_answers(l, prompt, answers);
-    if (dpoi_read_field(context, &answers[0], json, "chosen") ||
-        dpoi_read_field(context, &answers[1], json, "rejected"))
-        return 1;
-    if (kind == DPOI_TRANSCRIPTS && !dpoi_split_transcripts(&l->data->counts, &prompt, answers))
-        return 0;
-    return dpoi_add_answers(l, prompt, answers);
+    for (; *kind <= last; ++*kind) {
+        const char *odd = NULL;
+        int missing = 0;
+        for (size_t i = 0; i < 3; i++) {
+            const char *name = dpoi_fields[*kind][i];
+            const dpo_json *json = &reader->json;
+            fields[i] = (dpo_string){ 0 };
+            if (!name) continue;
+            const dpo_json_value *value = dpo_json_member(json, json->values, name);
+            if (!value) missing = 1;
+            else if (value->kind != DPO_JSON_STRING) odd = name;
+            else fields[i] = (dpo_string){ json->text.bytes + value->string, value->n_string, 0 };
+        }
+        if (!missing && odd)
+            return dpoi_fail(context, "%s: \"%s\" is not a string; convert lists of messages and "
+                             "other forms with `python3 convert.py data`", reader->where, odd);
+        if (!missing) return 0;
+    }
+    return dpoi_fail(context, "%s: a record of an unknown kind: preferences are read from "
+                     "{\"prompt\",\"chosen\",\"rejected\"} or {\"chosen\",\"rejected\"}, SFT from "
+                     "these, {\"prompt\",\"completion\"} or {\"text\"}, text is read from "
+                     "{\"text\"}; convert other forms with `python3 convert.py data`",
+                     reader->where);
 }
 
 static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader)
 {
-    static const char *const names[] = { "of an unknown kind",
-        "{\"prompt\",\"chosen\",\"rejected\"}", "{\"chosen\",\"rejected\"}",
-        "{\"prompt\",\"completion\"}", "{\"text\"}" };
-    static const struct { dpoi_record first, last; const char *wanted; } uses[] = {
-        { DPOI_PAIR, DPOI_TRANSCRIPTS, "preferences are read from {\"prompt\",\"chosen\","
-          "\"rejected\"} or {\"chosen\",\"rejected\"}" },
-        { DPOI_PAIR, DPOI_TEXT, "SFT reads {\"prompt\",\"completion\"}, {\"text\"}, {\"prompt\","
-          "\"chosen\",\"rejected\"} or {\"chosen\",\"rejected\"}" },
-        { DPOI_TEXT, DPOI_TEXT, "text is read from {\"text\"}" } };
     dpo_data *data = l->data;
-    const dpo_json *json = &reader->json;
-    size_t limit = l->options->limit, length = l->options->max_length;
-    dpoi_record kind = DPOI_UNKNOWN;
-    while (!limit || (kind == DPOI_TEXT ? data->tokens.n / length <= limit : data->n < limit)) {
-        int found;
+    const dpo_data_use use = l->options->use;
+    const int first = use == DPO_USE_TEXT ? DPOI_TEXT : DPOI_PAIR;
+    const int last = use == DPO_USE_PAIRS ? DPOI_TRANSCRIPTS : DPOI_TEXT;
+    const size_t limit = l->options->limit, length = l->options->max_length;
+    int old_kind = first, found;
+    while (!limit || (old_kind == DPOI_TEXT ? data->tokens.n / length <= limit : data->n < limit)) {
+        dpo_string fields[3];
+        int kind = first, used = 1;
         if (dpo_jsonl_next(l->context, reader, &found)) return 1;
         if (!found) break;
-        int prompt = dpo_json_member(json, json->values, "prompt") != NULL;
-        dpoi_record record =
-            dpo_json_member(json, json->values, "chosen") ||
-            dpo_json_member(json, json->values, "rejected") ? prompt ? DPOI_PAIR : DPOI_TRANSCRIPTS
-            : prompt || dpo_json_member(json, json->values, "completion") ? DPOI_COMPLETION
-            : dpo_json_member(json, json->values, "text") ? DPOI_TEXT : DPOI_UNKNOWN;
-        if (record < uses[l->options->use].first || record > uses[l->options->use].last)
-            return dpoi_fail(l->context, "%s: a record %s; %s; convert other forms with `python3 "
-                             "convert.py data`", reader->where, names[record],
-                             uses[l->options->use].wanted);
-        if (kind != DPOI_UNKNOWN && record != kind)
-            return dpoi_fail(l->context, "%s: a record %s in a file of %s: split the file by kind",
-                             reader->where, names[record], names[kind]);
-        kind = record;
-        l->line = reader->line;
-        data->counts.records++;
-        if (dpoi_add_record(l, json, kind)) return dpoi_fail_at(l->context, reader->where);
+        if (dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
+        if (data->counts.records++ && kind != old_kind)
+            return dpoi_fail(l->context, "%s: a record of another kind than those before: split "
+                             "the file by kind", reader->where);
+        old_kind = kind;
+        if (kind == DPOI_TRANSCRIPTS)
+            used = dpoi_split_transcripts(&data->counts, &fields[0], &fields[1]);
+        if (kind == DPOI_TEXT ? dpoi_add_document(l, fields[1]) :
+            used && dpoi_add_answers(l, fields[0], &fields[1], reader->line))
+            return dpoi_fail_at(l->context, reader->where);
     }
-    l->line = 0;
-    l->once = l->options->use == DPO_USE_SFT && kind <= DPOI_TRANSCRIPTS;
-    return kind == DPOI_TEXT ? dpoi_add_windows(l) : 0;
+    l->once = use == DPO_USE_SFT && old_kind <= DPOI_TRANSCRIPTS;
+    return old_kind == DPOI_TEXT ? dpoi_add_windows(l) : 0;
 }
 
 /* A file of plain text is one document. */
-static int dpoi_load_plain_text(dpoi_loader *l)
+static int dpoi_load_plain_text(dpoi_loader *l, dpo_jsonl *reader)
 {
-    dpo_string text = { 0 };
-    FILE *stream = fopen(l->path, "rb");
-    int failed = !stream;
-    for (size_t n = 1; !failed && n > 0; text.n += n) {
-        n = 0;
-        failed = dpoi_reserve(l->context, &text.bytes, &text.capacity, text.n + 65536, 1);
-        if (!failed) n = fread(text.bytes + text.n, 1, 65536, stream);
-    }
-    if (!stream || ferror(stream))
-        failed = dpoi_fail(l->context, "cannot be read: %s", strerror(errno));
-    if (stream) fclose(stream);
-    size_t bom = dpoi_bom_bytes(&text);
-    l->data->counts.records = text.n > 0;
-    failed = failed || dpoi_add_document(l, (dpoi_slice){ text.bytes + bom, text.n - bom }) ||
-             dpoi_add_windows(l);
-    dpo_string_free(l->context, &text);
-    return failed ? dpoi_fail_at(l->context, l->path) : 0;
+    int found;
+    if (dpoi_jsonl_read(l->context, reader, EOF, &found)) return 1;
+    l->data->counts.records = (size_t)found;
+    if (dpoi_add_document(l, reader->buffer))
+        return dpoi_fail_at(l->context, reader->path);
+    return dpoi_add_windows(l);
 }
 
-/* Numbers the distinct prompts in the order of the file, by a hash table of their first examples.
-   With l->once each prompt keeps one example, in the first one's place, with the last one's answer.
-   Examples without a prompt have nothing in common. */
-static int dpoi_group_examples(dpoi_loader *l)
+/* Numbers the distinct prompts in the order of the file; a hash table leads from the 64-bit hash of
+   a prompt, which stands for it, to its first draft. With l->once each prompt keeps one draft, in
+   the first one's place, with the last one's answer. Drafts without a prompt are all distinct. */
+static int dpoi_group_drafts(dpoi_loader *l)
 {
     dpo_data *data = l->data;
+    dpoi_draft *drafts = l->drafts;
     const uint32_t *ids = data->tokens.ids;
-    size_t n_slots = 1, n_kept = 0, nb = l->n_branches, *slots;     // slots: example + 1, or 0
+    size_t n_slots = 1, n_kept = 0;
+    dpoi_key *slots;            // hash, draft + 1; or 0, 0
     while (n_slots < 2 * data->n) n_slots *= 2;
     if (dpoi_alloc_zeroed(l->context, &slots, n_slots, sizeof *slots)) return 1;
     for (size_t i = 0; i < data->n; i++) {
-        dpoi_place place = l->places[i], *places = l->places;
-        size_t bytes = place.n_whole * sizeof *ids, to = n_kept, group = data->n_groups;
-        size_t slot = dpoi_hash(DPOI_HASH_START, ids + place.start, bytes) & (n_slots - 1);
-        while (bytes && slots[slot] && (places[slots[slot] - 1].n_whole != place.n_whole ||
-               memcmp(ids + places[slots[slot] - 1].start, ids + place.start, bytes)))
-            slot = (slot + 1) & (n_slots - 1);
-        if (bytes && slots[slot]) {
-            group = data->examples[slots[slot] - 1].group;
-            if (l->once) to = slots[slot] - 1;
-        } else if (bytes) {
-            slots[slot] = n_kept + 1;
-        }
-        data->n_groups += group == data->n_groups;
-        data->examples[to] = data->examples[i];
-        data->examples[to].group = group;
-        places[to] = place;
-        memmove(data->branches + to * nb, data->branches + i * nb, nb * sizeof *data->branches);
+        dpoi_draft draft = drafts[i];
+        uint64_t hash = draft.n_prompt == 0 ? dpoi_scatter(i) :
+            dpoi_hash(DPOI_HASH_START, ids + draft.start, draft.n_prompt * sizeof *ids);
+        size_t slot = hash & (n_slots - 1);
+        while (slots[slot].second && slots[slot].first != hash) slot = (slot + 1) & (n_slots - 1);
+        if (!slots[slot].second) slots[slot] = (dpoi_key){ hash, n_kept + 1 };
+        size_t first = slots[slot].second - 1, to = l->once ? first : n_kept;
+        draft.group = first < n_kept ? drafts[first].group : data->n_groups++;
         data->counts.repeated_prompts += to < n_kept;
         n_kept += to == n_kept;
+        drafts[to] = draft;
     }
     data->n = n_kept;
     dpoi_free(l->context, slots);
     return 0;
 }
 
-/* Sets the pointers, counts what was cut, and hashes it all. An answer that was cut is known by its
-   last token: the end token is nowhere else in it. */
-static int dpoi_finish_data(dpoi_loader *l)
+/* Makes examples of the drafts: cuts them, counts what was cut, and hashes it all. */
+static int dpoi_finish_data(dpoi_loader *l, const char *path)
 {
     dpo_data *data = l->data;
     dpo_data_counts *counts = &data->counts;
-    if (counts->records == 0) return dpoi_fail(l->context, "%s: no records in it", l->path);
+    const dpo_data_options *options = l->options;
+    const size_t nb = l->n_branches, room = l->room;
+    if (counts->records == 0) return dpoi_fail(l->context, "%s: no records in it", path);
     if (data->n == 0)
         return dpoi_fail(l->context, "%s: none of %zu records can be used: in %zu the prompts "
                          "differ, %zu have no \"\\n\\nAssistant:\", %zu an empty answer, %zu the "
-                         "end token inside", l->path, counts->records, counts->prompts_differ,
+                         "end token inside", path, counts->records, counts->prompts_differ,
                          counts->no_prompt, counts->empty_answers, counts->end_token_inside);
-    if (dpoi_group_examples(l)) return 1;
+    if (dpoi_group_drafts(l) ||
+        dpoi_alloc(l->context, &data->examples, data->n, sizeof *data->examples) ||
+        dpoi_alloc(l->context, &data->branches, data->n * nb, sizeof *data->branches))
+        return 1;
     uint64_t hash = dpoi_hash(DPOI_HASH_START, &data->n, sizeof data->n);
     for (size_t i = 0; i < data->n; i++) {
-        dpo_example *example = &data->examples[i];
-        const dpoi_place *place = &l->places[i];
-        dpo_branch *branches = &data->branches[i * l->n_branches];
-        size_t n_cut = place->n_whole - example->n_prompt;
-        const uint32_t *tokens = data->tokens.ids + place->start;
-        example->prompt = tokens + (l->options->keep_start ? 0 : n_cut);
-        example->branches = branches;
-        tokens += place->n_whole;
-        counts->cut_prompts += n_cut > 0;
-        size_t shape[] = { example->n_prompt, example->group, example->n_branches };
+        const dpoi_draft *draft = &l->drafts[i];
+        const uint32_t *tokens = data->tokens.ids + draft->start;
+        dpo_branch *branches = data->branches + i * nb;
+        size_t n = draft->n_prompt;
+        if (n + DPOI_MAX(draft->n_answers[0], draft->n_answers[1]) > room)
+            n = DPOI_MIN(n, options->max_prompt_length);
+        data->examples[i] = (dpo_example){ .n_prompt = n, .branches = branches, .n_branches = nb,
+            .prompt = tokens + (options->keep_start ? 0 : draft->n_prompt - n),
+            .group = draft->group, .line = draft->line };
+        counts->cut_prompts += n < draft->n_prompt;
+        size_t shape[] = { n, draft->group, nb };
         hash = dpoi_hash(hash, shape, sizeof shape);
-        hash = dpoi_hash(hash, example->prompt, example->n_prompt * sizeof *tokens);
-        for (size_t b = 0; b < l->n_branches; b++) {
-            size_t n = branches[b].n;
-            branches[b].tokens = tokens;
-            tokens += n;
-            counts->cut_answers += !l->is_text && tokens[-1] != l->end_token;
-            hash = dpoi_hash(hash, &n, sizeof n);
-            hash = dpoi_hash(hash, branches[b].tokens, n * sizeof *tokens);
+        hash = dpoi_hash(hash, data->examples[i].prompt, n * sizeof *tokens);
+        tokens += draft->n_prompt;
+        for (size_t b = 0; b < nb; tokens += draft->n_answers[b++]) {
+            size_t kept = DPOI_MIN(draft->n_answers[b], room - n);
+            branches[b] = (dpo_branch){ .tokens = tokens, .n = kept, .first_scored = n == 0 };
+            counts->cut_answers += kept < draft->n_answers[b];
+            hash = dpoi_hash(hash, &kept, sizeof kept);
+            hash = dpoi_hash(hash, tokens, kept * sizeof *tokens);
         }
-        counts->ties += l->n_branches == 2 && branches[0].n == branches[1].n &&
+        counts->ties += nb == 2 && branches[0].n == branches[1].n &&
                         !memcmp(branches[0].tokens, branches[1].tokens,
                                 branches[0].n * sizeof *tokens);
     }
@@ -4808,18 +4664,11 @@ static int dpoi_finish_data(dpoi_loader *l)
     return 0;
 }
 
-/* Whether a path names JSON lines; some call them .json. */
-static int dpoi_is_jsonl(const char *path)
-{
-    const char *dot = strrchr(path, '.');
-    return dot && (!strcmp(dot, ".jsonl") || !strcmp(dot, ".json"));
-}
-
 DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
                           const dpo_tokenizer *tokenizer, uint32_t end_token,
                           const dpo_data_options *options)
 {
-    size_t length = options->max_length, prompt_length = options->max_prompt_length;
+    const size_t length = options->max_length, prompt_length = options->max_prompt_length;
     *data = (dpo_data){ 0 };
     if (length < 2 || length > UINT32_MAX)
         return dpoi_fail(context, "max-length %zu: at least 2 tokens are needed", length);
@@ -4831,17 +4680,17 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
                          "model needs a tokenizer, and eos_token_id in config.json", end_token,
                          tokenizer->n_tokens);
     dpoi_loader l = { .context = context, .data = data, .tokenizer = tokenizer, .options = options,
-        .path = path, .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
-    int failed;
-    if (options->use != DPO_USE_PAIRS && !dpoi_is_jsonl(path)) {
-        failed = dpoi_load_plain_text(&l);
-    } else {
-        dpo_jsonl reader;
-        failed = dpo_jsonl_open(context, &reader, path) || dpoi_load_records(&l, &reader);
-        dpo_jsonl_close(context, &reader);
-    }
-    failed = failed || dpoi_finish_data(&l);
-    dpoi_free(context, l.places);
+        .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1,
+        .room = length };
+    const char *dot = strrchr(path, '.');       // some call JSON lines .json
+    int records = options->use == DPO_USE_PAIRS ||
+                  (dot && (!strcmp(dot, ".jsonl") || !strcmp(dot, ".json")));
+    dpo_jsonl reader;
+    int failed = dpo_jsonl_open(context, &reader, path) ||
+                 (records ? dpoi_load_records : dpoi_load_plain_text)(&l, &reader) ||
+                 dpoi_finish_data(&l, path);
+    dpo_jsonl_close(context, &reader);
+    dpoi_free(context, l.drafts);
     if (failed) dpo_data_free(context, data);
     return failed;
 }
@@ -4854,32 +4703,18 @@ DPO_API void dpo_data_free(dpo_context *context, dpo_data *data)
     *data = (dpo_data){ 0 };
 }
 
-/* Fisher and Yates's shuffle of the groups, then each group's members in file order. */
+/* Each group draws a random number, and examples are sorted by it, equal ones in file order. */
 DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data,
                              uint64_t seed)
 {
-    size_t *groups, *starts;    // [n_groups] in their new order, [n_groups + 1] members before
-    if (dpoi_alloc(context, &groups, data->n_groups, sizeof *groups)) return 1;
-    if (dpoi_alloc_zeroed(context, &starts, data->n_groups + 1, sizeof *starts)) {
-        dpoi_free(context, groups);
-        return 1;
-    }
-    for (size_t g = 0; g < data->n_groups; g++) groups[g] = g;
-    for (size_t g = data->n_groups; g > 1; g--) {
-        size_t other = dpo_random_u64(seed, DPOI_STREAM_SHUFFLE, g) % g;
-        size_t last = groups[g - 1];
-        groups[g - 1] = groups[other];
-        groups[other] = last;
-    }
-    for (size_t i = 0; i < data->n; i++) starts[data->examples[i].group]++;
-    for (size_t g = 0, place = 0; g < data->n_groups; g++) {
-        size_t n = starts[groups[g]];
-        starts[groups[g]] = place;
-        place += n;
-    }
-    for (size_t i = 0; i < data->n; i++) order[starts[data->examples[i].group]++] = i;
-    dpoi_free(context, groups);
-    dpoi_free(context, starts);
+    dpoi_key *keys;     // [n]
+    if (dpoi_alloc(context, &keys, data->n, sizeof *keys)) return 1;
+    for (size_t i = 0; i < data->n; i++)
+        keys[i] = (dpoi_key){
+            dpo_random_u64(seed, DPOI_STREAM_SHUFFLE, data->examples[i].group), i };
+    qsort(keys, data->n, sizeof *keys, dpoi_compare_keys);
+    for (size_t i = 0; i < data->n; i++) order[i] = (size_t)keys[i].second;
+    dpoi_free(context, keys);
     return 0;
 }
 

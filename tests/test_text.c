@@ -549,18 +549,18 @@ static void test_bad_data(void)
     static const dpo_data_options text = { DPO_USE_TEXT, 12, 6, 0, 0 };
     static const struct { const dpo_data_options *options; const char *text, *wanted; } bad[] = {
         { &pairs, "", "d.jsonl: no records" }, { &pairs, "\n \n", "no records" },
-        { &pairs, "{\"prompt\":\"a\",\"chosen\":\"b\"}\n", "d.jsonl:1: \"rejected\" is missing" },
-        { &pairs, "{\"rejected\":\"b\"}\n", "\"chosen\" is missing" },
-        { &sft, "{\"prompt\":\"b\"}\n", "\"completion\" is missing" },
-        { &sft, "{\"completion\":\"b\"}\n", "\"prompt\" is missing" },
+        { &pairs, "{\"prompt\":\"a\",\"chosen\":\"b\"}\n", "d.jsonl:1: a record of an unknown kind" },
+        { &pairs, "{\"rejected\":\"b\"}\n", "unknown kind" },
+        { &sft, "{\"prompt\":\"b\"}\n", "unknown kind" },
+        { &sft, "{\"completion\":\"b\"}\n", "unknown kind" },
         { &pairs, "{\"prompt\":3,\"chosen\":\"b\",\"rejected\":\"c\"}\n", "\"prompt\" is not a string" },
         { &pairs, "{\"chosen\":[{\"role\":\"user\"}],\"rejected\":\"c\"}\n", "d.jsonl:1: \"chosen\" is not" },
         { &pairs, "{\"prompt\":\"a\",\"chosen\":\"b\",\"rejected\":null}\n", "\"rejected\" is not" },
         { &text, "{\"text\":1}\n", "\"text\" is not a string" },
         { &pairs, "{\"q\":\"a\"}\n", "unknown kind" }, { &text, PAIR("a", "b", "c"), "text is read" },
-        { &pairs, "{\"text\":\"a\"}\n", "d.jsonl:1: a record {\"text\"}" },
+        { &pairs, "{\"text\":\"a\"}\n", "d.jsonl:1: a record of an unknown" },
         { &pairs, "{\"prompt\":\"a\",\"completion\":\"b\"}\n", "preferences are read" },
-        { &pairs, PAIR("a", "b", "c") HH("a", "b"), "d.jsonl:2: a record {\"chosen\",\"rejected\"} in a" },
+        { &pairs, PAIR("a", "b", "c") HH("a", "b"), "d.jsonl:2: a record of another kind" },
         { &sft, PAIR("a", "b", "c") "{\"text\":\"a\"}\n", "d.jsonl:2" },
         { &pairs, PAIR("a", "b", "c") "{\"prompt\":\n", "d.jsonl:2" },
         { &pairs, "[{\"prompt\":\"a\"}]\n", "an object" },
@@ -584,7 +584,7 @@ static void test_bad_data(void)
     dpo_tokenizer none = { 0 };
     check_fails(dpo_data_load(&context, &data, path, &none, 0, &pairs), "tokenizer", "no tokenizer");
     snprintf(path, sizeof path, "%s", "/nowhere/x.txt");
-    check_fails(load(&data, NULL, NULL, text), "/nowhere/x.txt: cannot be read", "missing text");
+    check_fails(load(&data, NULL, NULL, text), "/nowhere/x.txt: cannot be opened", "missing text");
     check_fails(load(&data, NULL, NULL, pairs), "/nowhere/x.txt: cannot be opened", "missing pairs");
     snprintf(path, sizeof path, "%s", directory);
     check_fails(load(&data, NULL, NULL, text), "cannot be read", "a directory as text");

@@ -1,0 +1,652 @@
+#!/usr/bin/env python3
+"""Break the numbers of dpo.h in many places, one at a time: the numerics tests must notice each.
+
+    python3 tests/mutate.py [WORD]      (make mutate; WORD: only functions with it in their names)
+
+A mutant is dpo.h with one piece of one function replaced: a sign flipped, a term or a factor dropped,
+a sum that should add made to overwrite, the wrong one of two alike. It is compiled into test_fixtures,
+test_gradients and test_invariants, in this order, and killed by the first of them that fails. One that
+survives means that a formula could be wrong without anybody noticing. A piece that the function does
+not have exactly once is an error, so the list has to follow the code; so is a mutant that does not
+compile. What changes nothing but speed or the last bit has no place here.
+"""
+import concurrent.futures
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+# In the order in which they are tried, optimised as far as pays off for so short a run.
+TESTS = {"test_fixtures": "-O0", "test_gradients": "-O1", "test_invariants": "-O1"}
+TIMEOUT = 120       # seconds for one test; a mutant that hangs is noticed as well
+
+# function: pieces and what becomes of them
+MUTANTS = {
+    # ---- 2 ground
+    "dpoi_sum": [
+        ("lane[j] += x[i + j]", "lane[j] -= x[i + j]"),
+        ("lane[i - whole] += x[i]", "lane[i - whole] = x[i]"),
+    ],
+    "dpoi_dot_centred": [
+        ("lane[j] += x[i + j] * (y[i + j] - mean)", "lane[j] += x[i + j] * y[i + j]"),
+        ("lane[j] += x[i + j] * (y[i + j] - mean)", "lane[j] -= x[i + j] * (y[i + j] - mean)"),
+        ("lane[i - whole] += x[i] * (y[i] - mean)", "lane[i - whole] += x[i] * (y[i] + mean)"),
+        ("lane[i - whole] += x[i] * (y[i] - mean)", ""),
+    ],
+    "dpoi_max": [
+        ("lane[j] = DPOI_MAX(lane[j], x[i + j])", "lane[j] = DPOI_MIN(lane[j], x[i + j])"),
+        ("lane[i - whole] = DPOI_MAX(lane[i - whole], x[i])", ""),
+        ("lane[0] = DPOI_MAX(lane[0], lane[j])", ""),
+    ],
+
+    "dpoi_exp": [
+        ("x < -104.0f ? -104.0f : x", "x"),
+        ("x > 89.0f ? 89.0f : x", "x"),
+        ("1.0f + dpoi_exp_parts", "1.0f - dpoi_exp_parts"),
+    ],
+    "dpoi_exp_parts": [
+        ("r + whole * 2.12194440e-4f", "r"),
+        ("r + r * r * p", "r + r * r"),
+    ],
+    "dpoi_tanh": [
+        ("(scale - 1.0f)", "(scale + 1.0f)"),
+        ("e_minus_1 + 2.0f", "e_minus_1 + 1.0f"),
+        ("x < -10.0f ? -10.0f : x", "x"),
+    ],
+    "dpoi_sigmoid": [
+        ("(x < 0.0f ? e : 1.0f)", "e"),
+        ("(x < 0.0f ? e : 1.0f)", "1.0f"),
+    ],
+    "dpoi_erf": [
+        ("x < 0.0f ? -far : far", "far"),
+        ("a < 1.0f ? x + x * q : far", "far"),
+        ("a < 1.0f ? x + x * q : far", "x + x * q"),
+    ],
+
+    # ---- 3 matmul
+    "dpoi_tile_rows": [
+        ("sum[i][j] += a[i] * b_vec[j]", "sum[i][j] -= a[i] * b_vec[j]"),
+        ("if (add) sum[i][j] += *c_vec;", ""),
+    ],
+    "dpoi_transpose_4x4": [
+        ("DPOI_SHUFFLE(a, b, 0, 4, 1, 5)", "DPOI_SHUFFLE(b, a, 0, 4, 1, 5)"),
+        ("DPOI_SHUFFLE(a, b, 2, 6, 3, 7)", "DPOI_SHUFFLE(a, b, 0, 4, 1, 5)"),
+    ],
+    "dpoi_pack": [
+        ("DPOI_MIN(r, rows - 4)", "r - r % 8"),
+        ("in[i * x.row_stride + l]", "in[i * x.row_stride]"),
+        ("out[whole * k + i - whole] = in[i]", ""),
+    ],
+    "dpoi_matmul_packed": [
+        ("add ? to[r * ldc + s] + sum : sum", "sum"),
+        ("add ? to[r * ldc + s] + sum : sum", "to[r * ldc + s] + sum"),
+    ],
+    "dpoi_matmul_serial": [
+        ("accumulate || l > 0", "accumulate"),
+        ("l == 0 || l < k", "l < k"),
+    ],
+    "dpoi_matmul": [
+        ("dpoi_submatrix(b, 0, j)", "b"),
+        ("dpoi_submatrix(a, i, 0)", "a"),
+    ],
+
+    # ---- 4 layers
+    "dpoi_add_column_sums": [
+        ("db[c] += dy[r * C + c]", "db[c] -= dy[r * C + c]"),
+        ("db[c] += dy[r * C + c]", "db[c] = dy[r * C + c]"),
+    ],
+    "dpoi_add": [
+        ("a[i] + b[i]", "a[i] - b[i]"),
+        ("a[i] + b[i]", "a[i]"),
+        ("a[i] + b[i]", "b[i]"),
+    ],
+    "dpoi_embedding_forward": [
+        ("scale * (p", "(p"),
+        ("e[c] + p[c]", "e[c] - p[c]"),
+        ("e[c] + p[c]", "e[c]"),
+    ],
+    "dpoi_embedding_backward": [
+        ("dE[token[r] * C + c] += scale * dy", "dE[token[r] * C + c] -= scale * dy"),
+        ("dE[token[r] * C + c] += scale * dy", "dE[token[r] * C + c] += dy"),
+        ("dE[token[r] * C + c] += scale * dy", "dE[token[r] * C + c] = scale * dy"),
+        ("dP[position[r] * C + c] += scale * dy", "dP[position[r] * C + c] -= scale * dy"),
+        ("dP[position[r] * C + c] += scale * dy", "dP[position[r] * C + c] += dy"),
+        ("dP[position[r] * C + c] += scale * dy", "dP[position[r] * C + c] = scale * dy"),
+    ],
+    "dpoi_norm_forward": [
+        ("yr[c] = xr[c] - mean", "yr[c] = xr[c]"),
+        ("yr[c] = xr[c] - mean", "yr[c] = xr[c] + mean"),
+        ("dpoi_dot(yr, yr, C)", "dpoi_dot(xr, xr, C)"),
+        (" + epsilon)", ")"),
+        ("/ (float)C + epsilon", "/ (float)(C - 1) + epsilon"),
+        ("yr[c] * rstd * w[c] + b[c]", "yr[c] * w[c] + b[c]"),
+        ("yr[c] * rstd * w[c] + b[c]", "yr[c] * rstd + b[c]"),
+        ("yr[c] * rstd * w[c] + b[c]", "yr[c] * rstd * w[c]"),
+        ("yr[c] * rstd * w[c] + b[c]", "yr[c] * rstd * w[c] - b[c]"),
+        ("stats[2 * r] = mean", "stats[2 * r] = 0.0f"),
+        ("stats[2 * r + 1] = rstd", "stats[2 * r + 1] = 1.0f"),
+    ],
+    "dpoi_norm_backward": [
+        ("(x[r * C + c] - stats[2 * r]) * stats[2 * r + 1]", "x[r * C + c] * stats[2 * r + 1]"),
+        ("(x[r * C + c] - stats[2 * r]) * stats[2 * r + 1]", "(x[r * C + c] - stats[2 * r])"),
+        ("dw[c] += dy[r * C + c] * xhat", "dw[c] -= dy[r * C + c] * xhat"),
+        ("dw[c] += dy[r * C + c] * xhat", "dw[c] += dy[r * C + c]"),
+        ("dw[c] += dy[r * C + c] * xhat", "dw[c] = dy[r * C + c] * xhat"),
+        ("db[c] += dy[r * C + c]", "db[c] -= dy[r * C + c]"),
+        ("db[c] += dy[r * C + c]", "db[c] = dy[r * C + c]"),
+        ("dyr[c] *= w[c]", ""),
+        ("rstd * dpoi_dot_centred(dyr, xr, mean, C)", "dpoi_dot_centred(dyr, xr, mean, C)"),
+        ("dpoi_dot_centred(dyr, xr, mean, C)", "dpoi_dot(dyr, xr, C)"),
+        ("dxr[c] += rstd *", "dxr[c] -= rstd *"),
+        ("dxr[c] += rstd *", "dxr[c] = rstd *"),
+        ("dxr[c] += rstd *", "dxr[c] +="),
+        ("dyr[c] - mean_dxhat", "dyr[c]"),
+        ("dyr[c] - mean_dxhat", "dyr[c] + mean_dxhat"),
+        (" - xhat * mean_product", ""),
+        (" - xhat * mean_product", " + xhat * mean_product"),
+        (" - xhat * mean_product", " - mean_product"),
+    ],
+    "dpoi_linear_forward": [
+        ("y[r * out + o] += b->data[o]", "y[r * out + o] -= b->data[o]"),
+        ("y[r * out + o] += b->data[o]", ""),
+        ("in, accumulate)", "in, 0)"),
+    ],
+    "dpoi_linear_backward": [
+        ("out, accumulate)", "out, 0)"),
+        ("in, out, R, 1)", "in, out, R, 0)"),
+        ("out, in, R, 1)", "out, in, R, 0)"),
+        ("if (b && b->grad) dpoi_add_column_sums(context, b->grad, dy, R, out);", ""),
+        ("dpoi_add_column_sums(context, b->grad, dy, R, out)",
+         "dpoi_add_column_sums(context, b->grad, dy, R - 1, out)"),
+    ],
+    "dpoi_rotary_table": [
+        ("1.0f / powf", "powf"),
+        ("(float)(2 * i)", "(float)i"),
+        ("(float)cos(", "(float)sin("),
+        ("(float)sin(", "-(float)sin("),
+    ],
+    "dpoi_rotary": [
+        ("a * cosine[i] - b * turn", "a * cosine[i] + b * turn"),
+        ("a * cosine[i] - b * turn", "a * cosine[i]"),
+        ("a * cosine[i] - b * turn", "a - b * turn"),
+        ("b * cosine[i] + a * turn", "b * cosine[i] - a * turn"),
+        ("b * cosine[i] + a * turn", "b * cosine[i] + turn"),
+        ("direction * sine[i]", "sine[i]"),
+        ("h < 2 * heads.H", "h < heads.H"),
+        ("(h < heads.H ? 0 : heads.key)", "(h < heads.H ? 0 : heads.value)"),
+    ],
+    "dpoi_strip_product": [
+        ("if (span->n_prefix)", "if (0)"),
+    ],
+    "dpoi_strip_gather": [
+        ("if (span->n_prefix)", "if (0)"),
+        ("span->n_prefix > 0)", "0)"),
+    ],
+    "dpoi_strip_scatter": [
+        ("if (span->n_prefix)", "if (0)"),
+        ("span->n_prefix, D, n, 1)", "span->n_prefix, D, n, 0)"),
+        ("own, D, n, 1)", "own, D, n, 0)"),
+    ],
+    "dpoi_strip_scale": [
+        ("s[j] * scale - slope", "s[j] - slope"),
+        ("s[j] * scale - slope", "s[j] * scale + slope"),
+        ("- slope * (float)(visible - 1 - j)", ""),
+        ("(float)(visible - 1 - j)", "(float)(visible - 1 - j) * scale"),
+    ],
+    "dpoi_attention_forward": [
+        ("attention->slopes ? attention->slopes[h] : 0.0f", "attention->slopes ? attention->slopes[0] : 0.0f"),
+        ("span->n_prefix + q0 + i + 1", "span->n_prefix + q0 + n"),
+        ("span->n_prefix + q0 + i + 1", "q0 + i + 1"),
+        ("dpoi_exp(p[j] - most)", "dpoi_exp(p[j] + most)"),
+        ("p[j] /= sum", ""),
+        ("p[j] = 0.0f", ""),
+        ("most + logf(sum)", "most"),
+        ("most + logf(sum)", "logf(sum)"),
+        ("most + logf(sum)", "most - logf(sum)"),
+        ("head + heads.value, span", "head + heads.key, span"),
+        ("head + heads.key, span", "head + heads.value, span"),
+    ],
+    "dpoi_attention_backward": [
+        ("attention->slopes ? attention->slopes[h] : 0.0f", "0.0f"),
+        ("memset(dkey, 0, D * sizeof *dkey);", ""),
+        ("memset(dkey + heads.value - heads.key, 0, D * sizeof *dkey);", ""),
+        ("dpoi_exp(pi[j] - log_sum)", "dpoi_exp(pi[j] + log_sum)"),
+        ("attention->scale * pi[j] * (dsi[j] - inner)", "pi[j] * (dsi[j] - inner)"),
+        ("attention->scale * pi[j] * (dsi[j] - inner)", "attention->scale * (dsi[j] - inner)"),
+        ("attention->scale * pi[j] * (dsi[j] - inner)", "-attention->scale * pi[j] * (dsi[j] - inner)"),
+        ("dsi[j] - inner", "dsi[j]"),
+        ("dsi[j] - inner", "dsi[j] + inner"),
+        ("pi[j] = dsi[j] = 0.0f", "pi[j] = 0.0f"),
+        ("pi[j] = dsi[j] = 0.0f", "dsi[j] = 0.0f"),
+        ("head + heads.key, ds, keys, q, row", "head + heads.key, p, keys, q, row"),
+        ("head + heads.value, p, keys, dyr", "head + heads.value, ds, keys, dyr"),
+        ("dpoi_dot(dyr + i * C, y + (first + i) * C + h * D, D)", "dpoi_dot(dyr + i * C, y + first * C + h * D, D)"),
+    ],
+    "dpoi_activation": [
+        ("0.5f * x * (1.0f + dpoi_erf", "x * (1.0f + dpoi_erf"),
+        ("0.5f * x * (1.0f + dpoi_erf", "0.5f * x * (1.0f - dpoi_erf"),
+        ("dpoi_erf(x * 0.70710678f)", "dpoi_erf(x)"),
+        ("0.5f * x * (1.0f + dpoi_tanh", "0.5f * x * (1.0f - dpoi_tanh"),
+        ("x + 0.044715f * x * x * x", "x"),
+        ("x + 0.044715f * x * x * x", "x - 0.044715f * x * x * x"),
+        ("0.7978845608f * (x", "(x"),
+        ("dpoi_sigmoid(1.702f * x)", "dpoi_sigmoid(x)"),
+        ("dpoi_sigmoid(1.702f * x)", "dpoi_sigmoid(-1.702f * x)"),
+        ("x * dpoi_sigmoid(x)", "dpoi_sigmoid(x)"),
+        ("x * dpoi_sigmoid(x)", "x * dpoi_sigmoid(-x)"),
+        ("x > 0.0f ? x : 0.0f", "x"),
+        ("x > 0.0f ? x : 0.0f", "x < 0.0f ? x : 0.0f"),
+    ],
+    "dpoi_activation_slope": [
+        ("0.5f * (1.0f + dpoi_erf", "(1.0f + dpoi_erf"),
+        ("0.5f * (1.0f + dpoi_erf", "0.5f * (1.0f - dpoi_erf"),
+        ("x * 0.39894228f * dpoi_exp(-0.5f * x * x)", "0"),
+        ("x * 0.39894228f * dpoi_exp(-0.5f * x * x)", "0.39894228f * dpoi_exp(-0.5f * x * x)"),
+        ("x * 0.39894228f * dpoi_exp(-0.5f * x * x)", "-x * 0.39894228f * dpoi_exp(-0.5f * x * x)"),
+        ("dpoi_exp(-0.5f * x * x)", "dpoi_exp(-x * x)"),
+        ("0.5f * (1.0f + t) +", "0.5f * (1.0f - t) +"),
+        ("0.5f * (1.0f + t) +", "0.5f * (1.0f + t) -"),
+        ("(1.0f - t * t)", "(1.0f + t * t)"),
+        ("(1.0f - t * t)", "1.0f"),
+        (" * (1.0f + 3.0f * 0.044715f * x * x)", ""),
+        ("3.0f * 0.044715f * x * x", "0.044715f * x * x"),
+        ("s + 1.702f * x * s * (1.0f - s)", "s + x * s * (1.0f - s)"),
+        ("s + 1.702f * x * s * (1.0f - s)", "s - 1.702f * x * s * (1.0f - s)"),
+        ("s + 1.702f * x * s * (1.0f - s)", "s"),
+        ("return s + x * s * (1.0f - s)", "return s"),
+        ("return s + x * s * (1.0f - s)", "return s - x * s * (1.0f - s)"),
+        ("return s + x * s * (1.0f - s)", "return s + x * s * (1.0f + s)"),
+        ("x > 0.0f ? 1.0f : 0.0f", "1.0f"),
+        ("x > 0.0f ? 1.0f : 0.0f", "x < 0.0f ? 1.0f : 0.0f"),
+    ],
+    "dpoi_activation_run": [
+        ("x[i] * dpoi_activation(gate[i], DPO_SILU)", "x[i] + dpoi_activation(gate[i], DPO_SILU)"),
+        ("x[i] * dpoi_activation(gate[i], DPO_SILU)", "gate[i] * dpoi_activation(x[i], DPO_SILU)"),
+    ],
+    "dpoi_activation_run_back": [
+        ("dgate[i] = dy[i] * x[i]", "dgate[i] = dy[i]"),
+        ("dgate[i] = dy[i] * x[i]", "dgate[i] = -dy[i] * x[i]"),
+        ("dpoi_activation_slope(gate[i], DPO_SILU)", "dpoi_activation(gate[i], DPO_SILU)"),
+        ("dx[i] = dy[i] * dpoi_activation(gate[i], DPO_SILU)", "dx[i] = dy[i] * gate[i]"),
+        ("dx[i] = dy[i] * dpoi_activation_slope(x[i], kind)", "dx[i] = dpoi_activation_slope(x[i], kind)"),
+        ("dx[i] = dy[i] * dpoi_activation_slope(x[i], kind)", "dx[i] = -dy[i] * dpoi_activation_slope(x[i], kind)"),
+    ],
+
+    # ---- 5 head and losses
+    "dpoi_head_forward": [
+        ("l[v] *= scale", ""),
+        ("dpoi_head_chunk(W, v0)", "dpoi_head_chunk(W, 0)"),
+        ("chunk_most > most[s]", "chunk_most < most[s]"),
+        ("log_sum[s] * exp((double)most[s] - chunk_most)", "log_sum[s]"),
+        ("log_sum[s] * exp((double)most[s] - chunk_most)", "log_sum[s] * exp(chunk_most - (double)most[s])"),
+        ("log_sum[s] * exp((double)most[s] - chunk_most)", "0.0"),
+        ("(uint32_t)(v0 + v)", "(uint32_t)v"),
+        ("dpoi_exp(l[v] - most[s])", "dpoi_exp(l[v])"),
+        ("log_sum[s] += dpoi_sum(l, n)", "log_sum[s] = dpoi_sum(l, n)"),
+        ("most[s] + log(log_sum[s])", "log(log_sum[s])"),
+        ("most[s] + log(log_sum[s])", "most[s] - log(log_sum[s])"),
+        ("most[s] + log(log_sum[s])", "most[s]"),
+    ],
+    "dpoi_head_backward": [
+        ("total += dlogp", "total = dlogp"),
+        ("total += dlogp", "total -= dlogp"),
+        ("-(float)(scale * total)", "(float)(scale * total)"),
+        ("-(float)(scale * total)", "-(float)total"),
+        ("dpoi_exp(scale * l[v] - shift)", "dpoi_exp(l[v] - shift)"),
+        ("dpoi_exp(scale * l[v] - shift)", "dpoi_exp(scale * l[v])"),
+        ("+= (float)(scale * dlogp[targets[t].branch])", "-= (float)(scale * dlogp[targets[t].branch])"),
+        ("+= (float)(scale * dlogp[targets[t].branch])", "+= (float)dlogp[targets[t].branch]"),
+        ("+= (float)(scale * dlogp[targets[t].branch])", "= (float)(scale * dlogp[targets[t].branch])"),
+        ("C, n, v0 > 0)", "C, n, 0)"),
+        ("W->grad + v0 * C", "W->grad"),
+        ("n, C, S, 1)", "n, C, S, 0)"),
+    ],
+    "dpoi_softplus": [
+        ("x + log1p(exp(-x))", "log1p(exp(-x))"),
+        ("x + log1p(exp(-x))", "x - log1p(exp(-x))"),
+        (": log1p(exp(x))", ": log1p(exp(-x))"),
+        (": log1p(exp(x))", ": exp(x)"),
+    ],
+    "dpoi_logistic": [
+        ("1 / (1 + exp(-x))", "1 / (1 + exp(x))"),
+        ("1 / (1 + exp(-x))", "1"),
+        ("exp(x) / (1 + exp(x))", "exp(x)"),
+    ],
+    "dpo_pair_loss": [
+        ("scores[0].logp - reference[0]", "scores[0].logp"),
+        ("scores[0].logp - reference[0]", "scores[0].logp + reference[0]"),
+        ("scores[1].logp - reference[1]", "scores[1].logp"),
+        ("ratio[0] - ratio[1]", "ratio[0] + ratio[1]"),
+        ("ratio[0] - ratio[1]", "ratio[1] - ratio[0]"),
+        ("z = beta * h", "z = h"),
+        ("{ 1.0, -1.0 }", "{ 1.0, 1.0 }"),
+        ("{ 1.0, -1.0 }", "{ -1.0, 1.0 }"),
+        ("(1 - eps) * dpoi_softplus(-z) +", "dpoi_softplus(-z) +"),
+        ("(1 - eps) * dpoi_softplus(-z)", "(1 - eps) * dpoi_softplus(z)"),
+        (" + eps * dpoi_softplus(z)", ""),
+        (" + eps * dpoi_softplus(z)", " - eps * dpoi_softplus(z)"),
+        ("beta * (eps - dpoi_logistic(-z))", "eps - dpoi_logistic(-z)"),
+        ("beta * (eps - dpoi_logistic(-z))", "beta * (-dpoi_logistic(-z))"),
+        ("beta * (eps - dpoi_logistic(-z))", "beta * (eps - dpoi_logistic(z))"),
+        ("beta * (eps - dpoi_logistic(-z))", "beta * (eps + dpoi_logistic(-z))"),
+        ("weight[k] /= (double)scores[k].n_scored", ""),
+        ("weight[k] /= (double)scores[k].n_scored", "weight[k] /= (double)scores[0].n_scored"),
+        ("ratio[0] * weight[0] + ratio[1] * weight[1]", "ratio[0] * weight[0] - ratio[1] * weight[1]"),
+        ("h - 1 / (2 * beta)", "h"),
+        ("h - 1 / (2 * beta)", "h + 1 / (2 * beta)"),
+        ("h - 1 / (2 * beta)", "h - 1 / beta"),
+        ("error * error", "fabs(error)"),
+        ("2 * error", "error"),
+        ("2 * error", "-2 * error"),
+        ("z < 1 ? 1 - z : 0.0", "1 - z"),
+        ("z < 1 ? 1 - z : 0.0", "z < 1 ? 1 + z : 0.0"),
+        ("z < 1 ? -beta : 0.0", "-beta"),
+        ("z < 1 ? -beta : 0.0", "z < 1 ? beta : 0.0"),
+        ("z < 1 ? -beta : 0.0", "z < 1 ? -1 : 0.0"),
+        ("dh * weight[k]", "dh"),
+        ("beta * ratio[k]", "ratio[k]"),
+        ("beta * ratio[k]", "-beta * ratio[k]"),
+    ],
+    "dpo_metrics_compute": [
+        ("pair.reward[0] - pair.reward[1]", "pair.reward[1] - pair.reward[0]"),
+        ("metrics->loss += pair.loss / (double)n", "metrics->loss += pair.loss"),
+        ("metrics->margin += margin / (double)n", "metrics->margin -= margin / (double)n"),
+        ("hits += margin > 0", "hits += margin >= 0"),
+        ("metrics->ties += margin == 0", "metrics->ties += margin >= 0"),
+        ("metrics->reward[k] += pair.reward[k]", "metrics->reward[k] += pair.reward[0]"),
+        ("metrics->logp[k] += scores[2 * i + k].logp", "metrics->logp[k] += scores[2 * i].logp"),
+        ("sums[2 * examples[i].group] += margin > 0", "sums[2 * examples[i].group] += margin >= 0"),
+        ("sums[2 * g + 1] * metrics->accuracy", "metrics->accuracy"),
+        ("squares += difference * difference", "squares += difference"),
+        ("(double)used_groups / (double)(used_groups - 1)", "1.0"),
+        ("used_groups += sums[2 * g + 1] > 0", "used_groups++"),
+    ],
+
+    # ---- 6 model
+    "dpo_model_reserve": [
+        (" / (float)config->alibi_factor", ""),
+    ],
+    "dpoi_add_rows": [
+        ("(uint32_t)(n_prefix + i)", "(uint32_t)i"),
+    ],
+    "dpoi_lay_out": [
+        ("if (example->branches[b].first_scored == 0)", ""),
+        ("DPOI_MAX(branch->first_scored, (size_t)1)", "(size_t)1"),
+        ("prompt, example->n_prompt, e", "prompt, 0, e"),
+        ("first + i - 1, branch->tokens[i], w->n_branches + b", "first + i - 1, branch->tokens[i], w->n_branches"),
+        ("w->R - 1, example->branches[b].tokens[0], w->n_branches + b",
+         "w->R - 1, example->branches[0].tokens[0], w->n_branches + b"),
+    ],
+    "dpoi_kept_of": [
+        ("config->parallel_residual ? x : keep", "0 ? x : keep"),
+        ("keep ? w->middle + l * R * C : x", "x"),
+        ("l = keep ? layer : 0", "l = 0"),
+    ],
+    "dpoi_heads_of": [
+        ("{ H, D, D, C, 2 * C }", "{ H, D, D, 2 * C, C }"),
+        ("{ H, D, 3 * D, D, 2 * D }", "{ H, D, 3 * D, 2 * D, D }"),
+    ],
+    "dpoi_attention_of": [
+        ("scale /= (double)(layer + 1)", ""),
+        ("scale /= (double)(layer + 1)", "scale *= (double)(layer + 1)"),
+        ("if (config->attention_scale_by_layer)", ""),
+    ],
+    "dpoi_block_forward": [
+        ("block->norm1_b->data", "block->norm2_b->data"),
+        ("block->norm2_w->data", "block->norm1_w->data"),
+        ("kept.middle, kept.x, w->branch", "kept.middle, w->branch, w->branch"),
+        ("kept.middle, block->norm2_w->data", "kept.x, block->norm2_w->data"),
+        ("config->parallel_residual); // in parallel", "0); // in parallel"),
+        ("kept.out, kept.middle, w->branch", "kept.out, kept.x, w->branch"),
+        ("1.0f, R", "-1.0f, R"),
+        ("dpoi_linear_forward(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0)",
+         "dpoi_linear_forward(context, kept.gate, w->normed, block->up_w, block->up_b, R, 0)"),
+    ],
+    "dpoi_mlp_backward": [
+        ("w->dactivated, w->dx, w->activated, block->down_w", "w->dactivated, w->dx, kept.up, block->down_w"),
+        ("w->dnormed, w->dactivated, w->normed, block->up_w", "w->dnormed, w->dactivated, kept.middle, block->up_w"),
+        ("R, 1);", "R, 0);"),
+        ("w->stats, kept.middle, block->norm2_w->data, R", "w->stats, kept.x, block->norm2_w->data, R"),
+        ("w->stats, kept.middle, block->norm2_w->data, R", "w->stats, kept.middle, block->norm2_b->data, R"),
+        ("w->dnormed, w->dgate, w->normed", "w->dnormed, w->dactivated, w->normed"),
+    ],
+    "dpoi_block_backward": [
+        ("if (!config->parallel_residual) dpoi_mlp_backward", "if (0) dpoi_mlp_backward"),
+        ("if (config->parallel_residual) dpoi_mlp_backward", "if (0) dpoi_mlp_backward"),
+        ("w->dattended, w->dx, kept.attended, block->out_w", "w->dattended, w->dx, kept.x, block->out_w"),
+        ("-1.0f, R", "1.0f, R"),
+        ("if (w->rotary)", "if (0)"),
+        ("w->dnormed, w->dqkv, w->normed, block->qkv_w", "w->dnormed, w->dqkv, kept.x, block->qkv_w"),
+        ("w->stats, kept.x, block->norm1_w->data, R", "w->stats, kept.x, block->norm2_w->data, R"),
+        ("block->norm1_w->grad, block->norm1_b->grad", "block->norm2_w->grad, block->norm1_b->grad"),
+    ],
+    "dpoi_embed_rows": [
+        ("(float)model->config.embedding_scale", "1.0f"),
+        ("weights->positions ? weights->positions->data : NULL", "NULL"),
+    ],
+    "dpo_forward": [
+        ("(float)config->logit_scale", "1.0f"),
+        ("score->logp += w->target_logit[t]", "score->logp = w->target_logit[t]"),
+        ("score->logp += w->target_logit[t]", "score->logp -= w->target_logit[t]"),
+        ("- w->log_sum[target->scored]", ""),
+        ("- w->log_sum[target->scored]", "+ w->log_sum[target->scored]"),
+        ("score->n_scored++", ""),
+        ("score->greedy &=", "score->greedy ="),
+        ("== target->token", "!= target->token"),
+        ("w->kept = keep", "w->kept = 1"),
+    ],
+    "dpo_backward": [
+        ("memset(w->dx, 0, w->R * C * sizeof *w->dx);", ""),
+        ("memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);", ""),
+        ("(float)config->logit_scale", "1.0f"),
+        ("(float)config->embedding_scale", "1.0f"),
+        ("weights->positions ? weights->positions->grad : NULL", "NULL"),
+        ("w->head_in, weights->norm_w->data", "w->head_in, weights->norm_b->data"),
+        ("weights->norm_w->grad, weights->norm_b->grad", "NULL, weights->norm_b->grad"),
+    ],
+    "dpo_model_zero_grad": [
+        ("memset(model->grads, 0, model->n_trainable * sizeof *model->grads);", ""),
+    ],
+    "dpo_score_examples": [
+        ("scores += examples[e].n_branches", "scores++"),
+    ],
+    "dpo_logits": [
+        ("logits[i] *= (float)config->logit_scale", ""),
+    ],
+
+    # ---- 7 optimizer
+    "dpo_grad_norm": [
+        ("(double)model->grads[i] * model->grads[i]", "fabs((double)model->grads[i])"),
+        ("squares[p] += lane[j]", "squares[p] = lane[j]"),
+        ("total += squares[p]", "total = squares[p]"),
+        ("*norm = sqrt(total)", "*norm = total"),
+    ],
+    "dpo_clip_scale": [
+        ("norm + 1e-6", "norm"),
+        ("max_norm / (norm + 1e-6)", "1 / (norm + 1e-6)"),
+        ("max_norm > 0 && scale < 1", "max_norm > 0"),
+        ("max_norm > 0 && scale < 1", "scale < 1"),
+    ],
+    "dpo_optimizer_init": [
+        ("kind == DPO_ADAMW ? 0.999 : 0.99", "0.999"),
+    ],
+    "dpo_optimizer_step": [
+        ("++optimizer->step", "(optimizer->step++)"),
+        ("1 - pow(optimizer->beta1, t)", "1"),
+        ("1 - pow(optimizer->beta2, t)", "1"),
+        ("1 - pow(optimizer->beta2, t)", "1 - pow(optimizer->beta1, t)"),
+        ("rest1 = (float)(1 - optimizer->beta1)", "rest1 = 1"),
+        ("rest2 = (float)(1 - optimizer->beta2)", "rest2 = 1"),
+        ("learning_rate * tensor->lr_scale", "learning_rate"),
+        ("tensor->decays ? lr * optimizer->weight_decay : 0.0", "lr * optimizer->weight_decay"),
+        ("tensor->decays ? lr * optimizer->weight_decay : 0.0", "0.0"),
+        ("tensor->decays ? lr * optimizer->weight_decay : 0.0", "tensor->decays ? optimizer->weight_decay : 0.0"),
+        ("lr / correction1 : lr", "lr : lr"),
+        ("g_scale = (float)scale", "g_scale = 1"),
+        ("m[i] = b1 * m[i] + rest1 * g", "m[i] = rest1 * g"),
+        ("m[i] = b1 * m[i] + rest1 * g", "m[i] = m[i] + rest1 * g"),
+        ("m[i] = b1 * m[i] + rest1 * g", "m[i] = b1 * m[i] - rest1 * g"),
+        ("keep * p[i] - rate * m[i] /", "p[i] - rate * m[i] /"),
+        ("keep * p[i] - rate * m[i] /", "keep * p[i] + rate * m[i] /"),
+        ("keep * p[i] - rate * m[i] /", "keep * p[i] - rate * g /"),
+        ("sqrtf(v[i]) / root2 + epsilon", "sqrtf(v[i]) / root2"),
+        ("sqrtf(v[i]) / root2 + epsilon", "sqrtf(v[i]) + epsilon"),
+        ("sqrtf(v[i]) / root2 + epsilon", "v[i] / root2 + epsilon"),
+        ("sqrtf(v[i]) / root2 + epsilon", "(sqrtf(v[i]) + epsilon) / root2"),
+        ("keep * p[i] - rate * g /", "p[i] - rate * g /"),
+        ("keep * p[i] - rate * g /", "keep * p[i] + rate * g /"),
+        ("(sqrtf(v[i]) + epsilon)", "sqrtf(v[i])"),
+        ("(sqrtf(v[i]) + epsilon)", "sqrtf(v[i] + epsilon)"),
+    ],
+    "dpo_schedule_factor": [
+        ("(double)(step + 1) / (double)(warmup + 1)", "(double)(step + 1) / (double)warmup"),
+        ("(double)(step + 1) / (double)(warmup + 1)", "(double)step / (double)(warmup + 1)"),
+        ("(double)(step - warmup) / (double)(steps - warmup)", "(double)(step - warmup) / (double)steps"),
+        ("(double)(step - warmup) / (double)(steps - warmup)", "(double)step / (double)(steps - warmup)"),
+        ("1.0 - progress", "1.0 + progress"),
+        ("0.5 * (1.0 + cos", "0.5 * (1.0 - cos"),
+        ("0.5 * (1.0 + cos", "(1.0 + cos"),
+        ("DPOI_MIN(1.0, ", "(0, "),
+    ],
+
+    # ---- 8 files: numbers on their way in
+    "dpoi_half_to_float": [
+        ("(half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0", "0"),
+        ("(uint32_t)(half & 0x8000) << 16", "0"),
+        ("0x1p112f", "0x1p111f"),
+    ],
+    "dpoi_alibi_slopes": [
+        ("-8.0 *", "8.0 *"),
+        ("-4.0 *", "-8.0 *"),
+        ("2 * (h - n) + 1", "2 * (h - n)"),
+        ("(double)(h + 1)", "(double)h"),
+    ],
+
+    # ---- 10 generation
+    "dpoi_cache_store": [
+        ("head + heads.value", "head + heads.key"),
+    ],
+    "dpoi_linear_row": [
+        ("y[o] += x[i] * W->data", "y[o] -= x[i] * W->data"),
+        ("y[o] += b->data[o]", ""),
+    ],
+    "dpoi_attention_row": [
+        ("p[j] / sum * kv", "p[j] * kv"),
+        ("n = cache->n + 1", "n = cache->n"),
+        ("attention->slopes ? attention->slopes[h] : 0.0f", "0.0f"),
+    ],
+    "dpoi_step": [
+        ("cache->x, cache->x, cache->branch, C);\n        dpoi_norm_forward",
+         "cache->x, cache->branch, cache->branch, C);\n        dpoi_norm_forward"),
+        ("if (config->parallel_residual) dpoi_add", "if (0) dpoi_add"),
+        ("cache->logits[v] *= (float)config->logit_scale", ""),
+        ("(float)config->embedding_scale", "1.0f"),
+        ("cache->n++", ""),
+    ],
+    "dpoi_choose": [
+        ("logits[v] > logits[best]", "logits[v] < logits[best]"),
+        (" / sampling->temperature", ""),
+        ("point -= choices[i].p", "point += choices[i].p"),
+        ("sampling->top_p * mass", "sampling->top_p"),
+        ("if (sampling->top_k && sampling->top_k < n) n = sampling->top_k", ""),
+        ("n = i + 1", "n = i"),
+        ("total = kept", ""),
+    ],
+}
+
+
+def find_function(source, name):
+    """The extent of a function's definition, by its braces."""
+    for match in re.finditer(r"^(?:static|DPO_API|DPOI_\w+)\b[^;{}]*?\b%s\(" % re.escape(name), source, re.M):
+        start = source.index("{", match.start())
+        if ";" in source[match.end():start]:
+            continue                                    # a declaration
+        depth = 0
+        for brace in re.finditer(r"[{}]", source[start:]):
+            depth += 1 if brace.group() == "{" else -1
+            if depth == 0:
+                return match.start(), start + brace.end()
+    return None
+
+
+def make_mutants(source, word):
+    """All mutants as (what, text of the header), and what is wrong with the list."""
+    mutants, errors = [], []
+    for name, pairs in MUTANTS.items():
+        if word not in name:
+            continue
+        extent = find_function(source, name)
+        if not extent:
+            errors.append("dpo.h has no function %s" % name)
+            continue
+        body = source[extent[0]:extent[1]]
+        for piece, instead in pairs:
+            what = "%s: %s  ->  %s" % (name, piece, instead or "nothing")
+            if body.count(piece) != 1:
+                errors.append("%s: found %d times, not once" % (what, body.count(piece)))
+            else:
+                changed = body.replace(piece, instead)
+                mutants.append((what, source[:extent[0]] + changed + source[extent[1]:]))
+    return mutants, errors
+
+
+def compiler():
+    """The Makefile's compiler and CPU."""
+    try:
+        with open("build/flags") as flags:
+            words = flags.read().split()
+    except OSError:
+        words = ["cc"]
+    cpu = [word for word in words if re.match("-m(arch|cpu)=", word)]
+    return [words[0], "-std=gnu11", "-w", "-ffp-contract=fast", "-fno-math-errno",
+            "-fno-trapping-math", "-DCHECK_ONE_FAILURE"] + cpu
+
+
+def try_header(command, text):
+    """What the tests make of a header: "killed", "survives", or that it does not compile."""
+    with tempfile.TemporaryDirectory(prefix="dpo-mutant-") as directory:
+        header, program = os.path.join(directory, "mutant.h"), os.path.join(directory, "test")
+        with open(header, "w") as out:
+            out.write(text)
+        for test, optimize in TESTS.items():
+            built = subprocess.run(
+                command + [optimize, '-DCHECK_HEADER="%s"' % header, "tests/%s.c" % test, "-o", program,
+                           "-lm"], capture_output=True, text=True)
+            if built.returncode:
+                return "does not compile: " + built.stderr.strip().split("\n")[0]
+            try:
+                run = subprocess.run([program], capture_output=True, timeout=TIMEOUT)
+            except subprocess.TimeoutExpired:
+                return "killed"
+            if run.returncode:
+                return "killed"
+    return "survives"
+
+
+def main():
+    os.chdir(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    with open("dpo.h") as header:
+        source = header.read()
+    command = compiler()
+    if try_header(command, source) != "survives":
+        print("the tests fail on dpo.h as it is, so mutants would say nothing\n0 passed, 1 failed")
+        return 1
+    mutants, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "")
+    for error in errors:
+        print("error:", error)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        tried = [pool.submit(try_header, command, text) for _, text in mutants]
+        for i, ((what, _), future) in enumerate(zip(mutants, tried)):
+            if future.result() != "killed":
+                errors.append(what)
+                print("%s: %s" % (future.result(), what), flush=True)
+            if (i + 1) % 50 == 0:
+                print("%d of %d tried" % (i + 1, len(mutants)), flush=True)
+    failed = len(errors)
+    print("%d passed, %d failed" % (sum(f.result() == "killed" for f in tried), failed))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
