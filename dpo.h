@@ -22,13 +22,14 @@
 
        int main(void)
        {
-           dpo_context context;
-           dpo_model policy;
-           dpo_data data;
-           dpo_optimizer adam;
-           dpo_data_options rules = { DPO_USE_PAIRS, .max_length = 512, .max_prompt_length = 256 };
-           dpo_loss_options loss = { DPO_LOSS_SIGMOID, .beta = 0.1 };
            enum { N = 8 };                                     // pairs per update
+           dpo_context context;
+           dpo_model policy = { 0 };
+           dpo_data data = { 0 };
+           dpo_optimizer adam = { 0 };
+           dpo_data_options rules = { DPO_USE_PAIRS, .max_length = 512, .max_prompt_length = 256,
+                                      .limit = N };
+           dpo_loss_options loss = { DPO_LOSS_SIGMOID, .beta = 0.1 };
            dpo_score score[2 * N];
            double reference[2 * N], dlogp[2 * N], norm;
            int failed = dpo_context_init(&context, 0) ||
@@ -36,14 +37,15 @@
                         dpo_data_load(&context, &data, "pairs.jsonl", &policy.tokenizer,
                                       (uint32_t)policy.config.eos_id, &rules) ||
                         dpo_optimizer_init(&policy, &adam, DPO_ADAMW);
-           dpo_batch batch = { data.examples, N };
+           dpo_batch batch = { data.examples, data.n };
            failed = failed || dpo_forward(&policy, score, &batch, 0);
-           for (int i = 0; i < 2 * N; i++) reference[i] = score[i].logp; // before training starts
+           for (size_t i = 0; i < 2 * batch.n; i++)
+               reference[i] = score[i].logp;                   // before training starts
            for (int step = 0; step < 12 && !failed; step++) {
                failed = dpo_model_zero_grad(&policy) || dpo_forward(&policy, score, &batch, 1);
-               for (int i = 0; i < N; i++) {
+               for (size_t i = 0; i < batch.n; i++) {
                    dpo_pair pair = dpo_pair_loss(score + 2 * i, reference + 2 * i, &loss);
-                   for (int k = 0; k < 2; k++) dlogp[2 * i + k] = pair.dlogp[k] / N;
+                   for (int k = 0; k < 2; k++) dlogp[2 * i + k] = pair.dlogp[k] / (double)batch.n;
                }
                failed = failed || dpo_backward(&policy, &batch, dlogp) ||
                         dpo_grad_norm(&policy, &norm) ||
@@ -51,6 +53,10 @@
            }
            failed = failed || dpo_model_save(&policy, "tuned.bin");
            if (failed) fprintf(stderr, "%s\n", context.error);
+           dpo_optimizer_free(&policy, &adam);
+           dpo_data_free(&context, &data);
+           dpo_model_free(&policy);
+           dpo_context_free(&context);
            return failed;
        }
 
@@ -95,6 +101,8 @@
        tokens (or first, with keep_start); then each answer is cut to what is left, and a cut answer
        has no end token. Both answers always share one prompt.
        A pair with equal answers is kept, and counted as a tie; it has no gradient.
+       Attention takes a strip of 64 queries against all their keys, so its softmax is the plain
+       one, not the running one: simpler, and no slower, since a strip fits the cache.
        rewards/accuracies counts strictly larger rewards: a policy that still equals its reference
        scores 0, and its ties are reported beside it.
        IPO averages log-probabilities per token, as its authors do; ipo-sum does not. Rewards are
@@ -110,7 +118,7 @@
        every sum has one order. An example's score does not depend on its neighbours in a batch.
        NaN and infinity are carried, not hidden: training stops before the weights are touched.
 
-   Limits. Sequences up to the model's context (ALiBi models go beyond). Dynamic position
+   Limits. Sequences up to the model's context (scoring by ALiBi may go beyond). Dynamic position
    interpolation of BTLM and RoPE scaling are refused on import. A context and what belongs to it
    may be used by one thread at a time (the library makes its own threads).
 
@@ -122,8 +130,9 @@
 
    Conventions. Functions return 0 on success and nonzero on failure, with the reason in
    `context->error`: what was wrong, where (file, line, tensor), and what to do about it. Nothing
-   here prints or exits. Sizes count elements unless the name says bytes. Arrays are row-major,
-   and their shapes stand beside them in the letters that the manual's legend defines.
+   here prints or exits. What an init or load function leaves behind, also when it failed, may be
+   freed by its free function. Sizes count elements unless the name says bytes. Arrays are
+   row-major, and their shapes stand beside them in the letters that the manual's legend defines.
    ============================================================================================= */
 #ifndef DPO_H
 #define DPO_H
@@ -340,7 +349,7 @@ typedef struct dpo_data {
     dpo_tokens tokens;
 } dpo_data;
 
-/* Reads a .jsonl file (or, for text, any other file as one document) by DESIGN's rules. */
+/* Reads a .jsonl file (or, for text, any other file as one document) by the rules of part 9. */
 DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
                           const dpo_tokenizer *tokenizer, uint32_t end_token,
                           const dpo_data_options *options);
@@ -409,13 +418,13 @@ typedef struct dpo_model {
 } dpo_model;
 
 DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path, int verify);
-/* A model with random weights: N(0, 0.02^2) matrices, the residual outputs divided by sqrt(2 L),
-   zero biases, unit norms. `tokenizer_path` names a model file whose tokenizer to take; NULL gives
-   the byte tokenizer. */
+/* A model with random weights: normal matrices (deviation 0.02; BTLM's 0.073, scaled by muP inside
+   the blocks), residual outputs divided by sqrt(2 L), zero biases, unit norms. `tokenizer_path`
+   names a model file whose tokenizer to take; NULL gives the byte tokenizer. */
 DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
                            const char *tokenizer_path, uint64_t seed);
 DPO_API int dpo_model_save(dpo_model *model, const char *path);
-/* Allocates the buffers for passes of up to that size, so that nothing is allocated later:
+/* Allocates the buffers for passes of up to that size, so that nothing large is allocated later:
    max_rows rows, max_scored scored tokens, max_span rows of one prompt with one branch. */
 DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scored, size_t max_span,
                               int keep);
@@ -567,6 +576,7 @@ DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index
 
 #include <errno.h>
 #include <fcntl.h>
+#include <locale.h>
 #include <math.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -673,7 +683,7 @@ static int dpoi_alloc_zeroed(dpo_context *context, void *pointer, size_t count, 
     return 0;
 }
 
-/* Makes room in a growing array for n elements in all, doubling so that appends stay cheap. */
+/* Makes room in an array for n elements in all, growing by half so that appends stay cheap. */
 static int dpoi_reserve(dpo_context *context, void *pointer, size_t *capacity, size_t n,
                         size_t size)
 {
@@ -1452,6 +1462,29 @@ static void dpoi_linear_forward(const dpo_context *context, float *y /* [R, out]
         for (size_t o = 0; o < out; o++) y[r * out + o] += b->data[o];
 }
 
+typedef void dpoi_linear(const dpo_context *, float *y, const float *x, const dpo_tensor *W,
+                         const dpo_tensor *b, size_t R, int accumulate);
+
+/* The same for a single row, for generation: no packing, since each weight is used just once.
+   Weights [out, in] are read as dot products, [in, out] as a sum of rows, as they lie in memory. */
+static void dpoi_linear_row(const dpo_context *context, float *y /* [out] */,
+                            const float *x /* [in] */, const dpo_tensor *W, const dpo_tensor *b,
+                            size_t R, int accumulate)
+{
+    size_t in = dpoi_linear_in(W), out = R * dpoi_linear_out(W);
+    DPOI_PARALLEL_FOR(dpoi_threads(context, in * out))
+    for (size_t first = 0; first < out; first += DPOI_COLUMNS) {
+        size_t end = DPOI_MIN(first + DPOI_COLUMNS, out);
+        for (size_t o = first; o < end; o++) {
+            if (!accumulate) y[o] = 0.0f;
+            if (b) y[o] += b->data[o];
+            if (W->layout != DPO_CONV1D) y[o] += dpoi_dot(x, W->data + o * in, in);
+        }
+        for (size_t i = 0; W->layout == DPO_CONV1D && i < in; i++)
+            for (size_t o = first; o < end; o++) y[o] += x[i] * W->data[i * out + o];
+    }
+}
+
 /* Forward: y = x W^T + b, that is y[r, o] = sum over i of x[r, i] W[o, i] + b[o]. Each product
    y x W gives each factor the gradient times the other one:
        dx = dy W,   dW += dy^T x  ([out, in]; x^T dy for [in, out]),   db += column sums of dy. */
@@ -1522,7 +1555,7 @@ static void dpoi_rotary(const dpo_context *context, float *qkv /* [R, 3C] */,
 /* A span is a run of rows that see the same beginning: the prompt sees itself; a branch sees all of
    its prompt's rows (the prefix), then itself. Row i of a span stands at position n_prefix + i and
    sees the keys 0 .. n_prefix + i of "prefix, then span". No branch sees another. */
-typedef struct dpoi_span { size_t first, n, prefix, n_prefix, example; } dpoi_span;
+typedef struct dpoi_span { size_t first, n, prefix, n_prefix; } dpoi_span;
 
 typedef struct dpoi_attention {
     dpoi_heads heads;
@@ -1539,10 +1572,9 @@ typedef struct dpoi_attention {
    strip holds all its keys, so the softmax needs no running maximum. */
 #define DPOI_STRIP 64
 
-/* Scores of queries q0 .. q0 + n of a span against the keys that the last of them sees:
-       s[i, j] = scale * q_i . k_j - slope * (position i - position j),
-   raw here; the callers scale them. Works on any [queries, D] x [keys, D] pair, so that the
-   backward can use it for dP = dO V^T: `side` is the offset of the key or value in a row. */
+/* Raw scores s[i, j] = q_i . k_j of n queries of a span against its prefix and its first `own`
+   rows. `side` is the offset of the keys in a row of qkv [R, 3C]; with the values' offset, and dy
+   for q, it is also dP = dy V^T in the backward. Strides and ld count floats from row to row. */
 static void dpoi_strip_product(float *pack, float *s /* [n, keys] */, size_t ld, const float *q,
                                size_t q_stride, const float *qkv, size_t row, size_t side,
                                const dpoi_span *span, size_t D, size_t n, size_t own)
@@ -1581,8 +1613,9 @@ static void dpoi_strip_scatter(float *pack, float *dqkv, size_t row, size_t side
     dpoi_matmul_serial(pack, dqkv + span->first * row + side, row, rest, rows, own, D, n, 1);
 }
 
-/* Turns raw scores into scaled ones with ALiBi's bias: a penalty that grows with distance instead
-   of position embeddings (Press et al. 2021), added after the scaling. */
+/* Turns a row's raw scores into scale * q_i . k_j - slope * (position i - position j): ALiBi (Press
+   et al. 2021) has a penalty that grows with distance, added after the scaling, instead of position
+   embeddings. */
 static void dpoi_strip_scale(float *s /* [visible] */, size_t visible, float scale, float slope)
 {
     for (size_t j = 0; j < visible; j++)
@@ -1686,6 +1719,49 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
                                    own);
             }
         }
+    }
+}
+
+/* For generation: the keys and values of all positions so far, by layer and head. */
+typedef struct dpoi_cache {
+    float *kv;          // [L, capacity, H, 2, D] key, then value
+    size_t n, capacity; // positions
+    float *scores;      // [H, capacity]
+    float *logits;      // [V] for the token after the last position
+} dpoi_cache;
+
+/* Copies the keys and values in a row of qkv to position p of a layer. */
+static void dpoi_cache_store(dpoi_cache *cache, const float *qkv /* [3C] */, dpoi_heads heads,
+                             size_t layer, size_t p)
+{
+    float *kv = cache->kv + (layer * cache->capacity + p) * 2 * heads.H * heads.D;
+    for (size_t h = 0; h < heads.H; h++, kv += 2 * heads.D) {
+        memcpy(kv, qkv + h * heads.head_stride + heads.key, heads.D * sizeof *kv);
+        memcpy(kv + heads.D, qkv + h * heads.head_stride + heads.value, heads.D * sizeof *kv);
+    }
+}
+
+/* Attention of one more row, at position cache->n, against itself and all cached positions. */
+static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */, dpoi_cache *cache,
+                               const float *qkv /* [3C] */, size_t layer,
+                               const dpoi_attention *attention)
+{
+    dpoi_heads heads = attention->heads;
+    size_t D = heads.D, row = 2 * heads.H * D, n = cache->n + 1;
+    dpoi_cache_store(cache, qkv, heads, layer, cache->n);
+    DPOI_PARALLEL_FOR(dpoi_threads(context, 2 * n * heads.H * D))
+    for (size_t h = 0; h < heads.H; h++) {
+        const float *q = qkv + h * heads.head_stride;
+        const float *kv = cache->kv + layer * cache->capacity * row + 2 * h * D;
+        float *p = cache->scores + h * cache->capacity, *yh = y + h * D;
+        for (size_t j = 0; j < n; j++) p[j] = dpoi_dot(q, kv + j * row, D);
+        dpoi_strip_scale(p, n, attention->scale, attention->slopes ? attention->slopes[h] : 0.0f);
+        float most = dpoi_max(p, n);
+        for (size_t j = 0; j < n; j++) p[j] = dpoi_exp(p[j] - most);
+        float sum = dpoi_sum(p, n);
+        for (size_t d = 0; d < D; d++) yh[d] = 0.0f;
+        for (size_t j = 0; j < n; j++)
+            for (size_t d = 0; d < D; d++) yh[d] += p[j] / sum * kv[j * row + D + d];
     }
 }
 
@@ -1954,6 +2030,14 @@ DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
 
 /* ---- 5.3 metrics ----------------------------------------------------------------------------- */
 
+typedef struct dpoi_hit { size_t group; int hit; } dpoi_hit; // of one pair
+
+static int dpoi_by_group(const void *a, const void *b)
+{
+    size_t x = ((const dpoi_hit *)a)->group, y = ((const dpoi_hit *)b)->group;
+    return x < y ? -1 : x > y;
+}
+
 /* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
    rewards/accuracies; a policy equal to its reference has only ties and scores 0).
 
@@ -1964,43 +2048,43 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
                                 const double *reference, size_t n, const dpo_loss_options *options)
 {
     *metrics = (dpo_metrics){ .n = n };
-    size_t n_groups = 0, used_groups = 0, hits = 0;
-    for (size_t i = 0; i < n; i++) {
+    for (size_t i = 0; i < n; i++)
         if (examples[i].n_branches != 2)
             return dpoi_fail(context, "example %zu has %zu branches; a preference pair has 2", i,
                              examples[i].n_branches);
-        n_groups = DPOI_MAX(n_groups, examples[i].group + 1);
-    }
-    double *sums; // [n_groups, 2]: hits and pairs of each prompt
-    if (dpoi_alloc_zeroed(context, &sums, 2 * n_groups, sizeof *sums)) return 1;
+    dpoi_hit *hits; // [n], to be sorted so that each prompt's pairs stand together
+    if (dpoi_alloc(context, &hits, n, sizeof *hits)) return 1;
+    size_t n_hits = 0, n_groups = 0;
     for (size_t i = 0; i < n; i++) {
         dpo_pair pair = dpo_pair_loss(scores + 2 * i, reference + 2 * i, options);
         double margin = pair.reward[0] - pair.reward[1];
         metrics->loss += pair.loss / (double)n;
         metrics->margin += margin / (double)n;
-        hits += margin > 0;
         metrics->ties += margin == 0;
         for (int k = 0; k < 2; k++) {
             metrics->reward[k] += pair.reward[k] / (double)n;
             metrics->logp[k] += scores[2 * i + k].logp / (double)n;
         }
         if (margins) margins[i] = margin;
-        sums[2 * examples[i].group] += margin > 0;
-        sums[2 * examples[i].group + 1] += 1;
+        hits[i] = (dpoi_hit){ examples[i].group, margin > 0 };
+        n_hits += margin > 0;
     }
-    metrics->accuracy = n ? (double)hits / (double)n : 0.0;
+    metrics->accuracy = n ? (double)n_hits / (double)n : 0.0;
+    qsort(hits, n, sizeof *hits, dpoi_by_group);
     double squares = 0.0;
-    for (size_t g = 0; g < n_groups; g++) {
-        double difference = sums[2 * g] - sums[2 * g + 1] * metrics->accuracy;
+    for (size_t i = 0; i < n; n_groups++) {
+        double difference = 0.0;
+        size_t group = hits[i].group;
+        for (; i < n && hits[i].group == group; i++) difference += hits[i].hit - metrics->accuracy;
         squares += difference * difference;
-        used_groups += sums[2 * g + 1] > 0;
     }
-    if (used_groups > 1)
-        metrics->accuracy_error = sqrt(squares * (double)used_groups / (double)(used_groups - 1)) /
+    if (n_groups > 1)
+        metrics->accuracy_error = sqrt(squares * (double)n_groups / (double)(n_groups - 1)) /
                                   (double)n;
-    dpoi_free(context, sums);
+    dpoi_free(context, hits);
     return 0;
 }
+
 /* ================================================================================================
    6. MODEL
 
@@ -2201,7 +2285,7 @@ typedef struct dpoi_workspace {
     int kept;                               // whether the last pass filled them
 
     // The batch as rows. R rows, S of them scored, n_targets tokens to score.
-    size_t R, S, n_targets, n_spans, n_branches;
+    size_t R, S, n_targets, n_spans, n_branches, n_examples;
     uint32_t *token, *position;             // [R]
     dpoi_span *spans;                       // [n_spans] prompt and branches of each example in turn
     size_t *first_span;                     // [n_examples + 1]
@@ -2248,6 +2332,7 @@ static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_
         { &w->dhead, keep ? scored * C : 0, 4, 1 }, { &w->head_stats, scored * 2, 4, 1 },
         { &w->most, scored, 4, 1 }, { &w->target_logit, scored, 4, 1 },
         { &w->log_sum, scored, 8, 1 }, { &w->argmax, scored, 4, 1 } };
+    _Static_assert(sizeof all / sizeof *all <= DPOI_MAX_BUFFERS, "the lists are long enough");
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) list[n++] = all[i];
     return n;
 }
@@ -2373,17 +2458,16 @@ static int dpoi_check_example(dpo_context *context, const dpo_config *config,
 
 /* Appends rows for tokens[0 .. n) of a span; row i stands at position n_prefix + i. */
 static void dpoi_add_rows(dpoi_workspace *w, const uint32_t *tokens, size_t n, size_t prefix,
-                          size_t n_prefix, size_t example)
+                          size_t n_prefix)
 {
-    w->spans[w->n_spans++] = (dpoi_span){ w->R, n, prefix, n_prefix, example };
+    w->spans[w->n_spans++] = (dpoi_span){ w->R, n, prefix, n_prefix };
     for (size_t i = 0; i < n; i++) {
         w->token[w->R] = tokens[i];
         w->position[w->R++] = (uint32_t)(n_prefix + i);
     }
 }
 
-/* Notes that the last row added predicts `token`; several targets of one row come one after
-   another. */
+/* Notes that `row` predicts `token`. Rows come in ascending order, targets of one row together. */
 static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_t branch)
 {
     if (w->S == 0 || w->scored_row[w->S - 1] != row) {
@@ -2428,12 +2512,13 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
         dpoi_reserve(context, &w->targets, &w->target_capacity, scored, sizeof *w->targets))
         return 1;
     w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
+    w->n_examples = batch->n;
     w->kept = 0;
     for (size_t e = 0; e < batch->n; e++) {
         const dpo_example *example = &batch->examples[e];
         size_t prompt = w->R;
         w->first_span[e] = w->n_spans;
-        if (example->n_prompt) dpoi_add_rows(w, example->prompt, example->n_prompt, prompt, 0, e);
+        if (example->n_prompt) dpoi_add_rows(w, example->prompt, example->n_prompt, prompt, 0);
         // The prompt's last row first, so that all of its targets stand together.
         for (size_t b = 0; b < example->n_branches && example->n_prompt; b++)
             if (example->branches[b].first_scored == 0)
@@ -2441,7 +2526,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
         for (size_t b = 0; b < example->n_branches; b++) {
             const dpo_branch *branch = &example->branches[b];
             size_t first = w->R, from = DPOI_MAX(branch->first_scored, (size_t)1);
-            dpoi_add_rows(w, branch->tokens, branch->n - 1, prompt, example->n_prompt, e);
+            dpoi_add_rows(w, branch->tokens, branch->n - 1, prompt, example->n_prompt);
             for (size_t i = from; i < branch->n; i++)
                 dpoi_add_target(w, first + i - 1, branch->tokens[i], w->n_branches + b);
         }
@@ -2479,47 +2564,52 @@ static dpoi_heads dpoi_heads_of(const dpo_config *config)
     return (dpoi_heads){ H, D, 3 * D, D, 2 * D };
 }
 
-static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer, size_t n_examples)
+static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer)
 {
     const dpo_config *config = &model->config;
     const dpoi_workspace *w = model->workspace;
     double scale = config->attention_scale;
     if (config->attention_scale_by_layer) scale /= (double)(layer + 1);
     return (dpoi_attention){ dpoi_heads_of(config), (float)scale, w->slopes, w->spans,
-                             w->first_span, n_examples, w->R * config->d_model * DPOI_STRIP };
+                             w->first_span, w->n_examples, w->R * config->d_model * DPOI_STRIP };
 }
 
-static void dpoi_block_forward(dpo_model *model, size_t layer, size_t n_examples, int keep)
+/* With a cache (part 10) there is one row, whose keys and values join those before it. */
+static void dpoi_block_forward(dpo_model *model, size_t layer, int keep, dpoi_cache *cache)
 {
     const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     const dpoi_block_weights *block = &model->weights->blocks[layer];
     dpoi_workspace *w = model->workspace;
     dpoi_kept kept = dpoi_kept_of(model, layer, keep);
-    dpoi_attention attention = dpoi_attention_of(model, layer, n_examples);
+    dpoi_attention attention = dpoi_attention_of(model, layer);
     size_t R = w->R, C = config->d_model, F = config->d_ff;
     float epsilon = (float)config->norm_epsilon;
+    dpoi_linear *linear = cache ? dpoi_linear_row : dpoi_linear_forward;
 
     // attention(norm1(x))
     dpoi_norm_forward(context, w->normed, w->stats, kept.x, block->norm1_w->data,
                       block->norm1_b->data, epsilon, R, C);
-    dpoi_linear_forward(context, kept.qkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
+    linear(context, kept.qkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
     if (w->rotary)
         dpoi_rotary(context, kept.qkv, w->position, w->rotary, config->rotary_dims, attention.heads,
                     1.0f, R);
-    dpoi_attention_forward(context, kept.attended, kept.lse, kept.qkv, &attention);
-    dpoi_linear_forward(context, w->branch, kept.attended, block->out_w, block->out_b, R, 0);
+    if (cache)
+        dpoi_attention_row(context, kept.attended, cache, kept.qkv, layer, &attention);
+    else
+        dpoi_attention_forward(context, kept.attended, kept.lse, kept.qkv, &attention);
+    linear(context, w->branch, kept.attended, block->out_w, block->out_b, R, 0);
     if (!config->parallel_residual)
         dpoi_add(context, kept.middle, kept.x, w->branch, R * C);
 
     // mlp(norm2(x)), or of the middle of the block when it is sequential
     dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
                       block->norm2_b->data, epsilon, R, C);
-    dpoi_linear_forward(context, kept.up, w->normed, block->up_w, block->up_b, R, 0);
+    linear(context, kept.up, w->normed, block->up_w, block->up_b, R, 0);
     if (kept.gate)
-        dpoi_linear_forward(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0);
+        linear(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0);
     dpoi_activation_forward(context, w->activated, kept.up, kept.gate, config->activation, R, F);
-    dpoi_linear_forward(context, w->branch, w->activated, block->down_w, block->down_b, R,
+    linear(context, w->branch, w->activated, block->down_w, block->down_b, R,
                         config->parallel_residual); // in parallel, on top of the attention's output
     dpoi_add(context, kept.out, kept.middle, w->branch, R * C);
 }
@@ -2556,14 +2646,14 @@ static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block,
    passes dx on unchanged; each branch adds what comes through its norm. The branches are undone in
    reverse order. In the parallel block both start from the output's gradient, so attention's output
    layer takes it before the MLP has added to it. */
-static void dpoi_block_backward(dpo_model *model, size_t layer, size_t n_examples)
+static void dpoi_block_backward(dpo_model *model, size_t layer)
 {
     const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     const dpoi_block_weights *block = &model->weights->blocks[layer];
     dpoi_workspace *w = model->workspace;
     dpoi_kept kept = dpoi_kept_of(model, layer, 1);
-    dpoi_attention attention = dpoi_attention_of(model, layer, n_examples);
+    dpoi_attention attention = dpoi_attention_of(model, layer);
     size_t R = w->R, C = config->d_model;
 
     if (!config->parallel_residual) dpoi_mlp_backward(model, block, kept);
@@ -2596,11 +2686,11 @@ static void dpoi_embed_rows(dpo_model *model)
 }
 
 /* Embedding and blocks; returns the last block's output. */
-static const float *dpoi_blocks_forward(dpo_model *model, size_t n_examples, int keep)
+static const float *dpoi_blocks_forward(dpo_model *model, int keep)
 {
     const dpo_config *config = &model->config;
     dpoi_embed_rows(model);
-    for (size_t l = 0; l < config->n_layers; l++) dpoi_block_forward(model, l, n_examples, keep);
+    for (size_t l = 0; l < config->n_layers; l++) dpoi_block_forward(model, l, keep, NULL);
     size_t place = keep ? config->n_layers * model->workspace->R * config->d_model : 0;
     return model->workspace->x + place;
 }
@@ -2613,7 +2703,7 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model;
-    const float *x = dpoi_blocks_forward(model, batch->n, keep);
+    const float *x = dpoi_blocks_forward(model, keep);
     for (size_t s = 0; s < w->S; s++)
         memcpy(w->head_in + s * C, x + w->scored_row[s] * C, C * sizeof *x);
     dpoi_norm_forward(context, w->head_normed, w->head_stats, w->head_in, weights->norm_w->data,
@@ -2640,9 +2730,9 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model;
-    if (!w || !w->kept || !model->grads)
-        return dpoi_fail(model->context, "dpo_backward needs a dpo_forward with `keep` as the last "
-                         "pass, and dpo_model_zero_grad before it");
+    if (!w || !w->kept || !model->grads || w->n_examples != batch->n)
+        return dpoi_fail(model->context, "dpo_backward needs a dpo_forward of the same batch with "
+                         "`keep` as the last pass, and dpo_model_zero_grad before it");
     dpoi_head_backward(context, w->dhead, w->logits, dlogp, w->log_sum, w->head_normed,
                        weights->head, (float)config->logit_scale, w->targets, w->first_target,
                        w->S);
@@ -2653,7 +2743,7 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
                        w->head_stats, w->head_in, weights->norm_w->data, w->S, C);
     for (size_t s = 0; s < w->S; s++)
         memcpy(w->dx + w->scored_row[s] * C, w->dnormed + s * C, C * sizeof *w->dx);
-    for (size_t l = config->n_layers; l-- > 0;) dpoi_block_backward(model, l, batch->n);
+    for (size_t l = config->n_layers; l-- > 0;) dpoi_block_backward(model, l);
     dpoi_embedding_backward(context, weights->embedding->grad,
                             weights->positions ? weights->positions->grad : NULL, w->dx, w->token,
                             w->position, (float)config->embedding_scale, w->R, C);
@@ -2689,26 +2779,31 @@ DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_ex
     return 0;
 }
 
-DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, size_t n)
+/* Lays out one text of which every token becomes a row, by a token behind it that predicts nothing:
+   a branch's last token has no row. */
+static int dpoi_lay_out_text(dpo_model *model, const uint32_t *tokens, size_t n)
 {
-    // A branch's last token has no row, so one more is laid behind it; what it is does not matter.
-    dpo_context *context = model->context;
-    const dpo_config *config = &model->config;
     uint32_t *longer;
-    if (n == 0) return dpoi_fail(context, "dpo_logits: no tokens");
-    if (dpoi_alloc(context, &longer, n + 1, sizeof *longer)) return 1;
+    if (!n) return dpoi_fail(model->context, "there are no tokens to begin from");
+    if (dpoi_alloc(model->context, &longer, n + 1, sizeof *longer)) return 1;
     memcpy(longer, tokens, n * sizeof *longer);
     longer[n] = 0;
     dpo_branch branch = { longer, n + 1, n };
     dpo_example example = { .branches = &branch, .n_branches = 1 };
-    dpo_batch batch = { &example, 1 };
-    int failed = dpoi_lay_out(model, &batch, 0);
-    dpoi_free(context, longer);
-    if (failed) return 1;
+    int failed = dpoi_lay_out(model, &(dpo_batch){ &example, 1 }, 0);
+    dpoi_free(model->context, longer);
+    return failed;
+}
+
+DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, size_t n)
+{
+    if (dpoi_lay_out_text(model, tokens, n)) return 1;
+    const dpo_context *context = model->context;
+    const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model, V = config->vocab_size;
-    const float *x = dpoi_blocks_forward(model, 1, 0);
+    const float *x = dpoi_blocks_forward(model, 0);
     dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
                       (float)config->norm_epsilon, n, C);
     dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n,
@@ -2716,6 +2811,7 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
     for (size_t i = 0; i < n * V; i++) logits[i] *= (float)config->logit_scale;
     return 0;
 }
+
 /* ================================================================================================
    7. OPTIMIZER
 
@@ -2783,7 +2879,8 @@ DPO_API double dpo_clip_scale(double norm, double max_norm)
 /* AdamW (Loshchilov, Hutter 2019), as torch computes it; t counts updates from 1:
        p -= lr decay p,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
        p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon).
-   RMSprop (Hinton 2012), torch's plain form, which the DPO paper used:
+   RMSprop (Hinton 2012), which the DPO paper used, as torch computes it but for weight decay, which
+   is AdamW's here too:
        v = alpha v + (1 - alpha) g^2,   p -= lr g / (sqrt(v) + epsilon). */
 DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, double learning_rate,
                                double scale)
@@ -2851,7 +2948,8 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
    A model file holds "config" (JSON), the tensors under their Hugging Face names in the
    checkpoint's own type and row order, "tokenizer/..." tables (part 9) and "file/..." with the
    original files, so that exporting gives back what was imported. It is laid out to be mapped:
-   opening a model costs page cache, not memory, until a tensor is converted.
+   opening one and reading its config or tokenizer costs only the pages that are touched. Loading
+   then copies the weights to fp32.
 
    A reader trusts nothing: each number is checked against the file's true size before it is used,
    and the first thing wrong is named. Writers make a temporary file beside the target, sync it and
@@ -3252,7 +3350,12 @@ static int dpoi_config_write(dpo_context *context, dpo_string *out, const dpo_co
         size_t room = sizeof text - (size_t)used;
         switch (field->kind) {
         case DPOI_SIZE: snprintf(rest, room, "%zu", *(const size_t *)at); break;
-        case DPOI_REAL: snprintf(rest, room, "%.17g", *(const double *)at); break;
+        case DPOI_REAL: {
+            snprintf(rest, room, "%.17g", *(const double *)at);
+            char *point = strchr(rest, *localeconv()->decimal_point);
+            if (point) *point = '.'; // whatever the host's locale
+            break;
+        }
         case DPOI_FLAG: snprintf(rest, room, *(const int *)at ? "true" : "false"); break;
         case DPOI_ID: snprintf(rest, room, "%lld", (long long)*(const int64_t *)at); break;
         case DPOI_CHOICE: snprintf(rest, room, "\"%s\"", field->choices[*(const int *)at]); break;
@@ -3296,7 +3399,7 @@ static int dpoi_tensor_read(dpo_context *context, float *out, const dpo_entry *e
     else
         for (size_t i = 0; i < n; i++) out[i] = dpoi_bf16_to_float(half[i]);
     size_t bad = 0;
-    for (size_t i = 0; i < n; i++) bad += !(fabsf(out[i]) <= 3.4e38f);
+    for (size_t i = 0; i < n; i++) bad += !isfinite(out[i]);
     if (bad)
         return dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the "
                          "checkpoint is damaged or its training diverged", path, entry->name, bad);
@@ -3344,7 +3447,6 @@ static int dpoi_model_read(dpo_model *model, const char *path)
     if (dpo_config_load(context, &model->config, file) || dpoi_build_table(model)) return 1;
 
     // Everything is checked before the large allocation, so that a hostile shape costs nothing.
-    size_t found = 0;
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
@@ -3361,7 +3463,6 @@ static int dpoi_model_read(dpo_model *model, const char *path)
                              "for [%zu, %zu] in layout %d", path, tensor->name, entry->shape[0],
                              entry->shape[1], (int)entry->layout, tensor->shape[0],
                              tensor->shape[1], (int)tensor->layout);
-        found++;
     }
     for (size_t i = 0; i < file->n_entries; i++)
         if (strcmp(file->entries[i].name, "config") && !dpoi_is_extra(file->entries[i].name) &&
@@ -4186,10 +4287,13 @@ static int dpoi_json_number(dpoi_parser *p, double *number)
     }
     p->at = end;
     if (!n) return dpoi_json_fail(p, "a digit is expected here");
-    char after = *end;
-    *end = 0;                   // what follows must not look like a part of it in any locale
+    // strtod wants the host's decimal point, and must see nothing of what follows.
+    char after = *end, *point = memchr(start, '.', (size_t)(end - start));
+    if (point) *point = *localeconv()->decimal_point;
+    *end = 0;
     *number = strtod(start, &read);
     *end = after;
+    if (point) *point = '.';
     return read == end && isfinite(*number) ? 0 :
            dpoi_json_fail(p, "the number before here cannot be represented");
 }
@@ -4368,6 +4472,9 @@ static int dpoi_jsonl_read(dpo_context *context, dpo_jsonl *reader, int stop, in
     if (ferror(stream))
         return dpoi_fail(context, "%s: cannot be read: %s", reader->path, strerror(errno));
     *found = text->n > 0 || c != EOF;
+    if (reader->line == 0 && text->n >= 2 && !memcmp(text->bytes, "\x1F\x8B", 2))
+        return dpoi_fail(context, "%s: is compressed; unpack it first, as by `gunzip -k %s`",
+                         reader->path, reader->path);
     if (reader->line++ == 0 && text->n >= 3 && !memcmp(text->bytes, "\xEF\xBB\xBF", 3))
         memmove(text->bytes, text->bytes + 3, text->n -= 3);
     return 0;
@@ -4741,158 +4848,69 @@ DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max
    a row times a matrix, and may therefore differ from the batch path by rounding.
    ============================================================================================= */
 
-/* ---- 10.1 one row through the model ---------------------------------------------------------- */
-
-typedef struct dpoi_cache {
-    float *kv;          // [L, capacity, 2C] keys and values by head: [H][key D, value D]
-    size_t n, capacity; // positions
-    float *x, *normed, *qkv, *attended, *branch, *up, *gate; // one row of each
-    float *scores;      // [H, capacity]
-    float *logits;      // [V]
-} dpoi_cache;
+/* ---- 10.1 the next token's logits ------------------------------------------------------------ */
 
 static void dpoi_cache_free(dpo_context *context, dpoi_cache *cache)
 {
-    float *all[] = { cache->kv, cache->x, cache->normed, cache->qkv, cache->attended, cache->branch,
-                     cache->up, cache->gate, cache->scores, cache->logits };
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) dpoi_free(context, all[i]);
+    dpoi_free(context, cache->kv);
+    dpoi_free(context, cache->scores);
+    dpoi_free(context, cache->logits);
 }
 
 static int dpoi_cache_init(dpoi_cache *cache, const dpo_model *model, size_t capacity)
 {
     dpo_context *context = model->context;
     const dpo_config *config = &model->config;
-    size_t C = config->d_model, F = config->d_ff;
     *cache = (dpoi_cache){ .capacity = capacity };
-    return dpoi_alloc(context, &cache->kv, config->n_layers * capacity, 2 * C * sizeof(float)) ||
-           dpoi_alloc(context, &cache->x, C, sizeof(float)) ||
-           dpoi_alloc(context, &cache->normed, C, sizeof(float)) ||
-           dpoi_alloc(context, &cache->qkv, 3 * C, sizeof(float)) ||
-           dpoi_alloc(context, &cache->attended, C, sizeof(float)) ||
-           dpoi_alloc(context, &cache->branch, C, sizeof(float)) ||
-           dpoi_alloc(context, &cache->up, F, sizeof(float)) ||
-           dpoi_alloc(context, &cache->gate, F, sizeof(float)) ||
+    return dpoi_alloc(context, &cache->kv, config->n_layers * capacity,
+                      2 * config->d_model * sizeof(float)) ||
            dpoi_alloc(context, &cache->scores, config->n_heads * capacity, sizeof(float)) ||
            dpoi_alloc(context, &cache->logits, config->vocab_size, sizeof(float));
 }
 
-/* Copies the keys and values of a row of qkv to position p of a layer. */
-static void dpoi_cache_store(dpoi_cache *cache, const float *qkv, dpoi_heads heads, size_t layer,
-                             size_t p)
+/* The head for one row of the last block's output. */
+static void dpoi_next_logits(dpo_model *model, dpoi_cache *cache, const float *x /* [C] */)
 {
-    float *kv = cache->kv + (layer * cache->capacity + p) * 2 * heads.H * heads.D;
-    for (size_t h = 0; h < heads.H; h++) {
-        const float *head = qkv + h * heads.head_stride;
-        memcpy(kv + 2 * h * heads.D, head + heads.key, heads.D * sizeof *kv);
-        memcpy(kv + (2 * h + 1) * heads.D, head + heads.value, heads.D * sizeof *kv);
-    }
-}
-
-/* y = x W^T + b for one row. [out, in] weights are read as dot products, [in, out] ones as a sum of
-   rows; both in the order in which they lie. */
-static void dpoi_linear_row(const dpo_context *context, float *y, const float *x,
-                            const dpo_tensor *W, const dpo_tensor *b)
-{
-    size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
-    DPOI_PARALLEL_FOR(dpoi_threads(context, in * out))
-    for (size_t first = 0; first < out; first += DPOI_COLUMNS) {
-        size_t end = DPOI_MIN(first + DPOI_COLUMNS, out);
-        for (size_t o = first; o < end; o++)
-            y[o] = W->layout == DPO_CONV1D ? 0.0f : dpoi_dot(x, W->data + o * in, in);
-        for (size_t i = 0; W->layout == DPO_CONV1D && i < in; i++)
-            for (size_t o = first; o < end; o++) y[o] += x[i] * W->data[i * out + o];
-        for (size_t o = first; b && o < end; o++) y[o] += b->data[o];
-    }
-}
-
-/* Softmax attention of one query row against all cached positions of a layer. */
-static void dpoi_attention_row(const dpo_context *context, dpoi_cache *cache, size_t layer,
-                               const dpoi_attention *attention)
-{
-    dpoi_heads heads = attention->heads;
-    size_t D = heads.D, row = 2 * heads.H * D, n = cache->n + 1;
-    DPOI_PARALLEL_FOR(dpoi_threads(context, 2 * n * heads.H * D))
-    for (size_t h = 0; h < heads.H; h++) {
-        const float *q = cache->qkv + h * heads.head_stride;
-        const float *kv = cache->kv + layer * cache->capacity * row + 2 * h * D;
-        float *p = cache->scores + h * cache->capacity, *y = cache->attended + h * D;
-        for (size_t j = 0; j < n; j++) p[j] = dpoi_dot(q, kv + j * row, D);
-        dpoi_strip_scale(p, n, attention->scale, attention->slopes ? attention->slopes[h] : 0.0f);
-        float most = dpoi_max(p, n);
-        for (size_t j = 0; j < n; j++) p[j] = dpoi_exp(p[j] - most);
-        float sum = dpoi_sum(p, n);
-        for (size_t d = 0; d < D; d++) y[d] = 0.0f;
-        for (size_t j = 0; j < n; j++)
-            for (size_t d = 0; d < D; d++) y[d] += p[j] / sum * kv[j * row + D + d];
-    }
-}
-
-/* The block of part 6.5 for one row, then the head: logits for the token after this one. */
-static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
-{
-    const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
-    size_t C = config->d_model, V = config->vocab_size;
-    float epsilon = (float)config->norm_epsilon, stats[2];
-    uint32_t position = (uint32_t)cache->n;
-    dpoi_embedding_forward(context, cache->x, &token, &position, weights->embedding->data,
-                           weights->positions ? weights->positions->data : NULL,
-                           (float)config->embedding_scale, 1, C);
-    for (size_t l = 0; l < config->n_layers; l++) {
-        const dpoi_block_weights *block = &weights->blocks[l];
-        dpoi_attention attention = dpoi_attention_of(model, l, 0);
-        dpoi_norm_forward(context, cache->normed, stats, cache->x, block->norm1_w->data,
-                          block->norm1_b->data, epsilon, 1, C);
-        dpoi_linear_row(context, cache->qkv, cache->normed, block->qkv_w, block->qkv_b);
-        if (w->rotary)
-            dpoi_rotary(context, cache->qkv, &position, w->rotary, config->rotary_dims,
-                        attention.heads, 1.0f, 1);
-        dpoi_cache_store(cache, cache->qkv, attention.heads, l, cache->n);
-        dpoi_attention_row(context, cache, l, &attention);
-        dpoi_linear_row(context, cache->branch, cache->attended, block->out_w, block->out_b);
-        if (!config->parallel_residual) dpoi_add(context, cache->x, cache->x, cache->branch, C);
-        dpoi_norm_forward(context, cache->normed, stats, cache->x, block->norm2_w->data,
-                          block->norm2_b->data, epsilon, 1, C);
-        if (config->parallel_residual) dpoi_add(context, cache->x, cache->x, cache->branch, C);
-        dpoi_linear_row(context, cache->up, cache->normed, block->up_w, block->up_b);
-        if (block->gate_w)
-            dpoi_linear_row(context, cache->gate, cache->normed, block->gate_w, block->gate_b);
-        dpoi_activation_forward(context, cache->up, cache->up, block->gate_w ? cache->gate : NULL,
-                                config->activation, 1, config->d_ff);
-        dpoi_linear_row(context, cache->branch, cache->up, block->down_w, block->down_b);
-        dpoi_add(context, cache->x, cache->x, cache->branch, C);
-    }
-    dpoi_norm_forward(context, cache->normed, stats, cache->x, weights->norm_w->data,
-                      weights->norm_b->data, epsilon, 1, C);
     dpo_tensor head = *weights->head;
-    head.layout = DPO_LINEAR; // the embedding, when tied, is [V, C] as well
-    dpoi_linear_row(context, cache->logits, cache->normed, &head, NULL);
-    for (size_t v = 0; v < V; v++) cache->logits[v] *= (float)config->logit_scale;
-    cache->n++;
+    head.layout = DPO_LINEAR; // [V, C], also where it is the embedding
+    dpoi_norm_forward(model->context, w->normed, w->stats, x, weights->norm_w->data,
+                      weights->norm_b->data, (float)config->norm_epsilon, 1, config->d_model);
+    dpoi_linear_row(model->context, cache->logits, w->normed, &head, NULL, 1, 0);
+    for (size_t v = 0; v < config->vocab_size; v++) cache->logits[v] *= (float)config->logit_scale;
 }
 
-/* Fills the cache with all tokens but the last in one batch pass, then takes the last as a step. */
+/* Takes all of the prompt in one pass. The layers share their buffers without `keep`, so the keys
+   and values are copied after each. */
 static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tokens, size_t n)
 {
-    // A branch's last token has no row: tokens [0, n) make rows for [0, n - 1).
-    dpo_branch branch = { tokens, n, n - 1 };
-    dpo_example example = { .branches = &branch, .n_branches = 1 };
-    dpo_batch batch = { &example, 1 };
-    if (n > 1) {
-        if (dpoi_lay_out(model, &batch, 0)) return 1;
-        dpoi_embed_rows(model);
-        for (size_t l = 0; l < model->config.n_layers; l++) {
-            dpoi_block_forward(model, l, 1, 0);
-            for (size_t p = 0; p < n - 1; p++) // the layers share their buffers: take the keys now
-                dpoi_cache_store(cache, model->workspace->qkv + p * 3 * model->config.d_model,
-                                 dpoi_heads_of(&model->config), l, p);
-        }
-    } else if (dpo_model_reserve(model, 1, 1, 1, 0)) return 1;
-    cache->n = n - 1;
-    dpoi_step(model, cache, tokens[n - 1]);
+    if (dpoi_lay_out_text(model, tokens, n)) return 1;
+    const dpoi_workspace *w = model->workspace;
+    size_t C = model->config.d_model;
+    dpoi_embed_rows(model);
+    for (size_t l = 0; l < model->config.n_layers; l++) {
+        dpoi_block_forward(model, l, 0, NULL);
+        for (size_t p = 0; p < n; p++)
+            dpoi_cache_store(cache, w->qkv + p * 3 * C, dpoi_heads_of(&model->config), l, p);
+    }
+    cache->n = n;
+    dpoi_next_logits(model, cache, w->x + (n - 1) * C);
     return 0;
+}
+
+/* One more token; its row goes where the prompt's first one was. */
+static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
+{
+    dpoi_workspace *w = model->workspace;
+    w->R = 1;
+    w->token[0] = token;
+    w->position[0] = (uint32_t)cache->n;
+    dpoi_embed_rows(model);
+    for (size_t l = 0; l < model->config.n_layers; l++) dpoi_block_forward(model, l, 0, cache);
+    cache->n++;
+    dpoi_next_logits(model, cache, w->x);
 }
 
 /* ---- 10.2 choosing a token ------------------------------------------------------------------- */

@@ -462,8 +462,7 @@ int main(void)
     }
     for (size_t i = 0; i < 2; i++) {
         test_rotary(head_orders[i], 4);
-        test_attention(head_orders[i], NULL, "attention");
-        test_attention(head_orders[i], slopes, "attention with ALiBi");
+        test_attention(head_orders[i], i ? slopes : NULL, i ? "attention with ALiBi" : "attention");
     }
     for (int kind = DPO_GELU; kind <= DPO_SWIGLU; kind++) test_activation((dpo_activation)kind);
     test_head();

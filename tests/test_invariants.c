@@ -1,9 +1,10 @@
 /* What must hold exactly, whatever the numbers are: bits that do not depend on neighbours, batches or
    threads, round trips, and formulas against a second way of computing them.
 
-   "The same bits" is literal. Where two orders of summation meet (a shared prompt against separate
-   passes, micro-batches against one batch) results differ by rounding: log-probabilities of a few
-   dozen nats by 2e-5, gradients by 2e-5 of a tensor's largest element (five times what is seen). */
+   "The same bits" is literal. Where two orders of summation meet (a shared prompt against texts of
+   their own, micro-batches against one batch, generation's steps against the batch path) results differ
+   by rounding: log-probabilities by 2e-8 of themselves, gradients by 3e-6 and logits by 2e-6 of a
+   tensor's largest element. The limits are ten times that. */
 #define DPOI_SERIAL_WORK 0      // small loops are divided among the threads as well
 #include "check.h"
 
@@ -257,31 +258,42 @@ static void compare_gradients(const dpo_model *model, const float *a, const floa
     }
 }
 
+/* Branches of a shared prompt against passes that have never heard of prompts: each is one text from
+   its first token on, scored from where the branch is. */
 static void test_sharing(dpo_model *model, const check_batch *b, const char *name)
 {
     float *together = malloc(model->n_trainable * sizeof *together);
     float *apart = malloc(model->n_trainable * sizeof *apart);
     dpo_example singles[MOST];
+    dpo_branch texts[MOST];
     dpo_score shared[MOST], separate[MOST];
     double dlogp[MOST];
     size_t n = 0;
     for (size_t e = 0; e < EXAMPLES; e++)
         for (size_t k = 0; k < b->examples[e].n_branches; k++, n++) {
-            singles[n] = b->examples[e];
-            singles[n].branches += k;
-            singles[n].n_branches = 1;
+            const dpo_example *example = &b->examples[e];
+            const dpo_branch *branch = &example->branches[k];
+            size_t n_prompt = example->n_prompt;
+            uint32_t *text = malloc((n_prompt + branch->n) * sizeof *text);
+            memcpy(text, example->prompt, n_prompt * sizeof *text);
+            memcpy(text + n_prompt, branch->tokens, branch->n * sizeof *text);
+            texts[n] = (dpo_branch){ text, n_prompt + branch->n, n_prompt + branch->first_scored };
+            singles[n] = (dpo_example){ .branches = &texts[n], .n_branches = 1 };
             dlogp[n] = dpoi_random_normal(5, 0, n);
         }
     check_must(dpo_forward(model, shared, &b->batch, 0) ||
                dpo_forward(model, separate, &(dpo_batch){ singles, n }, 0), &context);
     for (size_t i = 0; i < n; i++)
-        check(fabs(shared[i].logp - separate[i].logp) < 2e-5, "%s: logp of branch %zu is %.8g, with "
-              "its prompt to itself %.8g", name, i, shared[i].logp, separate[i].logp);
+        check(fabs(shared[i].logp - separate[i].logp) < 2e-7 * fmax(100, fabs(shared[i].logp)) &&
+              shared[i].n_scored == separate[i].n_scored,
+              "%s: logp of branch %zu is %.8g, as a text of its own %.8g", name, i, shared[i].logp,
+              separate[i].logp);
     gradients(together, model, b->examples, EXAMPLES, dlogp, 1000000);
     gradients(apart, model, singles, n, dlogp, 1000000);
-    compare_gradients(model, together, apart, "with separate prompts", name);
+    compare_gradients(model, together, apart, "with each branch as a text of its own", name);
     gradients(apart, model, b->examples, EXAMPLES, dlogp, 30);
     compare_gradients(model, together, apart, "in micro-batches", name);
+    for (size_t i = 0; i < n; i++) free((void *)(uintptr_t)texts[i].tokens);
     free(together);
     free(apart);
 }
@@ -324,7 +336,7 @@ static void test_logits(dpo_model *model, const check_batch *b, const char *name
         for (size_t v = 0; v < V; v++) sum += exp((double)row[v] - row[branch->tokens[i]]);
         logp -= log(sum);
     }
-    check(fabs(logp - score.logp) < 1e-6 * (double)n * fabs(logp), "%s: logp is %.8g, by logits %.8g",
+    check(fabs(logp - score.logp) < 5e-6, "%s: logp is %.8g, by logits %.8g",
           name, score.logp, logp);
     free(logits);
 }
@@ -400,7 +412,11 @@ static void test_threads(dpo_architecture architecture)
 {
     size_t n;
     float *one = train(1, architecture, &n);
-    for (int threads = 2; threads <= 4; threads++) {
+    int most = 4;
+#ifndef _OPENMP
+    most = 1;
+#endif
+    for (int threads = 2; threads <= most; threads++) {
         float *more = train(threads, architecture, &n);
         size_t differ = 0;
         for (size_t i = 0; i < n; i++) differ += memcmp(one + i, more + i, sizeof *one) != 0;
@@ -878,7 +894,7 @@ static void test_errors(dpo_model *model, const check_batch *b)
     example.n_prompt = 4;
     fails(dpo_forward(model, score, &batch, 0), "prompt token 47");
     fails(dpo_logits(model, logits, wrong, 3), "token 47");
-    fails(dpo_logits(model, logits, wrong, 0), "no tokens");
+    fails(dpo_logits(model, logits, wrong, 0), "no tokens to begin from");
     example.prompt = tokens;
     branch.n = 0;
     fails(dpo_forward(model, score, &batch, 0), "no token to score");
@@ -963,6 +979,13 @@ int main(void)
     test_functions();
     test_random();
     test_products();
+    test_optimizer(DPO_ADAMW);
+    test_optimizer(DPO_RMSPROP);
+    test_grad_norm();
+    test_schedule();
+    test_metrics();
+    test_choices();
+    test_configs();
     for (size_t i = 0; i < CHECK_MODELS; i++) {
         const char *name = check_models[i];
         dpo_model model = check_load(&context, name);
@@ -1000,13 +1023,6 @@ int main(void)
     test_save(&tokenizer, "tokenizer");
     dpo_model_free(&tokenizer);
     test_reference_cache();
-    test_optimizer(DPO_ADAMW);
-    test_optimizer(DPO_RMSPROP);
-    test_grad_norm();
-    test_schedule();
-    test_metrics();
-    test_choices();
-    test_configs();
     check(!rmdir(check_directory), "files are left in %s", check_directory);
     dpo_context_free(&context);
     check(context.heap_bytes == 0, "%zu bytes were not freed", context.heap_bytes);
