@@ -5,10 +5,10 @@
 
 A mutant is dpo.h with one piece of one function replaced: a sign flipped, a term or a factor dropped,
 a sum that should add made to overwrite, the wrong one of two alike. It is compiled into test_fixtures,
-test_gradients and test_invariants, in this order, and killed by the first of them that fails. One that
-survives means that a formula could be wrong without anybody noticing. A piece that the function does
-not have exactly once is an error, so the list has to follow the code; so is a mutant that does not
-compile. What changes nothing but speed or the last bit has no place here.
+test_gradients and test_invariants, and killed by the first of them that fails. One that survives means
+that a formula could be wrong without anybody noticing. A piece that the function does not have exactly
+once is an error, so the list has to follow the code; so is a mutant that does not compile. What changes
+nothing but speed or the last bit has no place here.
 """
 import concurrent.futures
 import os
@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 
-# In the order in which they are tried, optimised as far as pays off for so short a run.
+# Optimised as far as pays off for so short a run.
 TESTS = {"test_fixtures": "-Og", "test_gradients": "-O1", "test_invariants": "-O1"}
 TIMEOUT = 120       # seconds for one test; a mutant that hangs is noticed as well
 
@@ -572,7 +572,7 @@ def find_function(source, name):
 
 
 def make_mutants(source, word):
-    """All mutants as (what, text of the header), and what is wrong with the list."""
+    """All mutants as (function, what, text of the header), and what is wrong with the list."""
     mutants, errors = [], []
     for name, pairs in MUTANTS.items():
         if word not in name:
@@ -588,7 +588,7 @@ def make_mutants(source, word):
                 errors.append("%s: found %d times, not once" % (what, body.count(piece)))
             else:
                 changed = body.replace(piece, instead)
-                mutants.append((what, source[:extent[0]] + changed + source[extent[1]:]))
+                mutants.append((name, what, source[:extent[0]] + changed + source[extent[1]:]))
     return mutants, errors
 
 
@@ -604,23 +604,25 @@ def compiler():
             "-fno-trapping-math", "-DCHECK_ONE_FAILURE", "-DDPO_STATIC"] + cpu
 
 
-def try_header(command, text):
-    """What the tests make of a header: "killed", "survives", or that it does not compile."""
+def try_header(command, function, text, killers={}):
+    """What the tests make of a header: "killed", "survives", or that it does not compile. The test that
+    killed another mutant of the function goes first."""
     with tempfile.TemporaryDirectory(prefix="dpo-mutant-") as directory:
         header, program = os.path.join(directory, "mutant.h"), os.path.join(directory, "test")
         with open(header, "w") as out:
             out.write(text)
-        for test, optimize in TESTS.items():
+        for test in sorted(TESTS, key=lambda test: test != killers.get(function)):
             built = subprocess.run(
-                command + [optimize, '-DCHECK_HEADER="%s"' % header, "tests/%s.c" % test, "-o", program,
+                command + [TESTS[test], '-DCHECK_HEADER="%s"' % header, "tests/%s.c" % test, "-o", program,
                            "-lm"], capture_output=True, text=True)
             if built.returncode:
                 return "does not compile: " + built.stderr.strip().split("\n")[0]
             try:
-                run = subprocess.run([program], capture_output=True, timeout=TIMEOUT)
+                alive = not subprocess.run([program], capture_output=True, timeout=TIMEOUT).returncode
             except subprocess.TimeoutExpired:
-                return "killed"
-            if run.returncode:
+                alive = False
+            if not alive:
+                killers[function] = test
                 return "killed"
     return "survives"
 
@@ -630,15 +632,15 @@ def main():
     with open("dpo.h") as header:
         source = header.read()
     command = compiler()
-    if try_header(command, source) != "survives":
+    if try_header(command, "", source) != "survives":
         print("the tests fail on dpo.h as it is, so mutants would say nothing\n0 passed, 1 failed")
         return 1
     mutants, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "")
     for error in errors:
         print("error:", error)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        tried = [pool.submit(try_header, command, text) for _, text in mutants]
-        for i, ((what, _), future) in enumerate(zip(mutants, tried)):
+        tried = [pool.submit(try_header, command, name, text) for name, _, text in mutants]
+        for i, ((_, what, _), future) in enumerate(zip(mutants, tried)):
             if future.result() != "killed":
                 errors.append(what)
                 print("%s: %s" % (future.result(), what), flush=True)
