@@ -89,6 +89,10 @@ endif
 
 .PHONY: all test demo mutate conformance bench clean help
 all: train eval
+# "make -j clean all" means one after the other.
+ifneq ($(filter clean,$(MAKECMDGOALS)),)
+.NOTPARALLEL:
+endif
 
 build/flags:
 	@mkdir -p build && echo '$(command)' > $@

@@ -955,7 +955,11 @@ def tokenizer_entries(vocabulary, vocab_size):
     if not content:
         fail(path, "holds no tokens; fetch it again")
     pieces = [content.get(token_id, b"") for token_id in range(max(content) + 1)]
-    info = {"n_tokens": len(pieces), "nfc": nfc, "unicode": unicodedata.unidata_version}
+    unicode = unicodedata.unidata_version
+    if int(unicode.split(".")[0]) < 14:
+        note(path, f"Python's Unicode here is {unicode}, so letters newer than that may be "
+                   "cut into other tokens than Hugging Face's; import with Python 3.11 or newer")
+    info = {"n_tokens": len(pieces), "nfc": nfc, "unicode": unicode}
     tables = {"merges": [(*pair, both) for pair, both in merged.items()],
               "added": [(token_id, sum(flags[token_id])) for token_id in sorted(flags)],
               **unicode_tables(nfc)}
@@ -1312,7 +1316,7 @@ def parse_arguments():
     sub.add_argument("HF_DIR", help="directory with config.json, the weights and the tokenizer")
     sub.add_argument("MODEL", help="file to make; it must not exist")
     sub = command("export", "make a directory that transformers loads from a model file")
-    sub.add_argument("MODEL", help="model file (not an adapter: train merge folds one in)")
+    sub.add_argument("MODEL", help="model file (not an adapter)")
     sub.add_argument("HF_DIR", help="directory to make; it must not exist, or be empty")
     sub = command("data", "make lines of prompts and answers that train reads, and count what was "
                           "dropped and why")

@@ -42,15 +42,16 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         TEXT(ALL, 'm', "model", &s->model, "FILE", 1, "model file or run directory"),
         TEXT(PREFS, 'r', "reference", &s->reference, "FILE", 1, "reference model"),
         TEXT(DATA | GENERATE, 'd', "data", &s->data, "FILE", bit != GENERATE,
-            bit == GENERATE ? "prompts; none: standard input"
+            bit == GENERATE ? "prompts; none: standard input, to its end"
             : bit == LOSS ? "text, or JSON lines of {\"text\"}" : "pairs, JSON lines"),
         TEXT(GENERATE, 'p', "prompt", &s->prompt, "TEXT", 0,
             "one prompt (\\n and \\\\ are understood)"),
         REAL(PREFS, "beta", &s->beta, 1e-6, 1e6, "as in training"),
         CHOICE(PREFS, "loss-type", &s->loss_type, "sigmoid|ipo|ipo-sum|hinge", "as in training"),
         REAL(PREFS, "label-smoothing", &s->label_smoothing, 0, 0.4999, "as in training"),
-        COUNT(DATA, "max-length", &s->max_length, 0, 1e7,
+        COUNT(DATA | CHAT, "max-length", &s->max_length, 0, 1e7,
             bit == LOSS ? "tokens of a window; 0: the model's context"
+            : bit == CHAT ? "last tokens of the talk that are read; 0: the model's context"
             : "tokens of prompt and answer; 0: the model's context"),
         COUNT(PREFS, "max-prompt-length", &s->max_prompt_length, 1, 1e7,
             "tokens of a prompt when the two do not fit"),
@@ -65,7 +66,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         REAL(TALK, "temperature", &s->temperature, 0, 100, "0: always the likeliest token"),
         COUNT(TALK, "top-k", &s->top_k, 0, 1e9, "among the k likeliest tokens; 0: all"),
         REAL(TALK, "top-p", &s->top_p, 1e-9, 1, "among the likeliest of this total probability"),
-        COUNT(TALK, "seed", &s->seed, 0, 0, "of the sampling"),
+        COUNT(TALK, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of the sampling"),
         LIST(GENERATE, "stop", &s->stops,
             "end answers before this text (\\n understood); may be repeated"),
         FLAG(ALL, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -106,28 +107,54 @@ static void score(dpo_context *context, const settings *s, const char *path, con
 static void load(dpo_context *context, const settings *s, dpo_data *data, dpo_data_use use)
 {
     dpo_file file, other;
-    dpo_config config;
-    dpo_tokenizer tokenizer;
+    dpo_config config, other_config;
+    dpo_tokenizer tokenizer, other_tokenizer;
     dpo_plan_options plan = {.n_threads = context->n_threads};
     open_model(context, &file, &config, &tokenizer, s->model);
+    size_t longest = config.context_length;     // that both models can read
     if (s->reference) {
-        check(context, dpo_file_open(context, &other, s->reference, DPO_FILE_MODEL, 0));
+        open_model(context, &other, &other_config, &other_tokenizer, s->reference);
         check_same_tokenizer(&file, s->model, &other, s->reference);
+        dpo_tokenizer_free(context, &other_tokenizer);
         dpo_file_close(context, &other);
+        if (other_config.context_length < longest) longest = other_config.context_length;
     }
+    if (s->max_length && s->max_length < longest) longest = s->max_length;
+    else if (s->max_length > longest) say("note    --max-length becomes %zu, the context", longest);
     load_data(context, data, s->data, &tokenizer, &config, (dpo_data_options){
-        .use = use, .max_length = s->max_length ? s->max_length : config.context_length,
-        .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = s->limit});
+        .use = use, .max_length = longest, .max_prompt_length = s->max_prompt_length,
+        .keep_start = s->truncation, .limit = s->limit});
     dpo_tokenizer_free(context, &tokenizer);
     dpo_file_close(context, &file);
     plan_data(&plan, data, s->micro_tokens);
-    check_memory(context, &config, &plan, 0, s->max_memory, 0);
+    check_memory(context, &config, &plan, 0, s->max_memory, 0, LESS_MEMORY);
+    if (s->reference)
+        check_memory(context, &other_config, &plan, 0, s->max_memory, 0, LESS_MEMORY);
+}
+
+/* A row of the results; counts have 0 decimals. */
+typedef struct result { const char *name; double value; int decimals; } result;
+
+static void print_results(const result *rows, size_t n, int json)
+{
+    for (size_t i = 0; i < n; i++) {
+        const result *r = &rows[i];
+        if (!json) {
+            printf("%-24s %12.*f\n", r->name, r->decimals, r->value);
+            continue;
+        }
+        printf("%s\"%s\": ", i ? ", " : "{", r->name);
+        if (isfinite(r->value)) printf("%.*g", r->decimals ? 10 : 16, r->value);
+        else fputs("null", stdout);     // JSON has neither infinity nor NaN
+    }
+    if (json) puts("}");
 }
 
 static void write_pairs(const char *path, const dpo_data *data, const dpo_score *scores,
                         const double *reference, double beta)
 {
-    csv out = csv_create(path);
+    char *temporary = temporary_path(path);
+    csv out = csv_create(temporary, path);
     csv_cell(&out, "line,rewards/chosen,rewards/rejected,rewards/margins,logps/chosen,"
              "logps/rejected,reference/chosen,reference/rejected,tokens/chosen,tokens/rejected");
     csv_end_row(&out);
@@ -140,7 +167,8 @@ static void write_pairs(const char *path, const dpo_data *data, const dpo_score 
                  p[0].n_scored, p[1].n_scored);
         csv_end_row(&out);
     }
-    close_file(out.file, path);
+    csv_close(&out);
+    free(temporary);
 }
 
 static void evaluate_prefs(dpo_context *context, const settings *s)
@@ -148,7 +176,7 @@ static void evaluate_prefs(dpo_context *context, const settings *s)
     dpo_data data;
     dpo_metrics m;
     const dpo_loss_options loss = {(dpo_loss_kind)s->loss_type, s->beta, s->label_smoothing};
-    if (s->out && path_exists(s->out)) fail("%s exists already; nothing was changed", s->out);
+    if (s->out) check_can_make(s->out);
     load(context, s, &data, DPO_USE_PAIRS);
     dpo_score *scores = allocate(2 * data.n, sizeof *scores);
     double *reference = allocate(2 * data.n, sizeof *reference), values[N_METRICS];
@@ -158,13 +186,15 @@ static void evaluate_prefs(dpo_context *context, const settings *s)
     check(context, dpo_metrics_compute(context, &m, NULL, data.examples, scores, reference, data.n,
                                        &loss));
     metric_values(values, &m);
-    printf(s->json ? "{\"%s\": %zu" : "%-24s %12zu\n", "pairs", m.n);
-    printf(s->json ? ", \"%s\": %zu" : "%-24s %12zu\n", "prompts", data.n_groups);
-    printf(s->json ? ", \"%s\": %zu" : "%-24s %12zu\n", "ties", m.ties);
-    for (size_t i = 0; i < N_METRICS; i++)
-        printf(s->json ? ", \"%s\": %.9g" : "%-24s %12.4f\n", metric_names[i], values[i]);
-    printf(s->json ? ", \"%s\": %.9g}\n" : "%-24s %12.4f\n", "rewards/accuracies_se",
-           m.accuracy_error);
+    const result rows[] = {
+        {"pairs", (double)m.n, 0}, {"prompts", (double)data.n_groups, 0},
+        {"ties", (double)m.ties, 0}, {metric_names[0], values[0], 4},
+        {metric_names[1], values[1], 4}, {metric_names[2], values[2], 4},
+        {metric_names[3], values[3], 4}, {metric_names[4], values[4], 4},
+        {metric_names[5], values[5], 4}, {metric_names[6], values[6], 4},
+        {"rewards/accuracies_se", m.accuracy_error, 4},
+    };
+    print_results(rows, sizeof rows / sizeof *rows, s->json);
     if (s->out) write_pairs(s->out, &data, scores, reference, s->beta);
     free(scores);
     free(reference);
@@ -182,34 +212,83 @@ static void evaluate_loss(dpo_context *context, const settings *s)
         nats -= scores[i].logp;
         n += (double)scores[i].n_scored;
     }
-    const struct { const char *name; double value; } rows[] = {
-        {"windows", (double)data.n}, {"tokens", n}, {"bytes", (double)data.counts.bytes},
-        {"nats_per_token", nats / n}, {"perplexity", exp(nats / n)},
-        {"bits_per_byte", nats / (log(2) * (double)data.counts.bytes)},
+    const result rows[] = {
+        {"windows", (double)data.n, 0}, {"tokens", n, 0}, {"bytes", (double)data.counts.bytes, 0},
+        {"nats_per_token", nats / n, 4}, {"perplexity", exp(nats / n), 4},
+        {"bits_per_byte", nats / (log(2) * (double)data.counts.bytes), 4},
     };
-    const char *separator = "{";
-    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++, separator = ", ") {
-        if (s->json) printf("%s\"%s\": %.10g", separator, rows[i].name, rows[i].value);
-        else printf("%-24s %12.*f\n", rows[i].name, i < 3 ? 0 : 4, rows[i].value);
-    }
-    if (s->json) puts("}");
+    print_results(rows, sizeof rows / sizeof *rows, s->json);
     free(scores);
     dpo_data_free(context, &data);
 }
 
 /* ---- generate and chat ----------------------------------------------------------------------- */
 
-static void load_model(dpo_context *context, const settings *s, dpo_model *model)
+/* Prompts as text and as tokens. */
+typedef struct prompt { char *text; size_t n; dpo_tokens tokens; } prompt;
+typedef struct prompts { prompt *all; size_t n, longest; } prompts;
+
+static void add_prompt(dpo_context *context, prompts *p, const dpo_tokenizer *tokenizer,
+                       const char *text, size_t n)
+{
+    p->all = realloc(p->all, (p->n + 1) * sizeof *p->all);
+    if (!p->all) fail("out of memory");
+    prompt *new = &p->all[p->n++];
+    *new = (prompt){.text = allocate(n, 1), .n = n};
+    if (n) memcpy(new->text, text, n);
+    check(context, dpo_tokenizer_encode(context, &new->tokens, tokenizer, text, n));
+    if (new->tokens.n > p->longest) p->longest = new->tokens.n;
+}
+
+/* Reads all of them, so that what is wrong is known before anything is answered. */
+static void read_prompts(dpo_context *context, const settings *s, prompts *p,
+                         const dpo_tokenizer *tokenizer)
+{
+    const char *path = s->data ? s->data : "/dev/stdin";
+    dpo_jsonl reader;
+    int found = 0;
+    check(context, dpo_jsonl_open(context, &reader, path));
+    while (!s->limit || p->n < s->limit) {
+        check(context, dpo_jsonl_next(context, &reader, &found));
+        if (!found) break;
+        const dpo_json_value *text = dpo_json_member(&reader.json, reader.json.values, "prompt");
+        if (!text || text->kind != DPO_JSON_STRING)
+            fail("%s:%zu: a \"prompt\" with a string is expected", path, reader.line);
+        add_prompt(context, p, tokenizer, reader.json.text.bytes + text->string, text->n_string);
+    }
+    dpo_jsonl_close(context, &reader);
+}
+
+/* Reads the prompts (of chat, where p is NULL, any may come), sees whether the longest of them with
+   its answer fits the memory, and loads the model. */
+static void load_model(dpo_context *context, const settings *s, dpo_model *model, prompts *p)
 {
     dpo_file file;
     dpo_config config;
     dpo_tokenizer tokenizer;
-    dpo_plan_options plan = {.n_threads = context->n_threads};
     open_model(context, &file, &config, &tokenizer, s->model);
+    if (p && s->prompt) add_prompt(context, p, &tokenizer, s->prompt, strlen(s->prompt));
+    else if (p) read_prompts(context, s, p, &tokenizer);
+    for (size_t i = 0; p && i < p->n; i++)
+        if (!p->all[i].tokens.n && config.eos_id < 0)
+            fail("prompt %zu is empty, and needs an end token in its place, which the model does "
+                 "not name", i + 1);
     dpo_tokenizer_free(context, &tokenizer);
     dpo_file_close(context, &file);
-    size_t cache = 2 * config.n_layers * config.context_length * config.d_model * sizeof(float);
-    check_memory(context, &config, &plan, cache, s->max_memory, 0);
+    size_t context_length = config.context_length;
+    size_t longest = p ? p->longest : s->max_length ? s->max_length : context_length;
+    if (longest < 1) longest = 1;
+    if (longest > context_length) longest = context_length;
+    size_t positions = context_length - longest < s->max_new_tokens ? context_length
+                                                                    : longest + s->max_new_tokens;
+    dpo_plan_options plan = {.max_rows = longest, .max_scored = 1, .max_span = longest,
+                             .n_threads = context->n_threads};
+    // Every position's keys and values, and its share in every head; a logit and a rank per token.
+    size_t cache = (2 * config.n_layers * config.d_model + config.n_heads) * positions * 4 +
+                   12 * config.vocab_size;
+    check_memory(context, &config, &plan, cache, s->max_memory, 0,
+                 p ? "lower --max-new-tokens, shorten the prompts, or take a smaller model"
+                   : "lower --max-length or --max-new-tokens, or take a smaller model");
     check(context, dpo_model_load(context, model, s->model, !s->no_verify));
 }
 
@@ -232,49 +311,39 @@ static const char *unescape(const char *text)
     return out;
 }
 
-static void answer_prompt(dpo_model *model, const dpo_sampling *sampling, const char *prompt,
-                          size_t n)
+static void answer_prompt(dpo_model *model, const dpo_sampling *sampling, const prompt *p)
 {
     dpo_context *context = model->context;
-    dpo_tokens tokens = {0};
     dpo_string answer = {0};
-    check(context, dpo_tokenizer_encode(context, &tokens, &model->tokenizer, prompt, n));
     const uint32_t end = (uint32_t)model->config.eos_id;     // a text begins where another ended
-    const uint32_t *ids = tokens.n ? tokens.ids : &end;
-    check(context, dpo_generate(model, &answer, ids, tokens.n ? tokens.n : 1, sampling, NULL,
+    const uint32_t *ids = p->tokens.n ? p->tokens.ids : &end;
+    check(context, dpo_generate(model, &answer, ids, p->tokens.n ? p->tokens.n : 1, sampling, NULL,
                                 NULL));
     check(context, dpo_string_make_valid(context, &answer));
     fputs("{\"prompt\": ", stdout);
-    write_quoted(context, stdout, prompt, n);
+    write_quoted(context, stdout, p->text, p->n);
     fputs(", \"completion\": ", stdout);
     write_quoted(context, stdout, answer.bytes, answer.n);
     puts("}");
     finish_stdout();
     dpo_string_free(context, &answer);
-    dpo_tokens_free(context, &tokens);
 }
 
 static void generate(dpo_context *context, const settings *s)
 {
-    const char *path = s->data ? s->data : "/dev/stdin";
     dpo_model model;
-    dpo_jsonl reader;
-    int found = 0;
+    prompts p = {0};
     if (s->prompt && s->data) usage_fail("--prompt and --data exclude each other");
-    if (!s->prompt) check(context, dpo_jsonl_open(context, &reader, path));
-    load_model(context, s, &model);
+    load_model(context, s, &model, &p);
     dpo_sampling sampling = sampling_of(s);
-    if (s->prompt) answer_prompt(&model, &sampling, s->prompt, strlen(s->prompt));
-    for (size_t i = 0; !s->prompt && (!s->limit || i < s->limit); i++) {
-        check(context, dpo_jsonl_next(context, &reader, &found));
-        if (!found) break;
-        const dpo_json_value *prompt = dpo_json_member(&reader.json, reader.json.values, "prompt");
-        if (!prompt || prompt->kind != DPO_JSON_STRING)
-            fail("%s:%zu: a \"prompt\" with a string is expected", path, reader.line);
-        sampling.seed = dpo_random_u64(s->seed, i, 0);  // its own numbers for every prompt
-        answer_prompt(&model, &sampling, reader.json.text.bytes + prompt->string, prompt->n_string);
+    for (size_t i = 0; i < p.n; i++) {
+        // Every prompt of a file has its own numbers.
+        if (!s->prompt) sampling.seed = dpo_random_u64(s->seed, i, 0);
+        answer_prompt(&model, &sampling, &p.all[i]);
+        dpo_tokens_free(context, &p.all[i].tokens);
+        free(p.all[i].text);
     }
-    if (!s->prompt) dpo_jsonl_close(context, &reader);
+    free(p.all);
     dpo_model_free(&model);
 }
 
@@ -294,7 +363,7 @@ static void chat(dpo_context *context, const settings *s)
     dpo_string answer = {0};
     char *line = NULL, *transcript = allocate(1, 1);
     size_t capacity = 0, used = 0;
-    load_model(context, s, &model);
+    load_model(context, s, &model, NULL);
     dpo_sampling sampling = sampling_of(s);
     sampling.stops = stops;
     sampling.n_stops = 1;
@@ -307,7 +376,9 @@ static void chat(dpo_context *context, const settings *s)
         while (n > 0 && isspace((unsigned char)line[n - 1])) line[--n] = 0;
         if (!strcmp(line, "/quit")) break;
         if (!strcmp(line, "/reset")) used = 0;
-        if (!strcmp(line, "/help")) say("/reset forgets the conversation, /quit leaves");
+        else if (line[0] == '/')
+            say("%s/reset forgets the conversation, /quit leaves; a question may begin with a "
+                "space and a /", strcmp(line, "/help") ? "no such command; " : "");
         if (n == 0 || line[0] == '/') continue;
         transcript = realloc(transcript, used + (size_t)n + 32);
         if (!transcript) fail("out of memory");
@@ -317,8 +388,9 @@ static void chat(dpo_context *context, const settings *s)
             say("%s", context->error);  // the turn is dropped
             continue;
         }
-        check(context, dpo_generate(&model, &answer, tokens.ids, tokens.n, &sampling, print_piece,
-                                    NULL));
+        size_t cut = s->max_length && tokens.n > s->max_length ? tokens.n - s->max_length : 0;
+        check(context, dpo_generate(&model, &answer, tokens.ids + cut, tokens.n - cut, &sampling,
+                                    print_piece, NULL));
         check(context, dpo_string_make_valid(context, &answer));
         putchar('\n');
         used += turn;
@@ -349,7 +421,7 @@ int main(int argc, char **argv)
     tool_name = "eval";
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     tool_name = names[c - commands];
-    if (bit == LOSS) s.max_length = 0;
+    if (bit & (LOSS | CHAT)) s.max_length = 0;
     parse_options(argc, argv, c, bit, options, list_options(options, &s, bit));
     s.model = model_path(s.model);
     if (s.reference) s.reference = model_path(s.reference);

@@ -85,6 +85,9 @@ static inline void finish_stdout(void)
         fail("cannot write to standard output: %s", strerror(errno));
 }
 
+/* Up to here every whole number is a double, which is all that JSON's readers promise. */
+#define MAX_JSON_WHOLE (0x1p53 - 1)
+
 /* ---- options: one table drives parsing, help and the record in config.json ------------------- */
 
 typedef enum {
@@ -194,6 +197,8 @@ static inline void parse_value(const option *o, const char *text)
     if (!digit || end == text || *end || errno == ERANGE || !isfinite(number))
         usage_fail("--%s must be a %s, not '%s'", o->name, o->kind == OPTION_SIZE ? "whole number" :
                    o->kind == OPTION_BYTES ? "size like 500M or 8G" : "number", text);
+    if (o->kind == OPTION_BYTES && number * scale >= 0x1p63)
+        usage_fail("--%s %s is more than any machine has", o->name, text);
     if (number < o->low || (o->high > 0 && number > o->high))
         usage_fail("--%s must be from %s to %s, not %s", o->name, real_text(low, o->low),
                    o->high > 0 ? real_text(high, o->high) : "any size", text);
@@ -341,6 +346,14 @@ static inline char *path_join(const char *directory, const char *name)
     return path;
 }
 
+/* The name of a file until it is complete. */
+static inline char *temporary_path(const char *path)
+{
+    char *temporary = allocate(strlen(path) + 32, 1);
+    sprintf(temporary, "%s.tmp-%ld", path, (long)getpid());
+    return temporary;
+}
+
 /* Where a run directory is given for a model file, its model.bin is meant. */
 static inline const char *model_path(const char *path)
 {
@@ -362,11 +375,30 @@ static inline void close_file(FILE *file, const char *path)
     if (fclose(file) || failed) fail("cannot write %s: %s", path, strerror(errno));
 }
 
-typedef struct csv { FILE *file; const char *path; int cells; } csv;
-
-static inline csv csv_create(const char *path)
+/* Finds out at once, and not after hours of computing, whether a file can be made. */
+static inline void check_can_make(const char *path)
 {
-    return (csv){create_file(path), path, 0};
+    if (path_exists(path)) fail("%s exists already; nothing was changed", path);
+    char *temporary = temporary_path(path);
+    close_file(create_file(temporary), temporary);
+    remove(temporary);
+    free(temporary);
+}
+
+/* A table. With a target it is written under a temporary path and renamed when it is complete. */
+typedef struct csv { FILE *file; const char *path, *target; int cells; } csv;
+
+static inline csv csv_create(const char *path, const char *target)
+{
+    return (csv){create_file(path), path, target, 0};
+}
+
+static inline void csv_check(const csv *c, int failed)
+{
+    if (!failed) return;
+    int reason = errno;
+    if (c->target) remove(c->path);
+    fail("cannot write %s: %s", c->target ? c->target : c->path, strerror(reason));
 }
 
 __attribute__((format(printf, 2, 3)))
@@ -384,21 +416,44 @@ static inline void csv_end_row(csv *c)
 {
     c->cells = 0;
     fputc('\n', c->file);
-    if (fflush(c->file) || ferror(c->file)) fail("cannot write %s: %s", c->path, strerror(errno));
+    csv_check(c, fflush(c->file) || ferror(c->file));
+}
+
+static inline void csv_close(csv *c)
+{
+    int failed = ferror(c->file);
+    csv_check(c, fclose(c->file) || failed);
+    csv_check(c, c->target && rename(c->path, c->target));
+}
+
+/* What a container may take, in bytes (cgroup 2 and 1); SIZE_MAX where nothing limits it. */
+static inline size_t container_memory(void)
+{
+    static const char *const paths[] = {"/sys/fs/cgroup/memory.max",
+                                        "/sys/fs/cgroup/memory/memory.limit_in_bytes"};
+    size_t least = SIZE_MAX, bytes;
+    for (size_t i = 0; i < sizeof paths / sizeof *paths; i++) {
+        FILE *file = fopen(paths[i], "r");
+        if (file && fscanf(file, "%zu", &bytes) == 1 && bytes < least) least = bytes;
+        if (file) fclose(file);
+    }
+    return least;
 }
 
 /* Memory that can be had now, in bytes; 0 if the machine does not say. */
 static inline size_t available_memory(void)
 {
+    size_t most = container_memory();
     char line[128];
     size_t kilobytes = 0;
     FILE *file = fopen("/proc/meminfo", "r");
     while (file && !kilobytes && fgets(line, sizeof line, file))
         sscanf(line, "MemAvailable: %zu", &kilobytes);
     if (file) fclose(file);
-    if (kilobytes) return kilobytes * 1024;
     long pages = sysconf(_SC_PHYS_PAGES), page = sysconf(_SC_PAGESIZE);
-    return pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
+    size_t bytes = kilobytes ? kilobytes * 1024
+                 : pages > 0 && page > 0 ? (size_t)pages * (size_t)page : 0;
+    return bytes < most ? bytes : most;
 }
 
 static inline double now(void)
@@ -429,11 +484,14 @@ static inline void plan_data(dpo_plan_options *plan, const dpo_data *data, size_
     plan->max_scored = plan->max_rows;
 }
 
+#define LESS_MEMORY "lower --micro-tokens or --max-length, or take a smaller model"
+
 /* Prints the plan (with `show`) and refuses what does not fit; returns the weights' bytes. `other`
-   is what neither the plan nor the context knows of. max_memory 0: what the machine has. */
+   is what neither the plan nor the context knows of. max_memory 0: what the machine has. `advice`
+   says how to need less. */
 static inline size_t check_memory(dpo_context *context, const dpo_config *config,
                                   const dpo_plan_options *plan, size_t other, size_t max_memory,
-                                  int show)
+                                  int show, const char *advice)
 {
     dpo_memory m;
     check(context, dpo_memory_plan(context, &m, config, plan));
@@ -451,9 +509,8 @@ static inline size_t check_memory(dpo_context *context, const dpo_config *config
             say("  %-12s%10.1f MB", rows[i].name, 1e-6 * (double)rows[i].bytes);
     }
     if (limit && total > limit)
-        fail("needs %.1f MB of memory, and %.1f MB are %s; lower --micro-tokens or --max-length, "
-             "or take a smaller model%s", 1e-6 * (double)total, 1e-6 * (double)limit,
-             max_memory ? "allowed by --max-memory" : "available",
+        fail("needs %.1f MB of memory, and %.1f MB are %s; %s%s", 1e-6 * (double)total,
+             1e-6 * (double)limit, max_memory ? "allowed by --max-memory" : "available", advice,
              max_memory ? "" : " (--max-memory overrules what the machine says)");
     return m.weights;
 }

@@ -106,7 +106,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         TEXT(DPO, 0, "reference-cache", &s->reference_cache, "FILE", 0,
             "share reference.bin between runs: read if it exists, else made"),
         CHOICE(SFT, "sft-loss", &s->sft_loss, "mean|sum",
-            "mean per token of the batch, or sum per answer"),
+            "mean per token of the batch, or sum per answer; so are the logged losses"),
         REAL(TRAIN, "epochs", &s->epochs, 1e-9, 1e6, "passes over the data"),
         COUNT(TRAIN, "max-steps", &s->max_steps, 0, 1e12,
             "this many updates, whatever --epochs says; 0: off"),
@@ -138,7 +138,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(TRAIN, "eval-steps", &s->eval_steps, 0, 1e12,
             "updates between evaluations; 0: 1/20 of the run"),
         COUNT(TRAIN, "sample", &s->samples, 0, 1e6, "prompts to answer at each evaluation"),
-        COUNT(ALL, "seed", &s->seed, 0, 0, "of weights, or of the order of the data"),
+        COUNT(ALL, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
         COUNT(TRAIN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(TRAIN, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -199,10 +199,10 @@ static dpo_config make_config(dpo_context *context, const settings *s)
 
 static void init_model(dpo_context *context, const settings *s)
 {
-    if (path_exists(s->output)) fail("%s exists already; nothing was changed", s->output);
+    check_can_make(s->output);
     dpo_config config = make_config(context, s);
     dpo_plan_options plan = {.n_threads = context->n_threads};
-    check_memory(context, &config, &plan, 0, s->max_memory, 0);
+    check_memory(context, &config, &plan, 0, s->max_memory, 0, "make a smaller model");
     dpo_model model;
     check(context, dpo_model_init(context, &model, &config, s->tokenizer, s->seed));
     check(context, dpo_model_save(&model, s->output));
@@ -224,7 +224,7 @@ typedef struct run {
     dpo_data data, eval;        // eval.n is 0 without --eval-data
     size_t n_branches;          // of every example: 2 for dpo, 1 for sft
     double *reference;          // [2 data.n, then 2 eval.n] reference log-probabilities; dpo only
-    uint64_t reference_identity;
+    uint64_t reference_identity, reference_file_identity;
     size_t *order;              // [data.n] this epoch's order
     dpo_example *batch;         // [batch_size] the update's examples ...
     double *batch_reference;    // [2 batch_size] and their reference
@@ -236,7 +236,8 @@ typedef struct run {
     size_t last_eval_step;
     csv log, eval_log;
     FILE *samples;
-    const char *cache_path, *model_path, *samples_path;
+    const char *reference_path, *model_path, *samples_path;
+    int failed;                 // an update came out not finite
 } run;
 
 static volatile sig_atomic_t interrupted;
@@ -303,7 +304,6 @@ static void make_directories(const char *path)
     }
     struct stat status;
     if (stat(path, &status) || !S_ISDIR(status.st_mode)) fail("%s is not a directory", path);
-    if (access(path, W_OK | X_OK)) fail("cannot write in %s: %s", path, strerror(errno));
     free(copy);
 }
 
@@ -345,13 +345,15 @@ static void write_config(const run *r, const option *options, size_t n_options)
     }
     fprintf(file, "\n  },\n"
             "  \"model_identity\": \"%016llx\",\n  \"reference_identity\": \"%016llx\",\n"
+            "  \"reference_file_identity\": \"%016llx\",\n"
             "  \"data_hash\": \"%016llx\",\n  \"eval_data_hash\": \"%016llx\",\n"
             "  \"parameters\": %zu,\n  \"examples\": %zu,\n  \"prompts\": %zu,\n"
             "  \"eval_examples\": %zu,\n  \"steps\": %zu,\n  \"warmup_steps\": %zu,\n"
             "  \"compiler\": ",
             (unsigned long long)r->model.identity, (unsigned long long)r->reference_identity,
-            (unsigned long long)r->data.hash, (unsigned long long)r->eval.hash, r->model.n_params,
-            r->data.n, r->data.n_groups, r->eval.n, r->steps, r->warmup);
+            (unsigned long long)r->reference_file_identity, (unsigned long long)r->data.hash,
+            (unsigned long long)r->eval.hash, r->model.n_params, r->data.n, r->data.n_groups,
+            r->eval.n, r->steps, r->warmup);
     write_quoted(r->context, file, __VERSION__, strlen(__VERSION__));
     fputs("\n}\n", file);
     close_file(file, path);
@@ -361,7 +363,7 @@ static void write_config(const run *r, const option *options, size_t n_options)
 static csv create_log(const run *r, const char *name, const char *before, const char *prefix,
                       const char *after)
 {
-    csv log = csv_create(path_join(r->s->output, name));
+    csv log = csv_create(path_join(r->s->output, name), NULL);
     csv_cell(&log, "%s", before);
     for (size_t i = 0; i < r->n_metrics; i++) csv_cell(&log, "%s%s", prefix, metric_names[i]);
     if (*after) csv_cell(&log, "%s", after);
@@ -401,8 +403,9 @@ static size_t start_batch(run *r)
     return n;
 }
 
-/* Ends the run before the weights are touched, naming the update's examples by their lines. */
-static void stop_not_finite(const run *r, const char *what, const dpo_example *examples, size_t n)
+/* Ends the run before the weights are touched, naming the update's examples by their lines. What
+   the updates before it made is saved, as after an interrupt. */
+static void stop_not_finite(run *r, const char *what, const dpo_example *examples, size_t n)
 {
     char lines[256] = "";
     size_t length = 0, shown = 0;
@@ -411,12 +414,16 @@ static void stop_not_finite(const run *r, const char *what, const dpo_example *e
                                    shown ? ", " : " at lines ", examples[shown].line);
     if (shown && shown < n)
         snprintf(lines + length, sizeof lines - length, " and %zu more", n - shown);
-    fail("update %zu was not made and no model saved: %s; its examples: %zu of %s%s", r->step + 1,
-         what, n, r->s->data, lines);
+    if (!r->step)
+        fail("update 1 was not made and no model saved: %s; its examples: %zu of %s%s", what, n,
+             r->s->data, lines);
+    say("%s: update %zu was not made: %s; its examples: %zu of %s%s; the run ends with the "
+        "model as update %zu left it", tool_name, r->step + 1, what, n, r->s->data, lines, r->step);
+    r->failed = 1;
 }
 
 /* One update on r->batch[0 .. n-1]: gradients of the mean loss, micro-batch by micro-batch, then
-   the optimizer. Leaves the batch's metrics, as they were before the update. */
+   the optimizer. Leaves the batch's metrics, as they were before the update, or sets r->failed. */
 static void update(run *r, size_t n, double learning_rate, dpo_metrics *metrics, double *norm)
 {
     const settings *s = r->s;
@@ -442,15 +449,20 @@ static void update(run *r, size_t n, double learning_rate, dpo_metrics *metrics,
             } else {
                 r->dlogp[i] = -1 / divisor;
             }
-            if (!isfinite(loss))
+            if (!isfinite(loss)) {
                 stop_not_finite(r, "the loss is not finite; a lower --learning-rate may help",
                                 &micro.examples[i], 1);
+                return;
+            }
             loss_sum += loss;
         }
         check(r->context, dpo_backward(&r->model, &micro, r->dlogp));
         start += micro.n;
     }
-    if (dpo_grad_norm(&r->model, norm)) stop_not_finite(r, r->context->error, r->batch, n);
+    if (dpo_grad_norm(&r->model, norm)) {
+        stop_not_finite(r, r->context->error, r->batch, n);
+        return;
+    }
     *metrics = (dpo_metrics){.n = n, .loss = loss_sum / divisor};
     if (r->bit == DPO)
         check(r->context, dpo_metrics_compute(r->context, metrics, NULL, r->batch, r->scores,
@@ -515,14 +527,15 @@ static void self_check(run *r, int cached)
 }
 
 /* Loads the policy, and the reference's log-probabilities from the cache if it exists, or else
-   from the reference model, which is in memory before the policy and never beside it. */
+   from the reference model, which is in memory before the policy and never beside it. The run
+   directory gets its own copy: 16 bytes a pair. */
 static void load_models(run *r, uint64_t policy_identity)
 {
     const settings *s = r->s;
-    const char *cache = r->cache_path;
+    const char *cache = s->reference_cache;
     size_t n = 2 * (r->data.n + r->eval.n);
     uint64_t key = dpo_random_u64(r->data.hash, r->eval.hash, 0);   // of both data sets
-    int cached = r->bit == DPO && path_exists(cache), loaded = 0;
+    int cached = cache && path_exists(cache), loaded = 0;
     if (cached) {
         check(r->context, dpo_reference_load(r->context, cache, r->reference_identity, key,
                                              r->reference, n));
@@ -538,9 +551,16 @@ static void load_models(run *r, uint64_t policy_identity)
     if (!loaded)
         check(r->context, dpo_model_load(r->context, &r->model, s->model, !s->no_verify));
     if (r->bit == DPO && r->reference_identity == policy_identity) self_check(r, cached);
-    if (r->bit == DPO && !cached)
-        check(r->context, dpo_reference_save(r->context, cache, r->reference_identity, key,
-                                             r->reference, n));
+    if (r->bit != DPO) return;
+    const char *const paths[] = {cache, r->reference_path};
+    for (int i = 0; i < 2; i++)
+        if (paths[i] && !path_exists(paths[i]))
+            check(r->context, dpo_reference_save(r->context, paths[i], r->reference_identity, key,
+                                                 r->reference, n));
+    dpo_file file;
+    check(r->context, dpo_file_open(r->context, &file, r->reference_path, DPO_FILE_REFERENCE, 0));
+    r->reference_file_identity = file.identity;
+    dpo_file_close(r->context, &file);
 }
 
 /* ---- evaluation ------------------------------------------------------------------------------ */
@@ -603,10 +623,14 @@ static void evaluate(run *r)
             logp += r->scores[i].logp;
             scored += (double)r->scores[i].n_scored;
         }
-        *m = (dpo_metrics){.n = r->eval.n, .loss = -logp / scored};
-        say("step %zu: eval loss %.4f nats per token, perplexity %.2f", r->step, m->loss,
-            exp(m->loss));
+        int sum = r->s->sft_loss;       // the loss is what training minimises
+        *m = (dpo_metrics){.n = r->eval.n, .loss = -logp / (sum ? (double)r->eval.n : scored)};
+        say("step %zu: eval loss %.4f nats per %s, perplexity %.2f", r->step, m->loss,
+            sum ? "answer" : "token", exp(-logp / scored));
     }
+    if (!isfinite(m->loss))
+        fail("the evaluation after update %zu gives a loss of %g, so no model was saved; a lower "
+             "--learning-rate may help", r->step, m->loss);
     csv_cell(&r->eval_log, "%zu,%zu,%zu", r->step, r->examples, r->tokens);
     log_metrics(r, &r->eval_log, m);
     if (r->bit == DPO) csv_cell(&r->eval_log, "%zu,%.9g", m->ties, m->accuracy_error);
@@ -630,6 +654,7 @@ static void train(run *r)
         size_t before = r->tokens;
         dpo_metrics m;
         update(r, start_batch(r), rate, &m, &norm);
+        if (r->failed) break;
         double speed = (double)(r->tokens - before) / (now() - began);
         csv_cell(&r->log, "%zu,%zu,%zu,%.6f,%.9g", r->step, r->examples, r->tokens,
                  (double)r->examples / (double)r->data.n, rate);
@@ -643,6 +668,15 @@ static void train(run *r)
         if (r->step % eval_steps == 0 || r->step == r->steps) evaluate(r);
     }
     clear_bar();
+}
+
+static void save(run *r)
+{
+    for (size_t i = 0; i < r->model.n_params; i++)
+        if (!isfinite(r->model.params[i]))
+            fail("update %zu left weights that are not finite, so no model was saved; a lower "
+                 "--learning-rate may help", r->step);
+    check(r->context, dpo_model_save(&r->model, r->model_path));
 }
 
 static void print_results(const run *r)
@@ -716,17 +750,21 @@ static uint64_t prepare(run *r)
     plan_data(&plan, &r->eval, s->micro_tokens);
     plan_steps(r);
     size_t reference = 2 * (r->data.n + r->eval.n) * sizeof(double);
-    size_t weights = check_memory(r->context, &r->config, &plan, reference, s->max_memory, 1);
+    size_t weights = check_memory(r->context, &r->config, &plan, reference, s->max_memory, 1,
+                                  LESS_MEMORY);
     plan.train = 0;
     if (s->reference)
-        check_memory(r->context, &other_config, &plan, reference, s->max_memory, 0);
+        check_memory(r->context, &other_config, &plan, reference, s->max_memory, 0, LESS_MEMORY);
     make_directories(s->output);
+    check_can_make(r->model_path);
+    if (s->reference_cache && !path_exists(s->reference_cache)) check_can_make(s->reference_cache);
     check_disk(r, (double)(weights + reference));
     return identity;
 }
 
-static void run_training(dpo_context *context, const settings *s, unsigned bit,
-                         const option *options, size_t n_options)
+/* Returns the exit status. */
+static int run_training(dpo_context *context, const settings *s, unsigned bit,
+                        const option *options, size_t n_options)
 {
     static run r;   // lives as long as the program
     r = (run){.s = s, .bit = bit, .context = context,
@@ -735,9 +773,9 @@ static void run_training(dpo_context *context, const settings *s, unsigned bit,
     if (s->label_smoothing > 0 && s->loss_type != DPO_LOSS_SIGMOID)
         usage_fail("--label-smoothing goes with --loss-type sigmoid only");
     catch_signals();
-    uint64_t identity = prepare(&r);
     r.model_path = path_join(s->output, "model.bin");
-    r.cache_path = s->reference_cache ? s->reference_cache : path_join(s->output, "reference.bin");
+    r.reference_path = path_join(s->output, "reference.bin");
+    uint64_t identity = prepare(&r);
     allocate_buffers(&r);
     load_models(&r, identity);
     write_config(&r, options, n_options);
@@ -748,9 +786,9 @@ static void run_training(dpo_context *context, const settings *s, unsigned bit,
     r.optimizer.epsilon = s->adam_epsilon;
     r.optimizer.weight_decay = s->weight_decay;
     train(&r);
-    check(context, dpo_model_save(&r.model, r.model_path));
-    close_file(r.log.file, r.log.path);
-    if (r.eval.n) close_file(r.eval_log.file, r.eval_log.path);
+    save(&r);
+    csv_close(&r.log);
+    if (r.eval.n) csv_close(&r.eval_log);
     if (r.samples) close_file(r.samples, r.samples_path);
     print_results(&r);
     finish_stdout();
@@ -759,6 +797,7 @@ static void run_training(dpo_context *context, const settings *s, unsigned bit,
     dpo_model_free(&r.model);
     dpo_data_free(context, &r.data);
     dpo_data_free(context, &r.eval);
+    return r.failed ? 1 : interrupted ? 128 + interrupted : 0;
 }
 
 int main(int argc, char **argv)
@@ -778,8 +817,9 @@ int main(int argc, char **argv)
 
     dpo_context context;
     check(&context, dpo_context_init(&context, (int)s.threads));
+    int status = 0;
     if (bit == INIT) init_model(&context, &s);
-    else run_training(&context, &s, bit, options, n_options);
+    else status = run_training(&context, &s, bit, options, n_options);
     dpo_context_free(&context);
-    return interrupted ? 128 + interrupted : 0;
+    return status;
 }

@@ -28,7 +28,7 @@ def main():
     shown = set()
     print(f"{'question':<40} {'before':<48} after")
     for old, new in zip(before, after):
-        question = old["prompt"].strip().splitlines()[0].removeprefix("Human: ")
+        question = old["prompt"].strip().splitlines()[0].split("Human: ", 1)[-1]
         if question not in shown:
             print(f"{question:<40} {old['completion'].strip():<48} {new['completion'].strip()}")
         shown.add(question)

@@ -34,7 +34,8 @@ say "4. The held-out questions, asked eight times each, before and after"
 for repeat in 1 2 3 4 5 6 7 8; do
     for model in sft dpo; do
         ./eval generate -m "$out/$model" -d "$out/ask.jsonl" --temperature 1 --top-p 1 \
-               --max-new-tokens 60 --seed "$repeat" 2> /dev/null >> "$out/$model.jsonl"
+               --max-new-tokens 60 --seed "$repeat" 2> "$out/eval.txt" >> "$out/$model.jsonl" ||
+            { cat "$out/eval.txt" >&2; exit 1; }
     done
 done
 "$python" demo/compare.py "$out/sft.jsonl" "$out/dpo.jsonl"

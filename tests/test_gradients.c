@@ -211,8 +211,8 @@ static void test_linear(dpo_layout layout, int accumulate)
    67, 70 and 130 rows do not fit into one strip of queries. */
 enum { HEADS = 3, D = 6, WIDTH = HEADS * D, ROW = 3 * WIDTH, SPANS = 5, ROWS = 272, LONGEST = 137 };
 static const dpoi_span spans[SPANS] = {
-    { 0, 70, 0, 0, 0 }, { 70, 5, 0, 70, 0 }, { 75, 67, 0, 70, 0 }, { 142, 0, 0, 70, 0 },
-    { 142, 130, 142, 0, 1 } };
+    { 0, 70, 0, 0 }, { 70, 5, 0, 70 }, { 75, 67, 0, 70 }, { 142, 0, 0, 70 },
+    { 142, 130, 142, 0 } };
 static const size_t first_span[] = { 0, 4, SPANS };
 static const dpoi_heads head_orders[] = { { HEADS, D, 3 * D, D, 2 * D },           // GPT-NeoX
                                           { HEADS, D, D, WIDTH, 2 * WIDTH } };     // BTLM
