@@ -1086,6 +1086,8 @@ def import_model(directory, output):
 
 def export_model(model, directory):
     directory = directory.rstrip("/") or "/"
+    if os.path.isdir(model):        # a run directory, as the C programs take it
+        model = os.path.join(model, "model.bin")
     if os.path.lexists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         fail(directory, "is not an empty directory and never overwritten; choose another name")
     started, entries = time.monotonic(), open_container(model, MODEL)

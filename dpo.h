@@ -4490,8 +4490,8 @@ DPO_API int dpo_jsonl_next(dpo_context *context, dpo_jsonl *reader, int *found)
     } while (*found && blank == line->n);
     if (!*found) return 0;
     snprintf(reader->where, sizeof reader->where, "%.480s:%zu", reader->path, reader->line);
-    if (dpo_json_parse(context, &reader->json, line->bytes, line->n, reader->where)) return 1;
-    if (reader->json.values[0].kind == DPO_JSON_OBJECT) return 0;
+    if (line->bytes[blank] == '{')
+        return dpo_json_parse(context, &reader->json, line->bytes, line->n, reader->where);
     return dpoi_fail(context, "%s: an object {...} is expected on each line; convert other files "
                      "with `python3 convert.py data`", reader->where);
 }

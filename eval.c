@@ -317,6 +317,9 @@ static void answer_prompt(dpo_model *model, const dpo_sampling *sampling, const 
     dpo_string answer = {0};
     const uint32_t end = (uint32_t)model->config.eos_id;     // a text begins where another ended
     const uint32_t *ids = p->tokens.n ? p->tokens.ids : &end;
+    if (p->tokens.n >= model->config.context_length)
+        say("note    a prompt of %zu tokens is longer than the context of %zu: its start is cut",
+            p->tokens.n, model->config.context_length);
     check(context, dpo_generate(model, &answer, ids, p->tokens.n ? p->tokens.n : 1, sampling, NULL,
                                 NULL));
     check(context, dpo_string_make_valid(context, &answer));

@@ -359,7 +359,12 @@ static inline const char *model_path(const char *path)
 {
     struct stat status;
     int directory = stat(path, &status) == 0 && S_ISDIR(status.st_mode);
-    return directory ? path_join(path, "model.bin") : path;
+    if (!directory) return path;
+    char *inside = path_join(path, "model.bin");
+    if (stat(inside, &status))
+        fail("%s: no model.bin in this directory; a Hugging Face checkpoint is made one by "
+             "`python3 convert.py import %s model.bin`", path, path);
+    return inside;
 }
 
 static inline FILE *create_file(const char *path)

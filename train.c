@@ -732,6 +732,9 @@ static uint64_t prepare(run *r)
     check_directory(s->output);
     open_model(r->context, &file, &r->config, &tokenizer, s->model);
     uint64_t identity = r->reference_identity = file.identity;
+    size_t carried = 0;     // tokenizer and original files, which the saved model holds as well
+    for (size_t i = 0; i < file.n_entries; i++)
+        if (strchr(file.entries[i].name, '/')) carried += file.entries[i].bytes;
     if (s->reference) {
         open_model(r->context, &other, &other_config, &other_tokenizer, s->reference);
         check_same_tokenizer(&file, s->model, &other, s->reference);
@@ -758,7 +761,7 @@ static uint64_t prepare(run *r)
     make_directories(s->output);
     check_can_make(r->model_path);
     if (s->reference_cache && !path_exists(s->reference_cache)) check_can_make(s->reference_cache);
-    check_disk(r, (double)(weights + reference));
+    check_disk(r, (double)(weights + reference + carried));
     return identity;
 }
 

@@ -604,9 +604,9 @@ def compiler():
             "-fno-trapping-math", "-DCHECK_ONE_FAILURE", "-DDPO_STATIC"] + cpu
 
 
-def try_header(command, function, text, killers={}):
-    """What the tests make of a header: "killed", "survives", or that it does not compile. The test that
-    killed another mutant of the function goes first."""
+def try_header(command, function, text, killers):
+    """What the tests make of a header: "killed", "survives", or that it does not compile. `killers` has
+    the test that killed the function's last mutant: it goes first."""
     with tempfile.TemporaryDirectory(prefix="dpo-mutant-") as directory:
         header, program = os.path.join(directory, "mutant.h"), os.path.join(directory, "test")
         with open(header, "w") as out:
@@ -632,14 +632,15 @@ def main():
     with open("dpo.h") as header:
         source = header.read()
     command = compiler()
-    if try_header(command, "", source) != "survives":
+    killers = {}
+    if try_header(command, "", source, killers) != "survives":
         print("the tests fail on dpo.h as it is, so mutants would say nothing\n0 passed, 1 failed")
         return 1
     mutants, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "")
     for error in errors:
         print("error:", error)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        tried = [pool.submit(try_header, command, name, text) for name, _, text in mutants]
+        tried = [pool.submit(try_header, command, name, text, killers) for name, _, text in mutants]
         for i, ((_, what, _), future) in enumerate(zip(mutants, tried)):
             if future.result() != "killed":
                 errors.append(what)
