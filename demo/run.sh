@@ -9,6 +9,7 @@ out=build/demo
 python=${PYTHON:-python3}
 # On a busy machine threads that spin while they wait cost more than threads that sleep.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-passive}"
+[ -x train ] && [ -x eval ] || { echo "demo: train and eval are not built: make demo does both" >&2; exit 1; }
 rm -rf "$out"
 mkdir -p "$out"
 
