@@ -2,7 +2,9 @@
 """convert.py: Hugging Face checkpoints and public data sets in, dpo.h's own files out, and back.
 
     convert.py import HF_DIR model.bin      a GPT-NeoX (Pythia) or BTLM checkpoint -> a model file
+    convert.py import PEFT_DIR adapter.bin --base model.bin      a LoRA adapter of PEFT's, likewise
     convert.py export model.bin HF_DIR      a model file -> a directory that transformers loads
+    convert.py export adapter.bin PEFT_DIR  an adapter file -> a directory that PEFT loads
     convert.py data shp|alpaca|messages IN OUT.jsonl     a data set -> the lines that train.c reads
 
 It needs Python 3.8 or newer and nothing else.
@@ -23,6 +25,8 @@ A Hugging Face directory holds
   the tokenizer        tokenizer.json, or vocab.json + merges.txt. It becomes plain tables of bytes
                        and ids, with the Unicode tables that splitting and normalising text need
   other small files    kept word for word inside model.bin, so that export gives them back
+A directory of PEFT's, known by its adapter_config.json, holds that and adapter_model.safetensors or
+.bin: two small matrices for each linear layer that its target_modules name.
 
 A model file, like every file of dpo.h, is a container (all numbers little-endian):
   64 bytes             magic "dpo.h\\r\\n\\x1a" | u32 version = 1 | u32 kind (1 model, 2 adapter,
@@ -33,7 +37,12 @@ A model file, like every file of dpo.h, is a container (all numbers little-endia
                        of the data | u64 shape[2] | u64 offset | u64 bytes
   data                 each entry at a multiple of 64, in the table's order, zeros between
 The first entry of a model is "config", canonical JSON; then the tensors under their Hugging Face
-names; then "tokenizer/..." and "file/...".
+names; then "tokenizer/..." and "file/...". An adapter has "config", too, with the keys r, alpha,
+dropout, rslora, target_modules ("all-linear", or names with commas between them) and base (the path
+of the model file it belongs to); then "base", that file's identity (64-bit FNV-1a of its header and
+table, which hold the CRC-32 of everything else); then the tensors under PEFT's names, A [r, in] and
+B [out, r] of each adapted layer in the model's order; then "file/adapter_config.json" if it was
+imported.
 
 Whatever is wrong with an input is one line on stderr that says what, where and what to do. The exit
 status is then 1 (2 for a wrong command line), no output is left behind, and nothing is overwritten.
@@ -224,7 +233,7 @@ def gathered_chunks(file, tensor):
 MAGIC, VERSION = b"dpo.h\r\n\x1a", 1
 KINDS = {1: "a model", 2: "an adapter", 3: "a training state", 4: "a reference cache",
          5: "test expectations"}
-MODEL = 1
+MODEL, ADAPTER = 1, 2
 DTYPE_CODES = {"f32": 1, "f16": 2, "bf16": 3, "u8": 4, "u32": 5, "f64": 6, "u64": 7}
 PLAIN, LINEAR, CONV1D = 0, 1, 2
 HEADER = struct.Struct("<8sIIQQII24s")
@@ -300,6 +309,26 @@ def open_container(path, kind=None):
     if end != size:
         damaged(f"{size - end} bytes follow the last entry")
     return entries
+
+
+def container_kind(path):
+    """The kind that a file claims to be, or None; open_container checks the claim."""
+    with open(path, "rb") as file:
+        head = file.read(16)
+    return int.from_bytes(head[12:], "little") if head[:8] == MAGIC else None
+
+
+def fnv1a(data):
+    value = 0xcbf29ce484222325
+    for byte in data:
+        value = (value ^ byte) * 0x100000001b3 % 2**64
+    return value
+
+
+def identity(path, entries):
+    """By what an adapter knows its base: the hash of a container's header and table."""
+    with open(path, "rb") as file:
+        return fnv1a(read_at(file, 0, HEADER.size + RECORD.size * len(entries)))
 
 
 def read_entry(tensor):
@@ -1057,14 +1086,200 @@ def hf_tokenizer(path, entries, config):
 
 
 # ------------------------------------------------------------------------------------------------
+# LoRA adapters: PEFT's adapter_config.json and the tensors beside it
+#
+# An adapted linear layer computes W x + s B A x, where A [r, in] and B [out, r] are the adapter's
+# and s is alpha / r, or alpha / sqrt(r) with rsLoRA. Whatever asks for more than that is refused.
+
+PEFT_CONFIG = "adapter_config.json"
+PEFT_TENSORS = "adapter_model.safetensors"
+# Files of old versions have the adapter's own name before ".weight".
+LORA_NAME = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])(?:\.[^.]+)?\.weight")
+IN_BLOCKS = re.compile(r"((?:gpt_neox\.layers|transformer\.h)\.[0-9]+\..+)\.weight")
+OUTSIDE = ("embed_out", "lm_head", "gpt_neox.embed_in", "transformer.wte", "transformer.wpe")
+# (key, values that a plain LoRA may have). init_lora_weights counts after training, too: PEFT
+# changes the base's weights before it loads an adapter that began with PiSSA and its like.
+PEFT_VALUES = (("peft_type", ("LORA",)), ("task_type", (None, "CAUSAL_LM")),
+               ("bias", (None, "none")),
+               ("init_lora_weights", (None, True, False, "gaussian", "eva", "orthogonal")))
+# Read by adapter_settings and is_target, or not at all: where an adapter comes from, how it began,
+# and details of what is refused under another key. Any other key must be null, false or empty.
+PEFT_KEYS = {*dict(PEFT_VALUES), *"""
+    r lora_alpha lora_dropout use_rslora fan_in_fan_out target_modules exclude_modules
+    layers_to_transform layers_pattern base_model_name_or_path revision peft_version auto_mapping
+    inference_mode runtime_config loftq_config eva_config corda_config lora_ga_config megatron_core
+    qalora_group_size ensure_weight_tying""".split()}
+
+
+def lora_name(module, part):
+    return f"base_model.model.{module}.{part}.weight"
+
+
+def adapter_settings(path, hf):
+    """adapter_config.json -> the settings in an adapter file; what is no plain LoRA is an error."""
+    def refuse(key, what):
+        fail(path, f"{key} is {json.dumps(hf.get(key))[:60]}, {what}")
+
+    for key, values in PEFT_VALUES:
+        if hf.get(key) not in values:
+            refuse(key, "which is not supported; train the adapter with "
+                        + json.dumps([value for value in values if value is not None])[1:-1])
+    for key in sorted(hf.keys() - PEFT_KEYS):
+        if hf[key]:
+            refuse(key, "which is not supported, as it could change what the adapter computes; "
+                        "train the adapter without it")
+    settings = {"r": setting(path, hf, int, 8, "r"),                    # with PEFT's defaults
+                "alpha": setting(path, hf, float, 8.0, "lora_alpha"),
+                "dropout": setting(path, hf, float, 0.0, "lora_dropout"),
+                "rslora": setting(path, hf, bool, False, "use_rslora")}
+    if not settings["alpha"] > 0:
+        refuse("lora_alpha", "but must be positive; correct it")
+    if not 0 <= settings["dropout"] < 1:
+        refuse("lora_dropout", "but must be at least 0 and below 1; correct it")
+
+    for key in ("target_modules", "exclude_modules"):
+        names = hf.get(key)
+        if isinstance(names, str):
+            try:
+                re.compile(names)
+            except (re.error, OverflowError, RecursionError) as error:
+                refuse(key, f"which is no regular expression ({error}); correct it")
+        elif not (isinstance(names, list) and all(isinstance(name, str) for name in names)
+                  or names is None and key == "exclude_modules"):
+            refuse(key, "but must be a list of names, a regular expression or all-linear; set it")
+    layers, patterns = hf.get("layers_to_transform"), hf.get("layers_pattern") or []
+    if not (layers is None or is_size(layers) or all_sizes(layers, list)) \
+            or layers is not None and isinstance(hf["target_modules"], str):
+        refuse("layers_to_transform", "but must be a list of numbers, and target_modules a list of "
+                                      "names; correct it")
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    if not isinstance(patterns, list) or any(name not in ("layers", "h") for name in patterns):
+        refuse("layers_pattern", 'but the layers are called "layers" or "h"; set it to null')
+    return settings
+
+
+def is_target(hf, module):
+    """Whether PEFT, told by adapter_config.json, adapts the linear layer with this path."""
+    def named(names):
+        if isinstance(names, str):
+            return re.fullmatch(names, module) is not None
+        return any(module == name or module.endswith("." + name) for name in names or ())
+
+    targets, layers = hf["target_modules"], hf.get("layers_to_transform")
+    if hf.get("exclude_modules") and named(hf["exclude_modules"]):
+        return False
+    if asks_for_all(hf):
+        return module not in OUTSIDE
+    if isinstance(targets, str) or module in targets or layers in (None, []):
+        return named(targets)           # a whole path counts whatever layers_to_transform says
+    layers = layers if isinstance(layers, list) else [layers]
+    return named(targets) and any(number in map(str, layers) for number in module.split(".")[2:3])
+
+
+def asks_for_all(hf):
+    return isinstance(hf["target_modules"], str) and hf["target_modules"].lower() == "all-linear"
+
+
+def target_names(hf, layers, adapted):
+    """Names for an adapter file, which by PEFT's rule for lists mean `adapted` and nothing else.
+
+    Those that adapter_config.json lists are kept where they do. For a regular expression, and where
+    other keys take layers out again, names are found: the last part of a path ("c_proj") if it
+    means no other layer, else the part inside the layer ("attn.c_proj"), else the whole path.
+    """
+    def reached(name):
+        return {module for module in layers if module == name or module.endswith("." + name)}
+
+    if asks_for_all(hf) and len(adapted) == len(layers):
+        return "all-linear"
+    adapted, listed = dict.fromkeys(adapted), hf["target_modules"]
+    names = [name for name in dict.fromkeys(listed if isinstance(listed, list) else ())
+             if reached(name) and reached(name) <= adapted.keys()]
+    covered = set().union(*map(reached, names))
+    for module in adapted:
+        if module not in covered:
+            names.append(next(name for name in (module.split(".")[-1], module.split(".", 3)[3],
+                                                module) if reached(name) <= adapted.keys()))
+            covered |= reached(names[-1])
+    return ",".join(names)
+
+
+def linear_layers(path, entries):
+    """{path: (in, out)} of the linear layers inside a model's blocks, in model order."""
+    layers = {}
+    for name, entry in entries.items():
+        match = IN_BLOCKS.fullmatch(name)
+        if match and entry.layout != PLAIN and len(entry.shape) == 2:
+            layers[match[1]] = entry.shape[::-1] if entry.layout == LINEAR else entry.shape
+    if not layers:
+        fail(path, "has no linear layers to adapt; the file is malformed, make it again")
+    return layers
+
+
+def lora_tensors(tensors):
+    """The tensors under the names that PEFT gives them today; any other one is an error."""
+    result = {}
+    for name, tensor in tensors.items():
+        match = LORA_NAME.fullmatch(name)
+        if any(f".{module}." in name for module in OUTSIDE):
+            fail(tensor.path, f"tensor {name!r} adapts the output head or the embeddings; dpo.h "
+                              "adapts the linear layers inside the blocks: train it without")
+        if not match:
+            fail(tensor.path, f"tensor {name!r} is no lora_A or lora_B of a linear layer; dpo.h "
+                              "knows no other: train the adapter without it")
+        if tensor.dtype not in TORCH_DTYPES:
+            fail(tensor.path, f"tensor {name!r} is {tensor.dtype.upper()}; save the adapter as "
+                              "F32, F16 or BF16")
+        if lora_name(*match.groups()) in result:
+            fail(tensor.path, f"tensor {name!r} is there twice, for two adapters; save only one")
+        result[lora_name(*match.groups())] = tensor
+    return result
+
+
+def peft_config(config, modules):
+    """An adapter_config.json for an adapter that never had one."""
+    alpha, targets = config["alpha"], config["target_modules"]
+    return {"alpha_pattern": {}, "base_model_name_or_path": config["base"], "bias": "none",
+            "fan_in_fan_out": modules[0].startswith(PREFIX[BTLM]), "inference_mode": True,
+            "init_lora_weights": True, "layers_pattern": None, "layers_to_transform": None,
+            "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": config["dropout"], "modules_to_save": None, "peft_type": "LORA",
+            "r": config["r"], "rank_pattern": {}, "revision": None,
+            "target_modules": targets if targets == "all-linear" else targets.split(","),
+            "task_type": "CAUSAL_LM", "use_rslora": config["rslora"]}
+
+
+# ------------------------------------------------------------------------------------------------
 # import and export
 
 FILES = ("config.json", "generation_config.json", "tokenizer.json", "vocab.json", "merges.txt",
          "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
 
-def import_model(directory, output):
+def run_file(path, *names):
+    """A run directory stands for the first of its files, as in the C programs."""
+    if not os.path.isdir(path):
+        return path
+    paths = [os.path.join(path, name) for name in names]
+    return next(filter(os.path.exists, paths), paths[0])
+
+
+def import_directory(directory, output, base):
     refuse_existing(output)
+    is_adapter = os.path.exists(os.path.join(directory, PEFT_CONFIG))
+    if is_adapter and base is None:
+        fail(directory, f"holds {PEFT_CONFIG}, so it is a PEFT adapter: name the model it belongs "
+                        f"to (--base model.bin), or take {PEFT_CONFIG} out of a whole checkpoint")
+    if base is None:
+        import_model(directory, output)
+    elif is_adapter:
+        import_adapter(directory, output, run_file(base, "model.bin"))
+    else:
+        fail(directory, f"has no {PEFT_CONFIG}, so it is no PEFT adapter; leave --base out to "
+                        "import a whole checkpoint")
+
+
+def import_model(directory, output):
     started, config_path = time.monotonic(), os.path.join(directory, "config.json")
     config = canonical_config(config_path, read_json_object(config_path))
     tensors = match_tensors(directory, config, read_checkpoint(directory))
@@ -1081,15 +1296,69 @@ def import_model(directory, output):
         if os.path.exists(path):
             entries.append(blob("file/" + name, read_bytes(path)))
     write_container(output, MODEL, entries)
-    report(output, config, tensors, started)
+    report(output, config["arch"], tensors, started)
+
+
+def import_adapter(directory, output, base):
+    started, path = time.monotonic(), os.path.join(directory, PEFT_CONFIG)
+    hf, base_entries = read_json_object(path), open_container(base, MODEL)
+    settings, layers = adapter_settings(path, hf), linear_layers(base, base_entries)
+    outside = [module for module in OUTSIDE if is_target(hf, module)]
+    if outside:
+        fail(path, f"target_modules or another key names {outside[0]}; dpo.h adapts the linear "
+                   "layers inside the blocks only: train the adapter without it")
+    # Only how a base stores its weight hangs on this, not the adapter's tensors; PEFT corrects it
+    # itself in either direction when it meets the layer, and says so.
+    conv1d = next(iter(layers)).startswith(PREFIX[BTLM])
+    if hf.get("fan_in_fan_out") not in (None, conv1d):
+        note(path, f"fan_in_fan_out should be {json.dumps(conv1d)} for such a base; ignored, as "
+                   "PEFT does")
+    adapted = [module for module in layers if is_target(hf, module)]
+    if not adapted:
+        fail(path, f"target_modules name no linear layer of {base}; give the adapter's own base")
+
+    source = os.path.join(directory, PEFT_TENSORS)
+    if os.path.exists(source):
+        found = read_safetensors(source)
+    elif os.path.exists(os.path.join(directory, "adapter_model.bin")):
+        source = os.path.join(directory, "adapter_model.bin")
+        found = read_torch(source)
+    else:
+        fail(directory, f"has neither {PEFT_TENSORS} nor adapter_model.bin; fetch it")
+    found, r = lora_tensors(found), settings["r"]
+    shapes = {lora_name(module, part): shape for module in adapted for part, shape in (
+        ("lora_A", (r, layers[module][0])), ("lora_B", (layers[module][1], r)))}
+    for name in found:
+        if name not in shapes:
+            fail(source, f"tensor {name!r} belongs to no linear layer of {base} that "
+                         f"{PEFT_CONFIG} has as a target; fetch both again, and give their base")
+    for name, shape in shapes.items():
+        if name not in found:
+            fail(source, f"tensor {name!r} is missing, though {PEFT_CONFIG} has the layer as a "
+                         "target; fetch both again, and give their base")
+        if found[name].shape != shape:
+            fail(source, f"tensor {name!r} has shape {list(found[name].shape)}, by r and the base "
+                         f"{list(shape)}; fetch both again, and give their base")
+    config = {**settings, "target_modules": target_names(hf, layers, adapted), "base": base}
+    tensors = {name: found[name]._replace(layout=LINEAR) for name in shapes}
+    write_container(output, ADAPTER, [
+        blob("config", json.dumps(config).encode()),
+        ("base", "u64", (1,), PLAIN, struct.pack("<Q", identity(base, base_entries))),
+        *((name, tensor.dtype, tensor.shape, tensor.layout, tensor_chunks(tensor))
+          for name, tensor in tensors.items()),
+        blob("file/" + PEFT_CONFIG, read_bytes(path))])
+    report(output, f"LoRA of rank {r}", tensors, started)
+
+
+def export_file(path, directory):
+    directory = directory.rstrip("/") or "/"
+    path = run_file(path, "model.bin", "adapter.bin")
+    if os.path.lexists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
+        fail(directory, "is not an empty directory and never overwritten; choose another name")
+    (export_adapter if container_kind(path) == ADAPTER else export_model)(path, directory)
 
 
 def export_model(model, directory):
-    directory = directory.rstrip("/") or "/"
-    if os.path.isdir(model):        # a run directory, as the C programs take it
-        model = os.path.join(model, "model.bin")
-    if os.path.lexists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
-        fail(directory, "is not an empty directory and never overwritten; choose another name")
     started, entries = time.monotonic(), open_container(model, MODEL)
     files = {name: read_entry(entries["file/" + name])
              for name in FILES if "file/" + name in entries}
@@ -1098,20 +1367,56 @@ def export_model(model, directory):
         tensors = match_tensors(model, config, {
             name: entry for name, entry in entries.items()
             if name != "config" and not name.startswith(("tokenizer/", "file/"))})
-        dtypes = [dtype for dtype in TORCH_DTYPES if dtype in {t.dtype for t in tensors.values()}]
+        dtype = matrix_dtype(tensors)
         if "config.json" in files:
-            files["config.json"] = with_true_dtype(model, files["config.json"], dtypes)
+            files["config.json"] = with_true_dtype(model, files["config.json"], dtype)
         else:
-            generated = {"config.json": hf_config(model, config, TORCH_DTYPES[dtypes[0]])}
+            generated = {"config.json": hf_config(model, config, dtype)}
             if "tokenizer/info" in entries:
                 generated.update(hf_tokenizer(model, entries, config))
             files.update((name, json_text(value)) for name, value in generated.items())
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fail(model, f"its config or tokenizer is malformed ({error!r}); make the file again")
+    write_directory(directory, "model.safetensors", tensors, files)
+    report(directory, config["arch"], tensors, started)
+
+
+def export_adapter(adapter, directory):
+    started, entries = time.monotonic(), open_container(adapter, ADAPTER)
+    try:
+        config = parse_json(adapter, read_entry(entries.pop("config")), "its entry config is ")
+        entries.pop("base")
+        original = entries.pop("file/" + PEFT_CONFIG, None)
+        tensors = lora_tensors({name: entry for name, entry in entries.items()
+                                if not name.startswith("file/")})
+        modules = list(dict.fromkeys(LORA_NAME.fullmatch(name)[1] for name in tensors))
+        for module in modules:
+            a, b = (tensors[lora_name(module, part)].shape for part in ("lora_A", "lora_B"))
+            if not len(a) == len(b) == 2 or not a[0] == b[1] == config["r"]:
+                raise ValueError(f"the shapes of {module}'s lora_A and lora_B")
+        data = json_text(peft_config(config, modules))
+        if original and still_describes(adapter, read_entry(original), config, modules):
+            data = read_entry(original)
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        fail(adapter, f"its entries are malformed ({error!r}); make the file again")
+    write_directory(directory, PEFT_TENSORS, tensors, {PEFT_CONFIG: data})
+    report(directory, f"LoRA of rank {config['r']}", tensors, started)
+
+
+def still_describes(path, data, config, modules):
+    """Whether the adapter_config.json that an adapter came with is true of what it is now."""
+    hf = parse_json(path, data, f"its {PEFT_CONFIG} is ")
+    settings = adapter_settings(path, hf)
+    return (all(math.isclose(settings[key], config[key], rel_tol=1e-6) for key in settings)
+            and all(is_target(hf, module) for module in modules))
+
+
+def write_directory(directory, tensors_name, tensors, files):
+    """Make a directory, or fill an empty one, with tensors and small files {name: bytes}."""
     temporary = f"{directory}.tmp-{os.getpid()}"
     os.mkdir(temporary)
     try:
-        write_safetensors(os.path.join(temporary, "model.safetensors"), tensors)
+        write_safetensors(os.path.join(temporary, tensors_name), tensors)
         for name, data in files.items():
             with atomic_file(os.path.join(temporary, name)) as file:
                 file.write(data)
@@ -1119,13 +1424,12 @@ def export_model(model, directory):
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    report(directory, config, tensors, started)
 
 
-def report(path, config, tensors, started):
+def report(path, what, tensors, started):
     count = sum(math.prod(tensor.shape) for tensor in tensors.values())
     size = sum(map(tensor_bytes, tensors.values()))
-    print(f"{path}: {config['arch']}, {len(tensors)} tensors, {count:,} parameters, "
+    print(f"{path}: {what}, {len(tensors)} tensors, {count:,} parameters, "
           f"{size / 1e6:,.1f} MB in {time.monotonic() - started:.1f} s")
 
 
@@ -1133,11 +1437,19 @@ def json_text(value):
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def with_true_dtype(path, data, dtypes):
-    """config.json word for word, unless it names a dtype that no tensor has (after training)."""
-    hf, present = parse_json(path, data, "its config.json is "), [TORCH_DTYPES[d] for d in dtypes]
-    wrong = {key: present[0] for key in ("dtype", "torch_dtype")
-             if hf.get(key) is not None and str(hf[key]).split(".")[-1] not in present}
+def matrix_dtype(tensors):
+    """The dtype of a model as config.json has it: the matrices', as vectors may be kept in f32."""
+    sizes = collections.Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype] += math.prod(tensor.shape) if len(tensor.shape) == 2 else 0
+    return TORCH_DTYPES[max(sizes, key=sizes.get)]
+
+
+def with_true_dtype(path, data, dtype):
+    """config.json word for word, unless it names another dtype than the matrices'."""
+    hf = parse_json(path, data, "its config.json is ")
+    wrong = {key: dtype for key in ("dtype", "torch_dtype")
+             if hf.get(key) is not None and str(hf[key]).split(".")[-1] != dtype}
     return json_text({**hf, **wrong}) if wrong else data
 
 
@@ -1314,12 +1626,17 @@ def parse_arguments():
     def command(name, text):
         return commands.add_parser(name, help=text, description=text)
 
-    sub = command("import", "make a model file from a GPT-NeoX (Pythia) or BTLM checkpoint")
-    sub.add_argument("HF_DIR", help="directory with config.json, the weights and the tokenizer")
-    sub.add_argument("MODEL", help="file to make; it must not exist")
-    sub = command("export", "make a directory that transformers loads from a model file")
-    sub.add_argument("MODEL", help="model file (not an adapter)")
-    sub.add_argument("HF_DIR", help="directory to make; it must not exist, or be empty")
+    sub = command("import", "make a model file from a GPT-NeoX (Pythia) or BTLM checkpoint, or an "
+                            "adapter file from a LoRA adapter of PEFT's")
+    sub.add_argument("DIR", help="directory with config.json, the weights and the tokenizer; or "
+                                 "with adapter_config.json and adapter_model.safetensors or .bin")
+    sub.add_argument("FILE", help="file to make; it must not exist")
+    sub.add_argument("--base", metavar="MODEL",
+                     help="model file that the adapter belongs to (adapters only)")
+    sub = command("export", "make a directory that transformers loads from a model file, or one "
+                            "that PEFT loads from an adapter file")
+    sub.add_argument("FILE", help="model or adapter file, or a run directory with one")
+    sub.add_argument("DIR", help="directory to make; it must not exist, or be empty")
     sub = command("data", "make lines of prompts and answers that train reads, and count what was "
                           "dropped and why")
     sub.add_argument("KIND", choices=list(CONVERTERS),
@@ -1341,9 +1658,9 @@ def main():
     options = parse_arguments()
     try:
         if options.command == "import":
-            import_model(options.HF_DIR, options.MODEL)
+            import_directory(options.DIR, options.FILE, options.base)
         elif options.command == "export":
-            export_model(options.MODEL, options.HF_DIR)
+            export_file(options.FILE, options.DIR)
         else:
             convert_data(options.KIND, options.IN, options.OUT, options.template)
         return 0

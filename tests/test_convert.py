@@ -871,6 +871,33 @@ class ExportTest(ConvertTest):
             with open(os.path.join(target, "config.json"), "rb") as file:
                 self.assertEqual(json.load(file), {**hf, key: "float32"})
 
+    def test_dtype_is_that_of_the_matrices(self):
+        """Matrices in bf16 beside vectors in f32, which are many more tensors, and the reverse."""
+        for hf, matrices, vectors in ((NEOX, "bf16", "f32"), (BTLM, "f32", "bf16")):
+            wide, narrow = random_tensors(hf, matrices), random_tensors(hf, vectors)
+            tensors = {name: wide[name] if len(wide[name][1]) == 2 else narrow[name]
+                       for name in wide}
+            truth, told = (convert.TORCH_DTYPES[dtype] for dtype in (matrices, vectors))
+            model, word_for_word = (self.imported(self.directory(
+                config__json={**hf, "torch_dtype": value}, model__safetensors=safetensors(tensors)))
+                for value in (told, "torch." + truth))
+            target = self.path(f"out{next(self.counter)}")
+            self.good("export", word_for_word, target)
+            self.assertEqual(convert.read_bytes(os.path.join(target, "config.json")),
+                             json.dumps({**hf, "torch_dtype": "torch." + truth}).encode())
+            for path in (model, self.stripped(model)):
+                target = self.path(f"out{next(self.counter)}")
+                self.good("export", path, target)
+                with open(os.path.join(target, "config.json"), "rb") as file:
+                    self.assertEqual(json.load(file)["torch_dtype"], truth)
+                back = convert.read_safetensors(os.path.join(target, "model.safetensors"))
+                self.assertEqual({name: (tensor.dtype, tensor.shape, convert.read_entry(tensor))
+                                  for name, tensor in back.items()}, tensors)
+                order = [convert.ITEM_BYTES[tensor.dtype] for tensor in back.values()]
+                self.assertEqual(order, sorted(order, reverse=True))
+                self.assertEqual(self.contents(self.imported(target), "file", "config"),
+                                 self.contents(path, "file", "config"))
+
     def test_refused(self):
         model = self.imported(self.directory(
             config__json=NEOX, model__safetensors=safetensors(random_tensors(NEOX, "f16"))))
@@ -890,13 +917,348 @@ class ExportTest(ConvertTest):
             self.refused("cannot be said|malformed|layers|shape", "export", wrong, self.path("x"))
         wrong = self.stripped(model, config=convert.blob("config", b"{}"))
         self.refused("malformed", "export", wrong, self.path("x"))
-        adapter = self.path("adapter.bin")
-        convert.write_container(adapter, 2, [("config", "u8", (2,), 0, b"{}")])
-        self.refused("holds an adapter, not a model", "export", adapter, self.path("x"))
+        state = self.path("state.bin")
+        convert.write_container(state, 3, [("config", "u8", (2,), 0, b"{}")])
+        self.refused("holds a training state, not a model", "export", state, self.path("x"))
         with open(model, "r+b") as file:
             file.seek(-3, os.SEEK_END)
             file.write(b"\xff\xee\xdd")
         self.refused("CRC-32", "export", model, self.path("x"))
+
+
+PEFT = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8,
+        "lora_dropout": 0.05, "bias": "none", "target_modules": ["dense", "query_key_value"],
+        "fan_in_fan_out": False, "init_lora_weights": True, "use_rslora": False, "use_dora": False,
+        "rank_pattern": {}, "alpha_pattern": {}, "modules_to_save": None, "exclude_modules": None,
+        "layers_to_transform": None, "inference_mode": True, "peft_version": "0.21.2",
+        "megatron_core": "megatron.core", "qalora_group_size": 16, "use_qalora": False,
+        "base_model_name_or_path": "EleutherAI/pythia-14m"}
+LAYERS = {"gpt_neox": {"attention.query_key_value": (16, 48),       # (in, out)
+                       "attention.dense": (16, 16),
+                       "mlp.dense_h_to_4h": (16, 24), "mlp.dense_4h_to_h": (24, 16)},
+          "btlm": {"attn.c_attn": (12, 36), "attn.c_proj": (12, 12), "mlp.c_fc": (12, 20),
+                   "mlp.c_fc2": (12, 20), "mlp.c_proj": (20, 12)}}
+
+
+class AdapterTest(ConvertTest):
+    def base(self, hf):
+        return self.imported(self.directory(
+            config__json=hf, model__safetensors=safetensors(random_tensors(hf, "f16"))))
+
+    def modules(self, hf, *parts, layers=(0, 1)):
+        """The paths of some linear layers (all of them by default), in model order."""
+        arch = hf["model_type"]
+        path = "gpt_neox.layers.{}.{}" if arch == "gpt_neox" else "transformer.h.{}.{}"
+        return [path.format(i, part) for i in layers for part in LAYERS[arch]
+                if not parts or part in parts]
+
+    def tensors(self, hf, modules, dtypes=("f32",), r=4):
+        """{name: (dtype, shape, bytes)} as PEFT saves them, in model order."""
+        rng, dtypes, result = random.Random(3), itertools.cycle(dtypes), {}
+        for module in modules:
+            n_in, n_out = LAYERS[hf["model_type"]][module.split(".", 3)[3]]
+            for part, shape in (("A", (r, n_in)), ("B", (n_out, r))):
+                dtype = next(dtypes)
+                size = math.prod(shape) * convert.ITEM_BYTES[dtype]
+                result[f"base_model.model.{module}.lora_{part}.weight"] = (
+                    dtype, shape, bytes(rng.randrange(256) for _ in range(size)))
+        return result
+
+    def saved(self, tensors):
+        """A file as safetensors' save_file writes it: wide dtypes first, then by name."""
+        rank = {"f32": 0, "bf16": 1, "f16": 2}
+        ordered = {name: tensors[name]
+                   for name in sorted(tensors, key=lambda name: (rank[tensors[name][0]], name))}
+        data = safetensors(ordered)
+        length = 8 + struct.unpack("<Q", data[:8])[0]
+        text = json.dumps(json.loads(data[8:length]), separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        return struct.pack("<Q", len(text)) + text + data[length:]
+
+    def adapter(self, config, tensors, base):
+        path = self.path(f"adapter{next(self.counter)}.bin")
+        source = self.directory(adapter_config__json=config,
+                                adapter_model__safetensors=self.saved(tensors))
+        self.output = self.good("import", source, path, "--base", base)
+        return path
+
+    def rewritten(self, entries, changes):
+        """An adapter file with some entries changed (config: an object), or left out (None)."""
+        path = self.path(f"adapter{next(self.counter)}.bin")
+        blobs = {name: convert.blob(name, json.dumps(value).encode())[1:]
+                 for name, value in changes.items() if isinstance(value, (dict, list))}
+        convert.write_container(path, convert.ADAPTER, [
+            (name, *entry) for name, entry in {**entries, **changes, **blobs}.items() if entry])
+        return path
+
+    def exported(self, adapter):
+        target = self.path(f"out{next(self.counter)}")
+        self.good("export", adapter, target)
+        self.assertEqual(sorted(os.listdir(target)),
+                         ["adapter_config.json", "adapter_model.safetensors"])
+        return [convert.read_bytes(os.path.join(target, name))
+                for name in sorted(os.listdir(target))]
+
+    def test_comes_back_byte_for_byte(self):
+        for hf, changes, dtypes in (
+                (NEOX, {"target_modules": ["dense", "query_key_value"]}, ["f32"]),
+                (NEOX, {"target_modules": "all-linear"}, ["bf16", "f32", "f16"]),
+                (BTLM, {"target_modules": ["c_proj", "c_attn"], "fan_in_fan_out": True}, ["f16"]),
+                (BTLM, {"target_modules": self.modules(BTLM)[::-1], "fan_in_fan_out": True,
+                        "use_rslora": True, "lora_alpha": 2.5, "r": 1}, ["bf16"])):
+            base, config = self.base(hf), {**PEFT, **changes}
+            names = config["target_modules"]
+            modules = [module for module in self.modules(hf) if names == "all-linear"
+                       or any(("." + module).endswith("." + name) for name in names)]
+            tensors = self.tensors(hf, modules, dtypes, config["r"])
+            text = json.dumps(config, sort_keys=True).encode() + b"  "
+            adapter = self.adapter(text, tensors, base)
+            self.assertNotIn("note:", self.output)
+            self.assertIn(f"{len(tensors)} tensors", self.output)
+
+            entries = convert.read_container(adapter, convert.ADAPTER)
+            self.assertEqual(list(entries),
+                             ["config", "base", *tensors, "file/adapter_config.json"])
+            self.assertEqual(json.loads(entries["config"][3]), {
+                "r": config["r"], "alpha": config["lora_alpha"], "dropout": 0.05,
+                "rslora": config["use_rslora"], "base": base,
+                "target_modules": names if names == "all-linear" else ",".join(names)})
+            data = convert.read_bytes(base)
+            table_end, = struct.unpack_from("<Q", data, 24)
+            self.assertEqual(entries["base"], ("u64", (1,), 0, struct.pack(
+                "<Q", convert.fnv1a(data[:table_end]))))
+            for name, tensor in tensors.items():
+                self.assertEqual(entries[name], (*tensor[:2], 1, tensor[2]))
+            self.assertEqual(entries["file/adapter_config.json"][3], text)
+            self.assertEqual(self.exported(adapter), [text, self.saved(tensors)])
+
+    def test_hash(self):
+        for text, value in ((b"", 0xcbf29ce484222325), (b"a", 0xaf63dc4c8601ec8c),
+                            (b"foobar", 0x85944171f73967e8)):       # its authors' test vectors
+            self.assertEqual(convert.fnv1a(text), value)
+
+    def test_targets(self):
+        """Names for the file that mean the adapted layers and no others, whatever PEFT was told."""
+        every, attn = self.modules(BTLM), "attn.c_attn,attn.c_proj".split(",")
+        for changes, modules, names in (
+                ({"target_modules": "All-Linear"}, every, "all-linear"),
+                ({"target_modules": "all-linear", "exclude_modules": ["c_fc2"]},
+                 self.modules(BTLM, *attn, "mlp.c_fc", "mlp.c_proj"), "c_attn,c_proj,c_fc"),
+                ({"target_modules": ["c_proj", "attn.c_attn", "q_proj", "c_proj"]},
+                 self.modules(BTLM, *attn, "mlp.c_proj"), "c_proj,attn.c_attn"),
+                ({"target_modules": r".*c_(attn|fc)"},
+                 self.modules(BTLM, "attn.c_attn", "mlp.c_fc"), "c_attn,c_fc"),
+                ({"target_modules": r".*\.attn\..*"}, self.modules(BTLM, *attn),
+                 "c_attn,attn.c_proj"),
+                ({"target_modules": r".*\.h\.1\.mlp.c_fc2?"},
+                 self.modules(BTLM, "mlp.c_fc", "mlp.c_fc2", layers=[1]),
+                 "transformer.h.1.mlp.c_fc,transformer.h.1.mlp.c_fc2"),
+                ({"target_modules": ["c_attn", "h.0.mlp.c_fc", "transformer.h.0.mlp.c_fc2"],
+                  "layers_to_transform": [1], "layers_pattern": "h"},
+                 ["transformer.h.0.mlp.c_fc2", "transformer.h.1.attn.c_attn"],
+                 "transformer.h.0.mlp.c_fc2,transformer.h.1.attn.c_attn"),
+                ({"target_modules": ["c_attn"], "layers_to_transform": [0, 1]},
+                 self.modules(BTLM, "attn.c_attn"), "c_attn"),
+                ({"target_modules": ["c_attn"], "layers_to_transform": 0, "layers_pattern": []},
+                 self.modules(BTLM, "attn.c_attn", layers=[0]), "transformer.h.0.attn.c_attn"),
+                ({"target_modules": ["c_attn", "c_proj"], "exclude_modules": r".*mlp.*"},
+                 self.modules(BTLM, *attn), "c_attn,attn.c_proj")):
+            base, tensors = self.base(BTLM), self.tensors(BTLM, modules)
+            config = {**PEFT, "fan_in_fan_out": True, **changes}
+            adapter = self.adapter(config, tensors, base)
+            entries = convert.read_container(adapter)
+            self.assertEqual(json.loads(entries["config"][3])["target_modules"], names, changes)
+            self.assertEqual([name for name in entries if "lora" in name], list(tensors))
+            meant = [module for module in every if names == "all-linear" or any(
+                ("." + module).endswith("." + name) for name in names.split(","))]
+            self.assertEqual(meant, modules)
+            self.assertEqual(self.exported(adapter)[0], json.dumps(config).encode())
+
+    def test_all_sources_give_the_same_tensors(self):
+        base, tensors = self.base(NEOX), self.tensors(
+            NEOX, self.modules(NEOX, "attention.query_key_value", "attention.dense"))
+        named = {name.replace(".weight", ".default.weight"): tensor
+                 for name, tensor in tensors.items()}
+        shuffled = dict(sorted(tensors.items(), key=lambda item: item[1][2]))
+        expected = convert.read_container(self.adapter(PEFT, tensors, base))
+        for files in ({"adapter_model__safetensors": safetensors(named)},
+                      {"adapter_model__safetensors": safetensors(shuffled),
+                       "adapter_model__bin": b"not read"},
+                      {"adapter_model__bin": torch_checkpoint(named)},
+                      {"adapter_model__bin": torch_checkpoint(shuffled, strided=True)}):
+            path = self.path(f"adapter{next(self.counter)}.bin")
+            self.good("import", self.directory(adapter_config__json=PEFT, **files), path, "--base",
+                      base)
+            self.assertEqual(convert.read_container(path), expected)
+
+    def test_defaults_notes_and_run_directories(self):
+        run = self.directory(model__bin=convert.read_bytes(self.base(BTLM)))
+        config = {"peft_type": "LORA", "target_modules": ["c_fc2"], "fan_in_fan_out": False,
+                  "some_day": None, "loftq_config": {}, "eva_config": {"rho": 2}}
+        tensors = self.tensors(BTLM, self.modules(BTLM, "mlp.c_fc2"), r=8)
+        adapter = self.adapter(config, tensors, run)
+        self.assertIn("fan_in_fan_out should be true", self.output)
+        self.assertEqual(json.loads(convert.read_container(adapter)["config"][3]), {
+            "r": 8, "alpha": 8, "dropout": 0, "rslora": False, "target_modules": "c_fc2",
+            "base": os.path.join(run, "model.bin")})
+        lora_run = self.directory(adapter__bin=convert.read_bytes(adapter))
+        self.assertEqual(self.exported(lora_run), self.exported(adapter))
+
+    def test_generated_config(self):
+        """What ./train made has no adapter_config.json; what it changed, an untrue one."""
+        for hf, names, parts in ((NEOX, "all-linear", ()), (BTLM, "c_attn,mlp.c_proj", (
+                "attn.c_attn", "mlp.c_proj"))):
+            base, tensors = self.base(hf), self.tensors(hf, self.modules(hf, *parts))
+            fan = hf is BTLM
+            listed = names if names == "all-linear" else names.split(",")
+            adapter = self.adapter({**PEFT, "target_modules": listed, "fan_in_fan_out": fan},
+                                   tensors, base)
+            entries = convert.read_container(adapter)
+            config, original = json.loads(entries["config"][3]), "file/adapter_config.json"
+            for change in ({}, {"alpha": 16.5}, {"dropout": 0.1}, {"rslora": True}):
+                now = {**config, **change}
+                made, data = self.exported(self.rewritten(
+                    entries, {"config": now} if change else {original: None}))
+                self.assertEqual(data, self.saved(tensors))
+                made = json.loads(made)
+                for key, value in (
+                        ("peft_type", "LORA"), ("task_type", "CAUSAL_LM"), ("r", 4),
+                        ("lora_alpha", now["alpha"]), ("lora_dropout", now["dropout"]),
+                        ("use_rslora", now["rslora"]), ("fan_in_fan_out", fan), ("bias", "none"),
+                        ("init_lora_weights", True), ("base_model_name_or_path", base),
+                        ("target_modules", listed)):
+                    self.assertEqual(made[key], value)
+                self.assertIs(type(made["lora_alpha"]), float if "alpha" in change else int)
+                again = self.adapter(made, tensors, base)
+                self.assertEqual(json.loads(convert.read_container(again)["config"][3]), now)
+            rounded = self.rewritten(entries, {                     # as C prints a float
+                "config": {**config, "dropout": 0.05000000074505806}})
+            self.assertEqual(self.exported(rounded)[0], entries[original][3])
+            other = self.rewritten(entries, {original: {**PEFT, "target_modules": ["q_proj"]}})
+            self.assertEqual(json.loads(self.exported(other)[0])["target_modules"], listed)
+
+    def test_refused_configs(self):
+        base = self.base(NEOX)
+        tensors = self.saved(self.tensors(NEOX, self.modules(
+            NEOX, "attention.query_key_value", "attention.dense")))
+        for changes, pattern in (
+                ({"peft_type": "LOHA"}, "peft_type.*LOHA"), ({"peft_type": None}, "peft_type"),
+                ({"task_type": "SEQ_CLS"}, "task_type"), ({"bias": "lora_only"}, "bias"),
+                ({"use_dora": True}, "use_dora"), ({"modules_to_save": ["embed_in"]}, "modules_to"),
+                ({"rank_pattern": {"dense": 2}}, "rank_pattern"),
+                ({"alpha_pattern": {"dense": 2}}, "alpha_pattern"),
+                ({"lora_bias": True}, "lora_bias"), ({"use_qalora": True}, "use_qalora"),
+                ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+                ({"megatron_config": {"a": 1}}, "megatron_config"),
+                ({"layer_replication": [[0, 1]]}, "layer_replication"),
+                ({"target_parameters": ["x"]}, "target_parameters"),
+                ({"from_the_future": 1}, "from_the_future"),
+                ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+                ({"init_lora_weights": "olora"}, "init_lora_weights"),
+                ({"init_lora_weights": ["x"]}, "init_lora_weights"),
+                ({"r": 0}, "r is 0"), ({"r": 4.0}, "r is 4.0"), ({"lora_alpha": 0}, "lora_alpha"),
+                ({"lora_alpha": "8"}, "lora_alpha"), ({"lora_dropout": 1}, "lora_dropout"),
+                ({"lora_dropout": -0.5}, "lora_dropout"), ({"use_rslora": 1}, "use_rslora"),
+                ({"target_modules": None}, "target_modules is null"),
+                ({"target_modules": {}}, "target_modules"), ({"target_modules": [3]}, "target_mod"),
+                ({"target_modules": []}, "no linear layer"),
+                ({"target_modules": ["q_proj"]}, "no linear layer"),
+                ({"target_modules": "(dense"}, "target_modules.*regular expression"),
+                ({"exclude_modules": "*"}, "exclude_modules.*regular expression"),
+                ({"exclude_modules": 3}, "exclude_modules"),
+                ({"target_modules": ["dense", "embed_out"]}, "embed_out.*inside the blocks"),
+                ({"target_modules": ["dense", "lm_head"]}, "lm_head.*inside the blocks"),
+                ({"target_modules": ["dense", "embed_in"]}, "embed_in.*inside the blocks"),
+                ({"target_modules": ".*"}, "embed_out|lm_head"),
+                ({"layers_to_transform": [-1]}, "layers_to_transform"),
+                ({"layers_to_transform": "0"}, "layers_to_transform"),
+                ({"layers_to_transform": True}, "layers_to_transform"),
+                ({"layers_to_transform": [0], "target_modules": "all-linear"},
+                 "layers_to_transform"),
+                ({"layers_pattern": "blocks"}, "layers_pattern"),
+                ({"layers_pattern": [["layers"]]}, "layers_pattern"),
+                ({"layers_pattern": 1}, "layers_pattern")):
+            self.refused(pattern, "import", self.directory(
+                adapter_config__json={**PEFT, **changes}, adapter_model__safetensors=tensors),
+                self.path("a"), "--base", base)
+        for text in (b"[]", b"{", b"\xff"):
+            self.refused("adapter_config.json", "import", self.directory(
+                adapter_config__json=text, adapter_model__safetensors=tensors), self.path("a"),
+                "--base", base)
+
+    def test_refused_tensors(self):
+        base, modules = self.base(NEOX), self.modules(NEOX, "attention.query_key_value",
+                                                      "attention.dense")
+        tensors = self.tensors(NEOX, modules)
+        name = "base_model.model.gpt_neox.layers.1.attention.dense.lora_B.weight"
+        _dtype, shape, data = tensors[name]
+
+        def other(old, new):
+            return {**tensors, name.replace(old, new): tensors[name]}
+
+        for wrong, pattern in (
+                ({k: v for k, v in tensors.items() if k != name}, f"'{name}' is missing"),
+                ({**tensors, name: ("f32", shape[::-1], data)}, f"'{name}' has shape"),
+                ({**tensors, name: ("f32", (math.prod(shape),), data)}, f"'{name}' has shape"),
+                ({**tensors, name: ("f64", shape, data * 2)}, f"'{name}' is F64"),
+                (other(".weight", ".second.weight"), "twice"),
+                (other("lora_B.weight", "lora_B.bias"), "lora_B.bias.*no lora_A or lora_B"),
+                (other("lora_B.weight", "lora_magnitude_vector"), "lora_magnitude_vector"),
+                (other("base_model.model.", ""), "no lora_A or lora_B"),
+                (other("layers.1", "layers.2"), "layers.2.*belongs to no linear layer"),
+                (other("attention.dense", "mlp.dense_h_to_4h"), "dense_h_to_4h.*belongs to no"),
+                (other("gpt_neox.layers.1.attention.dense", "embed_out"), "embed_out.*output head"),
+                (other("gpt_neox.layers.1.attention.dense", "lm_head"), "lm_head.*output head"),
+                (other("layers.1.attention.dense.lora_B.weight", "embed_in.lora_embedding_B"),
+                 "embeddings"),
+                (self.tensors(NEOX, modules, r=2), "has shape .*by r and the base"),
+                ({}, "missing")):
+            self.refused(pattern, "import", self.directory(
+                adapter_config__json=PEFT, adapter_model__safetensors=safetensors(wrong)),
+                self.path("a"), "--base", base)
+        source = self.directory(adapter_config__json=PEFT,
+                                adapter_model__safetensors=safetensors(tensors))
+        adapter = self.path("good.bin")
+        self.good("import", source, adapter, "--base", base)
+        self.refused("--base model.bin", "import", source, self.path("a"))
+        self.refused("has no adapter_config.json", "import", self.directory(config__json=NEOX),
+                     self.path("a"), "--base", base)
+        self.refused("exists already", "import", source, adapter, "--base", base)
+        self.refused("No such file", "import", source, self.path("a"), "--base", self.path("no"))
+        self.refused("holds an adapter, not a model", "import", source, self.path("a"), "--base",
+                     adapter)
+        self.refused("missing|no linear layer", "import", source, self.path("a"), "--base",
+                     self.base(BTLM))
+        wider = self.base({**NEOX, "hidden_size": 32})
+        self.refused("has shape", "import", source, self.path("a"), "--base", wider)
+        self.refused("neither adapter_model.safetensors nor adapter_model.bin", "import",
+                     self.directory(adapter_config__json=PEFT), self.path("a"), "--base", base)
+
+    def test_refused_exports(self):
+        base, tensors = self.base(NEOX), self.tensors(NEOX, self.modules(NEOX, "attention.dense"))
+        config = {**PEFT, "target_modules": ["dense"]}
+        entries = convert.read_container(self.adapter(config, tensors, base))
+        settings = json.loads(entries["config"][3])
+        name = next(iter(tensors))
+        for change, pattern in (
+                ({"config": None}, "malformed"), ({"base": None}, "malformed"),
+                ({name: None}, "malformed"), ({name: ("f32", (4, 16), 1, bytes(256))}, None),
+                ({name: ("f32", (16, 4), 1, bytes(256))}, "malformed"),
+                ({name: ("f32", (64,), 0, bytes(256))}, "malformed"),
+                ({name: ("f64", (4, 16), 1, bytes(512))}, "is F64"),
+                ({"extra": ("f32", (1,), 0, bytes(4))}, "'extra' is no lora_A"),
+                ({name: None for name in tensors}, "malformed"),
+                *(({"config": value}, "malformed") for value in (
+                    [], {}, {**settings, "r": 5}, {**settings, "alpha": "8"},
+                    {**settings, "alpha": math.inf}, {**settings, "target_modules": 3})),
+                ({"config": ("u8", (1,), 0, b"{")}, "not valid JSON"),
+                ({"file/adapter_config.json": ("u8", (1,), 0, b"{")}, "not valid JSON")):
+            path = self.rewritten(entries, change)
+            if pattern:
+                self.refused(pattern, "export", path, self.path("x"))
+            else:
+                self.good("export", path, self.path("ok"))
+                self.refused("not an empty directory", "export", path, self.path("ok"))
 
 
 class DataTest(ConvertTest):
