@@ -3,6 +3,8 @@
 #   make              train and eval, with the compiler and the OpenMP that are there
 #   make CC=clang     another compiler            make NO_OMP=1   one thread
 #   make DEBUG=1      sanitizers and debug info   make ARCH=x86-64-v3   another CPU than this one
+#   make test CC=aarch64-linux-gnu-gcc ARCH=armv8.6-a RUN="qemu-aarch64 -L /usr/aarch64-linux-gnu" \
+#        PYTHON_TESTS=    tests of another CPU, run by an emulator
 #
 # The programs are one C file each, so without make it is
 #   cc -std=gnu11 -O3 -march=native -ffp-contract=fast -fno-math-errno -fno-trapping-math \
@@ -36,7 +38,7 @@ define newline
 endef
 $(shell mkdir -p build && printf '$(subst $(newline),\n,$(probe_source))\n' > build/probe.c)
 # $(call runs,compiler and flags) is "yes" or empty.
-runs = $(shell $(1) build/probe.c -o build/probe -lm > build/probe.log 2>&1 && ./build/probe && echo yes)
+runs = $(shell $(1) build/probe.c -o build/probe -lm > build/probe.log 2>&1 && $(RUN) ./build/probe && echo yes)
 
 ifeq ($(origin CC),default)
 CC := $(firstword $(foreach c,gcc clang cc,$(if $(call runs,$(c) -DOPENMP=0),$(c))))
@@ -87,7 +89,7 @@ endif
 
 # ---- programs ----
 
-.PHONY: all test demo mutate conformance bench clean help
+.PHONY: all test demo demo-lora mutate conformance bench large clean help
 all: train eval
 # "make -j clean all" means one after the other.
 ifneq ($(filter clean,$(MAKECMDGOALS)),)
@@ -116,7 +118,7 @@ PYTHON_TESTS = $(wildcard tests/test_*.py)
 test: all $(C_TESTS)
 	@passed=0; failed=0; \
 	for test in $(C_TESTS) $(PYTHON_TESTS); do \
-	    case $$test in *.py) run="$(PYTHON) $$test";; *) run="./$$test";; esac; \
+	    case $$test in *.py) run="$(PYTHON) $$test";; *) run="$(RUN) ./$$test";; esac; \
 	    $$run > build/test.log 2>&1; status=$$?; \
 	    counts=$$(tail -n 1 build/test.log | sed -n 's/^\([0-9]*\) passed, \([0-9]*\) failed.*/\1 \2/p'); \
 	    set -- $${counts:-$$((status == 0)) $$((status != 0))}; \
@@ -130,6 +132,9 @@ test: all $(C_TESTS)
 demo: all
 	sh demo/run.sh
 
+demo-lora: all
+	sh demo/run.sh --lora
+
 mutate: all
 	$(PYTHON) tests/mutate.py
 
@@ -139,6 +144,9 @@ conformance: all
 bench: build/bench
 	./build/bench
 
+large: all
+	$(PYTHON) tests/large.py $(PAIRS)
+
 clean:
 	rm -rf build train eval
 
@@ -146,8 +154,10 @@ help:
 	@echo "make              train and eval"
 	@echo "make test         C and Python tests, under 2 minutes"
 	@echo "make demo         a tiny model learns a preference, under a minute"
+	@echo "make demo-lora    the same with an adapter, and its size"
 	@echo "make mutate       breaks dpo.h in many places; the tests must notice each"
 	@echo "make conformance  compares with PyTorch, transformers and TRL (installs them first)"
 	@echo "make bench        speed, beside what the machine can do"
+	@echo "make large PAIRS=hh/train.jsonl    memory of models up to 3B (20 GB, half an hour)"
 	@echo "make clean"
 	@echo "CC=clang, NO_OMP=1 (one thread), DEBUG=1 (sanitizers), ARCH=x86-64-v3 (another CPU)"

@@ -11,9 +11,8 @@
    line to the last, once, by somebody who wants to know how this really works.
 
    What it is not. Not an inference engine (no quantised weights, no GPU), not a zoo of models (two
-   architectures, exactly as Hugging Face computes them), not a pretraining framework. This version
-   trains all weights in fp32; LoRA and bf16 are not in it yet. It wants a POSIX system and a
-   little-endian 64-bit machine.
+   architectures, exactly as Hugging Face computes them), not a pretraining framework. It wants a
+   POSIX system and a little-endian 64-bit machine.
 
    A program. Twelve updates on preference pairs, and the model is saved:
 
@@ -33,7 +32,7 @@
            dpo_score score[2 * N];
            double reference[2 * N], dlogp[2 * N], norm;
            int failed = dpo_context_init(&context, 0) ||
-                        dpo_model_load(&context, &policy, "model.bin", 1) ||
+                        dpo_model_load(&context, &policy, "model.bin", NULL) ||
                         dpo_data_load(&context, &data, "pairs.jsonl", &policy.tokenizer,
                                       (uint32_t)policy.config.eos_id, &rules) ||
                         dpo_optimizer_init(&policy, &adam, DPO_ADAMW);
@@ -51,7 +50,7 @@
                         dpo_grad_norm(&policy, &norm) ||
                         dpo_optimizer_step(&policy, &adam, 1e-6, dpo_clip_scale(norm, 1.0));
            }
-           failed = failed || dpo_model_save(&policy, "tuned.bin");
+           failed = failed || dpo_model_save(&policy, "tuned.bin", DPO_F32);
            if (failed) fprintf(stderr, "%s\n", context.error);
            dpo_optimizer_free(&policy, &adam);
            dpo_data_free(&context, &data);
@@ -78,9 +77,9 @@
        3  matmul        the product that takes nearly all the time
        4  layers        embedding, layer norm, linear, rotary, attention, activations
        5  head          log-softmax over the vocabulary at scored positions; losses; metrics
-       6  model         config, table of tensors, buffers, batches as rows, the block
+       6  model         config, table of tensors, LoRA, buffers, batches as rows, the block
        7  optimizer     AdamW, RMSprop, clipping, schedules
-       8  files         the container; models; the reference cache
+       8  files         the container; models, adapters, reference caches, training states
        9  text          tokenizer, JSON lines, examples
        10 generation    key/value cache, sampling
 
@@ -111,9 +110,18 @@
        muP models train each block's matrices at mup_width_scale times the learning rate.
        Dropout that a config asks for is not done.
 
+       LoRA adapts the linear layers of the blocks, not the head, and its factors have 1 as muP's
+       multiplier. The head can be learned by full fine-tuning only.
+       Biases, norms and slopes stay fp32 in bf16 mode: a thousandth of the numbers.
+
    Numerics contract (the tests hold it)
-       fp32 parameters, activations and gradients; log-probabilities of answers, losses and norms
-       add up in fp64; log-softmax from the true maximum, never through a probability.
+       fp32: parameters, activations and gradients are fp32; log-probabilities of answers, losses
+       and norms add up in fp64; log-softmax from the true maximum, never through a probability.
+       bf16: matrices, and the activations kept for the backward, are bf16; products take bf16 and
+       add up in fp32; the residual stream, norms, softmax, losses, adapters and the optimizer stay
+       fp32. Full fine-tuning keeps fp32 masters of its weights and fp32 gradients, or rounds both
+       to bf16 by chance (`stochastic`). A CPU with a bf16 dot product and one without add up in
+       another order, and agree otherwise.
        The same inputs, seed, micro-batches and build give the same bits for any number of threads:
        every sum has one order. An example's score does not depend on its neighbours in a batch.
        NaN and infinity are carried, not hidden: training stops before the weights are touched.
@@ -151,7 +159,24 @@ extern "C" {
 #define DPO_API extern
 #endif
 
-/* ---- 1.1 context: threads, scratch memory, the last error ------------------------------------ */
+/* ---- 1.1 context: threads, scratch memory, the last error, where time goes ------------------- */
+
+/* What passes and updates spend their time on. The head is its products and its softmax; "other"
+   lies between passes, the caller's own work included. */
+typedef enum dpo_operation {
+    DPO_TIME_EMBEDDING, DPO_TIME_NORM, DPO_TIME_NORM_BACK, DPO_TIME_LINEAR, DPO_TIME_LINEAR_BACK,
+    DPO_TIME_ADAPTER, DPO_TIME_ROTARY, DPO_TIME_ATTENTION, DPO_TIME_ATTENTION_BACK,
+    DPO_TIME_ACTIVATION, DPO_TIME_ACTIVATION_BACK, DPO_TIME_RESIDUAL, DPO_TIME_KEEP, DPO_TIME_HEAD,
+    DPO_TIME_HEAD_BACK, DPO_TIME_ZERO_GRAD, DPO_TIME_GRAD_NORM, DPO_TIME_UPDATE, DPO_TIME_OTHER,
+    DPO_N_OPERATIONS
+} dpo_operation;
+
+typedef struct dpo_profile {
+    double seconds[DPO_N_OPERATIONS];   // by the clock on the wall
+    double flops[DPO_N_OPERATIONS];     // of matrix products as computed, an FMA being two; or, ...
+    double bytes[DPO_N_OPERATIONS];     // ... without products, size of the arrays read and written
+    double last;                        // the moment up to which time is accounted for
+} dpo_profile;
 
 typedef struct dpo_context {
     int n_threads;          // threads of every parallel loop; results do not depend on it
@@ -161,6 +186,10 @@ typedef struct dpo_context {
     float **pack;           // [n_threads] pointers to scratch for products, one block a thread
     float **strip;          // [n_threads] pointers to scratch for attention
     size_t strip_floats;    // size of each strip
+    float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
+    size_t piece_floats;
+    uint64_t noise;         // key of the random numbers of the current pass
+    dpo_profile *profile;   // the caller's, zeros at first: where to add up times; NULL: nowhere
 } dpo_context;
 
 /* n_threads 0 takes as many as OpenMP offers (1 without it). */
@@ -230,7 +259,6 @@ typedef struct dpo_tokenizer {
     const uint32_t *classes; size_t n_classes;                  // [.., 2]
     char unicode[16];                           // version of the Unicode tables, such as "14.0.0"
     uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
-    void *owned;                                // tables of dpo_tokenizer_init_bytes
 } dpo_tokenizer;
 
 /* Reads the tokenizer/... entries of a model file, checking every table. */
@@ -393,43 +421,99 @@ typedef struct dpo_config {
 } dpo_config;
 
 typedef struct dpo_tensor {
-    char name[DPO_NAME_BYTES];  // Hugging Face's name
+    char name[DPO_NAME_BYTES];  // Hugging Face's name; an adapter's is PEFT's
     dpo_layout layout;
     size_t n_dims, shape[2], n; // n elements
-    int trainable;              // ALiBi slopes are not
+    dpo_dtype dtype;            // DPO_F32, or DPO_BF16: matrices in bf16 mode
+    void *data;                 // [shape] in the mapped file or in memory
+    float *master;              // [shape] what training keeps of bf16 weights; NULL: only `data`
+    int trainable;
     int decays;                 // weight decay applies to matrices, not to biases and norms
     double lr_scale;            // muP learning-rate multiplier
-    float *data, *grad;         // [shape] in model.params and model.grads; grad NULL until needed
+    dpo_dtype grad_dtype;       // DPO_F32, or DPO_BF16: see dpo_model_options.stochastic
+    void *grad;                 // [shape] NULL until dpo_model_zero_grad, and always if frozen
+    size_t offset;              // of its first element in the optimizer's arrays
+    struct dpo_tensor *lora_a, *lora_b; // a linear layer's adapter, [r, in] and [out, r], or NULL
 } dpo_tensor;
+
+/* How a model is held. All zero is right for full fine-tuning in fp32. */
+typedef struct dpo_model_options {
+    int no_verify;              // do not check the file's checksums
+    dpo_dtype dtype;            // DPO_F32 (as 0) or DPO_BF16: of matrices and kept activations
+    int frozen;                 // weights are not trained: no gradients, and those that have the
+                                // right type already stay in the mapped file
+    int stored;                 // frozen, and every weight as the file has it, f16 included: for
+                                // dpo_model_save, which then needs no memory for the model
+    int stochastic;             // bf16: no fp32 masters; weights and the gradients of linear layers
+                                // are rounded stochastically to bf16
+    int recompute;              // keep only each block's input, and compute the block again in
+                                // backward: least memory, a third more work
+} dpo_model_options;
+
+/* LoRA (Hu et al. 2021) as PEFT computes it: y = x W^T + b + scale * dropout(x) A^T B^T. */
+typedef struct dpo_lora {
+    size_t r;                   // rank; 0: no adapter
+    double alpha;
+    int rslora;                 // scale is alpha / sqrt(r) (Kalajdzievski 2023), not alpha / r
+    double dropout;             // of the adapter's input, in passes that keep activations
+    char targets[8192];         // "all-linear" (all but the head), or names with commas between:
+                                // those of modules, or the ends of their paths, as in PEFT
+    char base[1024];            // the base model's path when the adapter was saved, and ...
+    uint64_t base_identity;     // ... its identity
+} dpo_lora;
 
 typedef struct dpo_model {
     dpo_context *context;
     dpo_config config;
+    dpo_model_options options;
     dpo_tensor *tensors; size_t n_tensors;  // the one table that drives everything
-    size_t n_params;            // all elements; trainable tensors come first and adjoin
+    size_t n_params;            // elements without adapters
     size_t n_trainable;
-    float *params;              // [n_params]
-    float *grads;               // [n_trainable], NULL before dpo_model_zero_grad
+    void *params;               // weights that are not mapped
+    float *masters;             // fp32 masters of bf16 weights, or NULL
+    void *grads;                // gradients of all trainable tensors in the table's order, NULL
+    size_t grad_bytes;          // before dpo_model_zero_grad; n_trainable floats if none is bf16
+    dpo_lora lora;              // lora.r is 0 without an adapter
+    float *adapter;             // the adapter's weights
     dpo_tokenizer tokenizer;
-    dpo_file file;              // the file it came from (tokenizer tables, original files)
+    dpo_file file;              // the file it came from (weights, tokenizer tables, originals)
     uint64_t identity;          // of that file; 0 for a model made by dpo_model_init
+    uint64_t adapter_identity;  // of the adapter's file; 0: none or a new one
+    uint64_t noise_seed, passes;        // of dropout and stochastic rounding; passes that kept
     struct dpoi_weights *weights;       // the table's tensors by role
     struct dpoi_workspace *workspace;   // activations, allocated by dpo_model_reserve
 } dpo_model;
 
-DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path, int verify);
+/* `options` NULL: fp32, trainable, checksums verified. */
+DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
+                           const dpo_model_options *options);
 /* A model with random weights: normal matrices (deviation 0.02; BTLM's 0.073, scaled by muP inside
    the blocks), residual outputs divided by sqrt(2 L), zero biases, unit norms. `tokenizer_path`
    names a model file whose tokenizer to take; NULL gives the byte tokenizer. */
 DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
-                           const char *tokenizer_path, uint64_t seed);
-DPO_API int dpo_model_save(dpo_model *model, const char *path);
+                           const char *tokenizer_path, uint64_t seed,
+                           const dpo_model_options *options);
+/* Saves the weights with the adapter, if there is one, folded in, W + scale * B A, tensor by
+   tensor: vectors as fp32, matrices as fp32 or bf16. */
+DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices);
 /* Allocates the buffers for passes of up to that size, so that nothing large is allocated later:
    max_rows rows, max_scored scored tokens, max_span rows of one prompt with one branch. */
 DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scored, size_t max_span,
                               int keep);
 DPO_API void dpo_model_free(dpo_model *model);
 DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *name);
+/* Puts a new adapter over a frozen model: A uniform in +-1/sqrt(in), B zero, as PEFT's default. */
+DPO_API int dpo_lora_init(dpo_model *model, const dpo_lora *lora, uint64_t seed);
+/* Puts a saved adapter over the frozen model that it was made for. */
+DPO_API int dpo_lora_load(dpo_model *model, const char *path);
+/* Reads r, alpha, targets and the base of an open adapter file. */
+DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *file);
+/* Fails unless the adapter at `path` was made over the model of that identity. */
+DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, const char *path,
+                                uint64_t identity);
+/* Saves the adapter. `base_path` says where its model is, for whoever opens it; one of 1024 bytes
+   or more is left out, and the model must then be named beside the adapter. */
+DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path);
 /* The config of an open model file alone, to plan memory before the weights are loaded. */
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file);
 /* Given vocab_size, context_length, d_model, n_layers, n_heads and d_ff (0: 4 d_model), sets all
@@ -482,6 +566,10 @@ typedef struct dpo_metrics {
     double loss, reward[2], accuracy, margin, logp[2];
     double accuracy_error;      // standard error; 0 for fewer than two prompts
 } dpo_metrics;
+/* The mean of values[n], one an example, and its standard error, clustered by prompt; 0 for fewer
+   than two prompts. The difference of two models on the same pairs is the mean of differences. */
+DPO_API int dpo_mean_error(dpo_context *context, double *mean, double *error, const double *values,
+                           const dpo_example *examples, size_t n);
 /* Over n examples of two branches: scores[2 n], reference[2 n]; margins[n] may be NULL. */
 DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
                                 const dpo_example *examples, const dpo_score *scores,
@@ -495,7 +583,7 @@ typedef struct dpo_optimizer {
     dpo_optimizer_kind kind;
     double beta1, beta2;        // AdamW's; RMSprop's alpha is beta2
     double epsilon, weight_decay;
-    float *m, *v;               // [n_trainable]; RMSprop has no m
+    float *m, *v;               // [n_trainable], at each tensor's offset; RMSprop has no m
     uint64_t step;              // updates done
 } dpo_optimizer;
 
@@ -512,29 +600,57 @@ DPO_API double dpo_clip_scale(double norm, double max_norm);
 /* Multiplier of the learning rate for update `step` (from 0) of `steps`. */
 DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t steps, size_t warmup);
 
-/* ---- 1.8 reference cache --------------------------------------------------------------------- */
+/* ---- 1.8 reference cache and training state -------------------------------------------------- */
 
-/* Log-probabilities of a data set's branches under the reference model, kept in a file whose key
-   is the model's identity and the data's hash. */
-DPO_API int dpo_reference_save(dpo_context *context, const char *path, uint64_t model_identity,
-                               uint64_t data_hash, const double *logp, size_t n);
-/* Fails, saying which part differs, if the file was made for another model or other data. */
-DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t model_identity,
-                               uint64_t data_hash, double *logp, size_t n);
+/* What a reference cache was made of; another of any of these has other log-probabilities. */
+typedef struct dpo_reference_key {
+    uint64_t model, adapter;    // identities; adapter 0: none
+    uint64_t dtype;             // precision of the forward pass
+    uint64_t data, truncation;  // hash of the examples; the lengths and the end they were cut to
+} dpo_reference_key;
+
+/* Log-probabilities of a data set's n branches under the reference model. */
+DPO_API int dpo_reference_save(dpo_context *context, const char *path, const dpo_reference_key *key,
+                               const double *logp, size_t n);
+/* Fails, saying which part of the key differs, if the file was made of something else. */
+DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo_reference_key *key,
+                               double *logp, size_t n);
+
+/* Everything that training changes (weights or adapter, optimizer, counters), so that a run which
+   loads it goes on bit for bit; `notes` are the caller's own bytes. `run` is a hash that tells runs
+   apart: dpo_state_load refuses a state of another. */
+DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, const char *path,
+                           uint64_t run, const void *notes, size_t n_notes);
+DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
+                           uint64_t run, dpo_string *notes);
 
 /* ---- 1.9 memory plan ------------------------------------------------------------------------- */
 
 typedef struct dpo_plan_options {
+    dpo_model_options model;
+    const dpo_file *file;           // the model's open file; NULL: the model is made anew
+    dpo_lora lora;                  // r 0: none
     int train;                      // gradients and optimizer state too
     dpo_optimizer_kind optimizer;
     size_t max_rows, max_scored;    // of the largest micro-batch
+    size_t kept_rows;               // of the largest that is trained on; 0: none is
     size_t max_span;                // rows of the longest prompt with one branch
+    size_t max_positions;           // of dpo_generate, prompt and answer; 0: it is not called
     int n_threads;
 } dpo_plan_options;
 typedef struct dpo_memory {         // bytes
-    size_t weights, gradients, optimizer, activations, head, scratch, total;
+    size_t weights, gradients, optimizer, activations, head, cache, scratch;
+    size_t heap;                    // the sum of these
+    size_t mapped;                  // at most this much of the model's file besides
+    size_t total;
+    size_t params, trainable;       // numbers of elements: without adapters, and of what is trained
+    size_t state_file;              // of dpo_state_save
 } dpo_memory;
-/* What dpo_forward, dpo_backward and the optimizer will allocate; computed, not measured. */
+/* Enlarges max_rows, max_scored, max_span and, with `keep`, kept_rows to what n examples need in
+   micro-batches of micro_rows. */
+DPO_API void dpo_plan_passes(dpo_plan_options *options, const dpo_example *examples, size_t n,
+                             size_t micro_rows, int keep);
+/* What loading, dpo_forward, dpo_backward and the optimizer will take; computed, not measured. */
 DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_config *config,
                             const dpo_plan_options *options);
 
@@ -554,12 +670,15 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
                          const dpo_sampling *sampling,
                          void (*on_text)(void *user, const char *bytes, size_t n), void *user);
 
-/* ---- 1.11 random numbers --------------------------------------------------------------------- */
+/* ---- 1.11 random numbers, fingerprints ------------------------------------------------------- */
 
 /* Counter-based: the number depends on (seed, stream, index) only, so any part of a sequence can be
    had without the rest and threads need no state. */
 DPO_API uint64_t dpo_random_u64(uint64_t seed, uint64_t stream, uint64_t index);
 DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index);  // [0, 1)
+/* A fingerprint of bytes (64-bit FNV-1a), starting from DPO_HASH_START or from another's. */
+#define DPO_HASH_START 0xcbf29ce484222325u
+DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 
 #ifdef __cplusplus
 }
@@ -576,6 +695,7 @@ DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index
 
 #include <errno.h>
 #include <fcntl.h>
+#include <float.h>
 #include <locale.h>
 #include <math.h>
 #include <stdarg.h>
@@ -584,15 +704,24 @@ DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
 #ifdef _OPENMP
 #include <omp.h>
+#endif
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#include <arm_neon.h>
 #endif
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "dpo.h: model files are little-endian and are mapped as they are; so must the machine be"
 #endif
-_Static_assert(sizeof(size_t) == 8, "dpo.h: files and models are larger than 32-bit sizes");
+_Static_assert(sizeof(size_t) == 8 && sizeof(off_t) == 8, "dpo.h: files are larger than 4 GB");
+_Static_assert(sizeof(float) == 4 && sizeof(double) == 8 && FLT_MANT_DIG == 24 &&
+               DBL_MANT_DIG == 53 && FLT_EVAL_METHOD == 0,
+               "dpo.h: IEEE arithmetic, done as it is written");
 
 /* Compile-time option: DPO_MALLOC and DPO_FREE replace libc's, both or none. */
 #if !defined(DPO_MALLOC) && !defined(DPO_FREE)
@@ -726,9 +855,7 @@ DPO_API void dpo_string_free(dpo_context *context, dpo_string *string)
     *string = (dpo_string){ 0 };
 }
 
-/* 64-bit FNV-1a (Fowler, Noll, Vo): a fingerprint of bytes, started from DPOI_HASH_START. */
-#define DPOI_HASH_START 0xcbf29ce484222325u
-static uint64_t dpoi_hash(uint64_t hash, const void *data, size_t n_bytes)
+DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes)
 {
     const unsigned char *bytes = data;
     for (size_t i = 0; i < n_bytes; i++) hash = (hash ^ bytes[i]) * 0x100000001b3u;
@@ -758,7 +885,9 @@ DPO_API double dpo_random_uniform(uint64_t seed, uint64_t stream, uint64_t index
 
 /* Streams under one seed that must not repeat each other's numbers; the weights of tensor k of a
    new model are stream k. */
-enum { DPOI_STREAM_SHUFFLE = 1 << 20, DPOI_STREAM_SAMPLING };
+enum {
+    DPOI_STREAM_SHUFFLE = 1 << 20, DPOI_STREAM_SAMPLING, DPOI_STREAM_PASS, DPOI_STREAM_UPDATE
+};
 
 /* A standard normal number by Box and Muller's transform. */
 static double dpoi_random_normal(uint64_t seed, uint64_t stream, uint64_t index)
@@ -786,6 +915,8 @@ static int dpoi_thread_index(void) { return omp_get_thread_num(); }
 static int dpoi_thread_index(void) { return 0; }
 #endif
 
+#define DPOI_PIECE 16384    // elements that one iteration of a parallel loop over an array takes
+
 /* How many threads some elementary operations are worth: starting and joining threads takes
    microseconds, and far longer when something else wants the cores. */
 #ifndef DPOI_SERIAL_WORK
@@ -795,6 +926,22 @@ static int dpoi_threads(const dpo_context *context, size_t work)
 {
     return work > DPOI_SERIAL_WORK ? context->n_threads : 1;
 }
+
+/* Adds the time since the last call to an operation's: one call behind each operation measures them
+   all, and leaves nothing out. */
+static void dpoi_lap(const dpo_context *context, dpo_operation operation, double flops,
+                     double bytes)
+{
+    dpo_profile *profile = context->profile;
+    struct timespec t;
+    if (!profile || clock_gettime(CLOCK_MONOTONIC, &t)) return;
+    const double now = (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    if (profile->last > 0) profile->seconds[operation] += now - profile->last;
+    profile->last = now;
+    profile->flops[operation] += flops;
+    profile->bytes[operation] += bytes;
+}
+
 /* ---- 2.5 exp, erf, tanh, sigmoid ------------------------------------------------------------- */
 
 /* Softmax and activations call these for every element, so loops over them must become vector code
@@ -889,7 +1036,84 @@ static inline float dpoi_erf(float x)
     far = x < 0.0f ? -far : far;
     return a < 1.0f ? x + x * q : far;
 }
-/* ---- 2.6 sums in a fixed order --------------------------------------------------------------- */
+
+/* ---- 2.6 bf16 and f16 ------------------------------------------------------------------------ */
+
+/* A bf16 is the upper half of a float: its sign, its exponent, and 7 bits of its fraction. */
+static inline float dpoi_bf16_to_float(uint16_t half)
+{
+    uint32_t bits = (uint32_t)half << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* The nearest bf16, even if two are as near; a NaN stays one. */
+static inline uint16_t dpoi_bf16(float x)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t rounded = bits + 0x7fff + (bits >> 16 & 1);
+    return (uint16_t)(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
+}
+
+/* One of the two bf16 around x by chance, the nearer one with the higher probability, so that the
+   mean is x: many small changes add up, where rounding to nearest would lose every one of them. */
+static inline uint16_t dpoi_bf16_stochastic(float x, uint64_t key, uint64_t index)
+{
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    uint32_t chance = (uint32_t)(dpoi_scatter(key + index * 0x9e3779b97f4a7c15u) >> 48);
+    uint32_t special = (bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : bits; // a NaN stays one
+    uint32_t rounded = (bits & 0x7f800000) == 0x7f800000 ? special : bits + chance;
+    return (uint16_t)(rounded >> 16);
+}
+
+static size_t dpoi_dtype_bytes(dpo_dtype dtype)
+{
+    switch (dtype) {
+    case DPO_F32: case DPO_U32: return 4;
+    case DPO_F16: case DPO_BF16: return 2;
+    case DPO_U8: return 1;
+    case DPO_F64: case DPO_U64: return 8;
+    }
+    return 0;
+}
+
+/* IEEE half to float. The exponent's bias differs by 112, and the multiplication also turns half's
+   subnormals into normal floats; infinities and NaN get float's largest exponent back. */
+static float dpoi_half_to_float(uint16_t half)
+{
+    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    value *= 0x1p112f;
+    memcpy(&bits, &value, sizeof bits);
+    bits |= (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
+    bits |= (uint32_t)(half & 0x8000) << 16;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* x[n] as floats, from fp32, bf16 or f16; and back to fp32 or the nearest bf16. */
+static void dpoi_widen(float *out, const void *x, dpo_dtype dtype, size_t n)
+{
+    const uint16_t *half = x;
+    if (dtype == DPO_F32) memcpy(out, x, n * sizeof *out);
+    else if (dtype == DPO_F16)
+        for (size_t i = 0; i < n; i++) out[i] = dpoi_half_to_float(half[i]);
+    else
+        for (size_t i = 0; i < n; i++) out[i] = dpoi_bf16_to_float(half[i]);
+}
+
+static void dpoi_narrow(void *out, dpo_dtype dtype, const float *x, size_t n)
+{
+    uint16_t *half = out;
+    if (dtype == DPO_F32) memcpy(out, x, n * sizeof *x);
+    else for (size_t i = 0; i < n; i++) half[i] = dpoi_bf16(x[i]);
+}
+
+/* ---- 2.7 sums in a fixed order --------------------------------------------------------------- */
 
 /* A float sum depends on its order. Sixteen running sums, element i in lane i % 16, then a tree
    over the lanes: the same order on every machine, and one that vector units like. */
@@ -926,6 +1150,17 @@ static float dpoi_dot_centred(const float *x, const float *y, float mean, size_t
 static float dpoi_dot(const float *x, const float *y, size_t n)
 {
     return dpoi_dot_centred(x, y, 0.0f, n);
+}
+
+static float dpoi_dot_bf16(const float *x, const uint16_t *y, size_t n)
+{
+    float lane[DPOI_SUM_LANES] = { 0 };
+    size_t whole = n - n % DPOI_SUM_LANES;
+    for (size_t i = 0; i < whole; i += DPOI_SUM_LANES)
+        for (size_t j = 0; j < DPOI_SUM_LANES; j++)
+            lane[j] += x[i + j] * dpoi_bf16_to_float(y[i + j]);
+    for (size_t i = whole; i < n; i++) lane[i - whole] += x[i] * dpoi_bf16_to_float(y[i]);
+    return dpoi_lanes_sum(lane);
 }
 
 static float dpoi_max(const float *x, size_t n)
@@ -984,6 +1219,12 @@ static float dpoi_max(const float *x, size_t n)
    from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces it unless
    `accumulate`. So the bits of c[i][j] depend on row i of a, column j of b and k only: not on m, n,
    place, edges, storage order or threads.
+
+   bf16. A product `as` DPO_BF16 takes its inputs rounded to bf16 and sums in fp32. CPUs that have a
+   dot product for bf16 multiply two of them, neighbours along k, where an FMA multiplies one float:
+   their panels hold units of two bf16, which are as large as a float, so that tile, panels and
+   blocking stay as they are and only the innermost line differs. For other CPUs the panels hold
+   the rounded numbers as floats: the same products, added in another order.
    ============================================================================================= */
 
 /* ---- 3.1 the reference ----------------------------------------------------------------------- */
@@ -991,27 +1232,35 @@ static float dpoi_max(const float *x, size_t n)
 typedef struct {
     const void *data;
     size_t row_stride, col_stride;  // element (i, j) is data[i * row_stride + j * col_stride];
-    int dtype;                      // one stride is 1. DPO_F32
+    dpo_dtype dtype;                // one stride is 1. DPO_F32 or DPO_BF16
 } dpoi_matrix;
 
 /* x without its first i rows and j columns. */
 static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
 {
-    x.data = (const float *)x.data + i * x.row_stride + j * x.col_stride;
+    size_t place = i * x.row_stride + j * x.col_stride;
+    x.data = (const char *)x.data + place * (x.dtype == DPO_BF16 ? 2 : 4);
     return x;
+}
+
+/* Element (i, j), as a product `as` that type takes it. */
+static inline float dpoi_element(dpoi_matrix x, size_t i, size_t j, dpo_dtype as)
+{
+    float value;
+    dpoi_widen(&value, dpoi_submatrix(x, i, j).data, x.dtype, 1);
+    return as == DPO_BF16 ? dpoi_bf16_to_float(dpoi_bf16(value)) : value;
 }
 
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]; row i of c starts at c + i * ldc. The tests
    compare dpoi_matmul with it. */
 static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
-                                         size_t m, size_t n, size_t k, int accumulate)
+                                         size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
     for (size_t i = 0; i < m; i++)
         for (size_t j = 0; j < n; j++) {
             double sum = accumulate ? c[i * ldc + j] : 0.0;
             for (size_t l = 0; l < k; l++)
-                sum += (double)*(const float *)dpoi_submatrix(a, i, l).data *
-                       *(const float *)dpoi_submatrix(b, l, j).data;
+                sum += (double)dpoi_element(a, i, l, as) * dpoi_element(b, l, j, as);
             c[i * ldc + j] = (float)sum;
         }
 }
@@ -1033,8 +1282,18 @@ enum {
     DPOI_BLOCK_K = 256,
     DPOI_BLOCK_COLS = 256 / DPOI_TILE_COLS * DPOI_TILE_COLS,
     DPOI_BLOCK_ROWS = 1200 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
-    DPOI_PACK_FLOATS = DPOI_BLOCK_K * (DPOI_BLOCK_COLS + DPOI_BLOCK_ROWS) // scratch of a thread
+    DPOI_LINE = 16,                 // floats in a cache line
+    DPOI_B_FLOATS = DPOI_BLOCK_COLS / DPOI_TILE_COLS * (DPOI_TILE_COLS * DPOI_BLOCK_K + DPOI_LINE),
+    DPOI_A_FLOATS = DPOI_BLOCK_ROWS / DPOI_TILE_ROWS * (DPOI_TILE_ROWS * DPOI_BLOCK_K + DPOI_LINE),
+    DPOI_PACK_FLOATS = DPOI_A_FLOATS + DPOI_B_FLOATS    // scratch of a thread
 };
+
+/* From one panel to the next: a cache line more than its size, which is often a multiple of 2 KB,
+   and then the same line of many panels would want the same few places of the first cache. */
+static inline size_t dpoi_panel_floats(size_t width, size_t units)
+{
+    return width * units + DPOI_LINE;
+}
 
 /* The compiler's vector extension says "these lanes together" without naming an instruction set.
    Option DPO_PLAIN_C: do without it, as with other compilers. */
@@ -1060,18 +1319,37 @@ typedef int dpoi_four_ints __attribute__((vector_size(16)));
 #pragma GCC optimize("fp-contract=fast")
 #endif
 
-/* c[rows, TILE_COLS] = (add ? c : 0) + a panel times b panel. `rows` is a constant once this is
-   inlined. The loops go to TILE_ROWS all the same, and the test inside costs nothing: only loops
-   with constant ends are unrolled by both compilers early enough to put sum[][] into registers. */
-DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                                int add, int rows)
+#ifdef __AVX512BF16__
+#define DPOI_UNIT_BF16 2     // bf16 in a unit of a panel
+/* sum + a * b with the unit a in every lane of b's units. */
+DPOI_INLINE dpoi_vec dpoi_dot_pairs(dpoi_vec sum, float a, dpoi_vec b)
+{
+    return (dpoi_vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_ps(a), (__m512bh)b);
+}
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define DPOI_UNIT_BF16 2
+DPOI_INLINE dpoi_vec dpoi_dot_pairs(dpoi_vec sum, float a, dpoi_vec b)
+{
+    return (dpoi_vec)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)vdupq_n_f32(a), (bfloat16x8_t)b);
+}
+#else
+#define DPOI_UNIT_BF16 1
+DPOI_INLINE dpoi_vec dpoi_dot_pairs(dpoi_vec sum, float a, dpoi_vec b) { return sum + a * b; }
+#endif
+
+/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units. `rows`, `vecs`
+   and `pairs` are constants once this is inlined. The loops go to the tile's ends all the same, and
+   the tests inside cost nothing: only loops with constant ends are unrolled by both compilers early
+   enough to put sum[][] into registers. */
+DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b, size_t k,
+                                int add, int rows, int vecs, int pairs)
 {
 #ifdef __clang__
 #pragma STDC FP_CONTRACT ON
 #endif
     dpoi_vec sum[DPOI_TILE_ROWS][DPOI_TILE_VECS] = { { { 0 } } };
     for (int i = 0; i < rows; i++) // fetch c while k runs
-        for (int j = 0; j < DPOI_TILE_COLS; j += 16)
+        for (int j = 0; j < vecs * DPOI_LANES; j += DPOI_LINE)
             __builtin_prefetch(c + (size_t)i * ldc + j, 1);
     DPOI_NO_UNROLL // clang would take two steps at a time and run out of registers
     for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS) {
@@ -1080,13 +1358,15 @@ DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const floa
         for (int i = 0; i < DPOI_TILE_ROWS; i++)
             DPOI_UNROLL
             for (int j = 0; j < DPOI_TILE_VECS; j++)
-                if (i < rows) sum[i][j] += a[i] * b_vec[j];
+                if (i < rows && j < vecs)
+                    sum[i][j] = pairs ? dpoi_dot_pairs(sum[i][j], a[i], b_vec[j])
+                                      : sum[i][j] + a[i] * b_vec[j];
     }
     DPOI_UNROLL
     for (int i = 0; i < DPOI_TILE_ROWS; i++, c += ldc)
         DPOI_UNROLL
         for (int j = 0; j < DPOI_TILE_VECS; j++)
-            if (i < rows) {
+            if (i < rows && j < vecs) {
                 dpoi_vec_at *c_vec = (dpoi_vec_at *)c + j;
                 if (add) sum[i][j] += *c_vec;
                 *c_vec = sum[i][j];
@@ -1109,15 +1389,18 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #else // plain loops
 #define DPOI_INLINE static inline
 #define DPOI_NOINLINE static
-DPOI_INLINE void dpoi_tile_rows(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                                int add, int rows)
+#define DPOI_UNIT_BF16 1
+DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b, size_t k,
+                                int add, int rows, int vecs, int pairs)
 {
+    (void)pairs; // there are none
+    const int cols = vecs * DPOI_LANES;
     float sum[DPOI_TILE_ROWS][DPOI_TILE_COLS] = { { 0 } };
     for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS)
         for (int i = 0; i < rows; i++)
-            for (int j = 0; j < DPOI_TILE_COLS; j++) sum[i][j] += a[i] * b[j];
+            for (int j = 0; j < cols; j++) sum[i][j] += a[i] * b[j];
     for (int i = 0; i < rows; i++, c += ldc)
-        for (int j = 0; j < DPOI_TILE_COLS; j++) c[j] = add ? c[j] + sum[i][j] : sum[i][j];
+        for (int j = 0; j < cols; j++) c[j] = add ? c[j] + sum[i][j] : sum[i][j];
 }
 
 DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
@@ -1127,14 +1410,20 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 }
 #endif
 
-/* Not inlined: within the loops over tiles, clang runs out of registers. */
+/* The whole tile, or the least part that has the rows and columns which c has. A low part has all
+   columns: few tiles are both. Not inlined: within the loops over tiles, clang runs out of
+   registers. */
 DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                             int add, size_t rows)
+                             int add, size_t rows, size_t cols, int pairs)
 {
-    if (rows > DPOI_SHORT_ROWS)
-        dpoi_tile_rows(c, ldc, a, b, k, add, DPOI_TILE_ROWS);
-    else
-        dpoi_tile_rows(c, ldc, a, b, k, add, DPOI_SHORT_ROWS);
+    enum { ALL = DPOI_TILE_ROWS, LOW = DPOI_SHORT_ROWS, WIDE = DPOI_TILE_VECS };
+    const int low = rows <= LOW, narrow = cols <= DPOI_LANES;
+    if (low && pairs) dpoi_tile_part(c, ldc, a, b, k, add, LOW, WIDE, 1);
+    else if (low) dpoi_tile_part(c, ldc, a, b, k, add, LOW, WIDE, 0);
+    else if (narrow && pairs) dpoi_tile_part(c, ldc, a, b, k, add, ALL, 1, 1);
+    else if (narrow) dpoi_tile_part(c, ldc, a, b, k, add, ALL, 1, 0);
+    else if (pairs) dpoi_tile_part(c, ldc, a, b, k, add, ALL, WIDE, 1);
+    else dpoi_tile_part(c, ldc, a, b, k, add, ALL, WIDE, 0);
 }
 #if defined(__GNUC__) && !defined(__clang__) && !defined(DPO_PLAIN_C)
 #pragma GCC pop_options
@@ -1142,53 +1431,122 @@ DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *
 
 /* ---- 3.3 packing ----------------------------------------------------------------------------- */
 
-/* Copies x[count, k] into panels of `width` rows, each [k, width]; zeros fill up the last. */
-DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t count, size_t k)
+/* Whether a product `as` that type has units of two bf16. */
+static inline int dpoi_paired(dpo_dtype as) { return DPOI_UNIT_BF16 == 2 && as == DPO_BF16; }
+
+/* Bits of element i as a float, rounded to bf16 if the product asks for it. */
+DPOI_INLINE uint32_t dpoi_float_bits(const void *x, size_t i, dpo_dtype dtype, dpo_dtype as)
 {
-    const float *in = (const float *)x.data;
-    size_t whole = count - count % width;
-    if (whole < count) memset(panels + whole * k, 0, width * k * sizeof *panels);
+    uint32_t bits = 0;
+    if (dtype == DPO_BF16) {
+        uint16_t half;
+        memcpy(&half, (const uint16_t *)x + i, sizeof half);
+        return (uint32_t)half << 16;
+    }
+    float value = ((const float *)x)[i];
+    if (as == DPO_BF16) return (uint32_t)dpoi_bf16(value) << 16;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+
+/* out[0 .. n) = units of x[0], x[step], x[2 step], ...: in pairs each with the element at the same
+   place of y, or with 0 if y is NULL. Inlined with constants, for loops without branches. */
+DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t step, size_t n,
+                                dpo_dtype dtype, dpo_dtype as)
+{
+    for (size_t i = 0; i < n; i++) {
+        uint32_t bits = dpoi_float_bits(x, i * step, dtype, as);
+        if (dpoi_paired(as))
+            bits = bits >> 16 | (y ? dpoi_float_bits(y, i * step, dtype, as) : 0);
+        memcpy(out + i, &bits, sizeof bits);
+    }
+}
+
+static void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
+                       dpo_dtype dtype, dpo_dtype as)
+{
+    if (dtype == DPO_F32 && as == DPO_F32) memcpy(out, x, n * sizeof *out); // step is 1 then
+    else if (dtype == DPO_F32 && step == 1) dpoi_units_run(out, x, y, 1, n, DPO_F32, DPO_BF16);
+    else if (dtype == DPO_F32) dpoi_units_run(out, x, y, 2, n, DPO_F32, DPO_BF16);
+    else if (as == DPO_F32) dpoi_units_run(out, x, y, 1, n, DPO_BF16, DPO_F32);
+    else if (step == 1) dpoi_units_run(out, x, y, 1, n, DPO_BF16, DPO_BF16);
+    else memcpy(out, x, n * sizeof *out); // pairs already lie side by side
+}
+
+/* Copies x[count, k] into panels of `width` rows, each [units of k, width]; zeros fill up the last
+   panel, and the last unit of an odd k. */
+DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t count, size_t k,
+                           dpo_dtype as)
+{
+    const size_t per_unit = dpoi_paired(as) ? 2 : 1, units = (k + per_unit - 1) / per_unit;
+    const size_t whole = count - count % width;
+    const size_t panel = dpoi_panel_floats(width, units);
+    if (whole < count) memset(panels + whole / width * panel, 0, width * units * sizeof *panels);
     if (x.row_stride == 1) {
-        for (size_t l = 0; l < k; l++, in += x.col_stride) {
-            float *out = panels + l * width;
-            for (size_t i = 0; i < whole; i += width)
-                memcpy(out + i * k, in + i, width * sizeof *in);
-            for (size_t i = whole; i < count; i++) out[whole * k + i - whole] = in[i];
+        for (size_t u = 0; u < units; u++) {
+            const size_t l = u * per_unit;
+            const char *in = dpoi_submatrix(x, 0, l).data, *next = NULL;
+            if (per_unit == 2 && l + 1 < k) next = dpoi_submatrix(x, 0, l + 1).data;
+            float *out = panels + u * width;
+            for (size_t i = 0; i < count; i += width, out += panel) {
+                size_t place = i * (x.dtype == DPO_BF16 ? 2 : 4);
+                dpoi_units(out, in + place, next ? next + place : NULL, 1,
+                           DPOI_MIN(count - i, width), x.dtype, as);
+            }
         }
         return;
     }
-    const size_t line = 16; // floats in a cache line: used up when it is there
-    for (size_t p = 0; p < count; p += width, panels += width * k, in += width * x.row_stride) {
-        size_t rows = DPOI_MIN(count - p, width), l = 0;
-        for (; rows >= 4 && l + line <= k; l += line)
-            for (size_t r = 0; r < rows; r += 4) {
-                size_t i = DPOI_MIN(r, rows - 4); // the last four may overlap the four before
-                for (size_t step = l; step < l + line; step += 4)
-                    dpoi_transpose_4x4(panels + step * width + i, width,
-                                       in + i * x.row_stride + step, x.row_stride);
+    float converted[(DPOI_TILE_ROWS + DPOI_TILE_COLS) * DPOI_LINE]; // enough for either width
+    const int direct = x.dtype == DPO_F32 && as == DPO_F32;
+    for (size_t p = 0; p < count; p += width, panels += panel) {
+        size_t rows = DPOI_MIN(count - p, width);
+        for (size_t u = 0; u < units; u += DPOI_LINE) {
+            const size_t n = DPOI_MIN(units - u, (size_t)DPOI_LINE), l = u * per_unit;
+            const size_t n_whole = DPOI_MIN(n, (k - l) / per_unit); // the last may be half a unit
+            const float *in = dpoi_submatrix(x, p, l).data;
+            for (size_t r = 0; r < rows && !direct; r++) {
+                const char *row = dpoi_submatrix(x, p + r, l).data;
+                const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
+                float *line = converted + r * DPOI_LINE;
+                dpoi_units(line, row, row + item, per_unit, n_whole, x.dtype, as);
+                if (n_whole < n)
+                    dpoi_units(line + n_whole, row + 2 * n_whole * item, NULL, 1, 1, x.dtype, as);
             }
-        for (; l < k; l++)
-            for (size_t i = 0; i < rows; i++) panels[l * width + i] = in[i * x.row_stride + l];
+            const size_t ld = direct ? x.row_stride : DPOI_LINE;
+            if (!direct) in = converted;
+            for (size_t r = 0; rows >= 4 && n == DPOI_LINE && r < rows; r += 4) {
+                size_t i = DPOI_MIN(r, rows - 4); // the last four may overlap the four before
+                for (size_t step = 0; step < DPOI_LINE; step += 4)
+                    dpoi_transpose_4x4(panels + (u + step) * width + i, width, in + i * ld + step,
+                                       ld);
+            }
+            for (size_t step = 0; (rows < 4 || n < DPOI_LINE) && step < n; step++)
+                for (size_t i = 0; i < rows; i++)
+                    memcpy(panels + (u + step) * width + i, in + i * ld + step, sizeof *in);
+        }
     }
 }
 
 /* ---- 3.4 on one thread ----------------------------------------------------------------------- */
 
-/* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K. Tiles over the edge of c are made
-   aside, and what belongs to c is copied. */
+/* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K units. Tiles over the edge of c are
+   made aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so
+   no edge. */
 static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
-                               size_t m, size_t n, size_t k, int add)
+                               size_t m, size_t n, size_t k, int add, int pairs)
 {
     for (size_t i = 0; i < m; i += DPOI_TILE_ROWS)
         for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
-            const float *a = a_panels + i * k, *b = b_panels + j * k;
+            const float *a = a_panels + i / DPOI_TILE_ROWS * dpoi_panel_floats(DPOI_TILE_ROWS, k);
+            const float *b = b_panels + j / DPOI_TILE_COLS * dpoi_panel_floats(DPOI_TILE_COLS, k);
             float *to = c + i * ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
             size_t rows = DPOI_MIN(m - i, DPOI_TILE_ROWS), cols = DPOI_MIN(n - j, DPOI_TILE_COLS);
-            if (cols == DPOI_TILE_COLS && (rows == DPOI_TILE_ROWS || rows == DPOI_SHORT_ROWS)) {
-                dpoi_tile(to, ldc, a, b, k, add, rows);
+            if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
+                (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
+                dpoi_tile(to, ldc, a, b, k, add, rows, cols, pairs);
                 continue;
             }
-            dpoi_tile(edge, DPOI_TILE_COLS, a, b, k, 0, rows);
+            dpoi_tile(edge, DPOI_TILE_COLS, a, b, k, 0, rows, cols, pairs);
             for (size_t r = 0; r < rows; r++)
                 for (size_t s = 0; s < cols; s++) {
                     float sum = edge[r * DPOI_TILE_COLS + s];
@@ -1200,19 +1558,22 @@ static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, cons
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] on the calling thread, with scratch
    pack[DPOI_PACK_FLOATS]. Efficient for small shapes too: 80 % of peak at 64 x 64 x 64. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
-                               size_t m, size_t n, size_t k, int accumulate)
+                               size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
     dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
-    float *b_panels = pack, *a_panels = pack + DPOI_BLOCK_K * DPOI_BLOCK_COLS;
+    float *b_panels = pack, *a_panels = pack + DPOI_B_FLOATS;
+    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
     for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS)
-        for (size_t l = 0; l == 0 || l < k; l += DPOI_BLOCK_K) { // once if k is 0, for the zeros
-            size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS), depth = DPOI_MIN(k - l, DPOI_BLOCK_K);
-            dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth);
+        for (size_t l = 0; l == 0 || l < k; l += most) { // once if k is 0, for the zeros
+            size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS), depth = DPOI_MIN(k - l, most);
+            size_t units = (depth + per_unit - 1) / per_unit;
+            dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
             for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS) {
                 size_t cols = DPOI_MIN(n - j, DPOI_BLOCK_COLS);
-                dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth);
-                dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, rows, cols, depth,
-                                   accumulate || l > 0);
+                dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth,
+                          as);
+                dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, rows, cols, units,
+                                   accumulate || l > 0, per_unit == 2);
             }
         }
 }
@@ -1223,7 +1584,7 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
    blocks should be large and square; but equally many for each thread, and up to four where they
    are large enough, for then the others can take over from a thread that is held up. */
 static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_matrix a,
-                        dpoi_matrix b, size_t m, size_t n, size_t k, int accumulate)
+                        dpoi_matrix b, size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
     size_t row_tiles = m / DPOI_TILE_ROWS + (m % DPOI_TILE_ROWS > 0), down = 1;
     size_t col_tiles = n / DPOI_TILE_COLS + (n % DPOI_TILE_COLS > 0), across = 1;
@@ -1246,7 +1607,7 @@ static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_m
         size_t j_end = DPOI_MIN(n, col_tiles * (s + 1) / across * DPOI_TILE_COLS);
         dpoi_matmul_serial(context->pack[dpoi_thread_index()], c + i * ldc + j, ldc,
                            dpoi_submatrix(a, i, 0), dpoi_submatrix(b, 0, j),
-                           i_end - i, j_end - j, k, accumulate);
+                           i_end - i, j_end - j, k, accumulate, as);
     }
 }
 
@@ -1274,9 +1635,16 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
     return 0;
 }
 
-/* Attention's strips grow with the longest example; dpo_model_reserve calls this. */
-static int dpoi_context_reserve_strips(dpo_context *context, size_t floats)
+/* Attention's strips grow with the longest example, the scratch for a piece of a weight gradient
+   with the widest layer; dpo_model_reserve calls this. */
+static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piece_floats)
 {
+    if (piece_floats > context->piece_floats) {
+        dpoi_free(context, context->piece);
+        context->piece_floats = 0;
+        if (dpoi_alloc(context, &context->piece, piece_floats, sizeof(float))) return 1;
+        context->piece_floats = piece_floats;
+    }
     if (floats <= context->strip_floats) return 0;
     for (size_t t = 0; t < (size_t)context->n_threads; t++) {
         dpoi_free(context, context->strip[t]);
@@ -1297,9 +1665,12 @@ DPO_API void dpo_context_free(dpo_context *context)
     }
     dpoi_free(context, context->pack);
     dpoi_free(context, context->strip);
+    dpoi_free(context, context->piece);
     context->pack = context->strip = NULL;
+    context->piece = NULL;
     context->n_threads = 0;
 }
+
 /* ================================================================================================
    4. LAYERS
 
@@ -1330,10 +1701,17 @@ static void dpoi_add_column_sums(const dpo_context *context, float *db, const fl
 /* y = a + b, for residual connections; y may be a. */
 static void dpoi_add(const dpo_context *context, float *y, const float *a, const float *b, size_t n)
 {
-    const size_t piece = 16384;
     DPOI_PARALLEL_FOR(dpoi_threads(context, n))
-    for (size_t first = 0; first < n; first += piece)
-        for (size_t i = first; i < DPOI_MIN(first + piece, n); i++) y[i] = a[i] + b[i];
+    for (size_t first = 0; first < n; first += DPOI_PIECE)
+        for (size_t i = first; i < DPOI_MIN(first + DPOI_PIECE, n); i++) y[i] = a[i] + b[i];
+    dpoi_lap(context, DPO_TIME_RESIDUAL, 0, 12.0 * (double)n);
+}
+
+/* One element of a weight. */
+static inline float dpoi_weight_at(const dpo_tensor *W, size_t i)
+{
+    return W->dtype == DPO_BF16 ? dpoi_bf16_to_float(((const uint16_t *)W->data)[i])
+                                : ((const float *)W->data)[i];
 }
 
 /* ---- 4.1 embedding --------------------------------------------------------------------------- */
@@ -1342,14 +1720,18 @@ static void dpoi_add(const dpo_context *context, float *y, const float *a, const
    the sum, so that a wide model's first layer sees entries of the same size as a narrow one's. */
 static void dpoi_embedding_forward(const dpo_context *context, float *y, // [R, C]
                                    const uint32_t *token, const uint32_t *position, // [R]
-                                   const float *E /* [V, C] */, const float *P /* [T, C] or NULL */,
+                                   const dpo_tensor *E, // [V, C]
+                                   const dpo_tensor *P, // [T, C] or NULL
                                    float scale, size_t R, size_t C)
 {
     DPOI_PARALLEL_ROWS(dpoi_threads(context, R * C))
     for (size_t r = 0; r < R; r++) {
-        const float *e = E + token[r] * C, *p = P ? P + position[r] * C : NULL;
-        for (size_t c = 0; c < C; c++) y[r * C + c] = scale * (p ? e[c] + p[c] : e[c]);
+        float *yr = y + r * C;
+        for (size_t c = 0; c < C; c++) yr[c] = dpoi_weight_at(E, token[r] * C + c);
+        for (size_t c = 0; c < C && P; c++) yr[c] += dpoi_weight_at(P, position[r] * C + c);
+        for (size_t c = 0; c < C; c++) yr[c] *= scale;
     }
+    dpoi_lap(context, DPO_TIME_EMBEDDING, 0, 8.0 * (double)(R * C));
 }
 
 /* Forward: y[r] = scale * (E[token[r]] + P[position[r]]). A token that occurs twice collects twice,
@@ -1367,6 +1749,7 @@ static void dpoi_embedding_backward(const dpo_context *context, float *dE, float
                 if (dP) dP[position[r] * C + c] += scale * dy[r * C + c];
             }
     }
+    dpoi_lap(context, DPO_TIME_EMBEDDING, 0, 12.0 * (double)(R * C));
 }
 
 /* ---- 4.2 layer norm -------------------------------------------------------------------------- */
@@ -1390,6 +1773,7 @@ static void dpoi_norm_forward(const dpo_context *context, float *y /* [R, C] */,
         stats[2 * r] = mean;
         stats[2 * r + 1] = rstd;
     }
+    dpoi_lap(context, DPO_TIME_NORM, 0, 8.0 * (double)(R * C));
 }
 
 /* Forward: xhat = (x - mean) * rstd, y = xhat * w + b. With dxhat = dy * w, and since mean and rstd
@@ -1423,6 +1807,7 @@ static void dpoi_norm_backward(const dpo_context *context, float *dx /* [R, C] *
             dxr[c] += rstd * (dyr[c] - mean_dxhat - xhat * mean_product);
         }
     }
+    dpoi_lap(context, DPO_TIME_NORM_BACK, 0, 24.0 * (double)(R * C));
 }
 
 /* ---- 4.3 linear ------------------------------------------------------------------------------ */
@@ -1445,21 +1830,24 @@ static size_t dpoi_linear_out(const dpo_tensor *W) { return W->shape[W->layout !
 /* The weight as the [in, out] matrix that multiplies rows from the right. */
 static dpoi_matrix dpoi_weight(const dpo_tensor *W)
 {
-    dpoi_matrix stored = dpoi_rows(W->data, W->shape[1]);
+    dpoi_matrix stored = { W->data, W->shape[1], 1, W->dtype };
     return W->layout == DPO_CONV1D ? stored : dpoi_transposed(stored);
 }
 
-/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. */
+/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. The products of a layer are
+   taken as its weights are: bf16 weights make bf16 products. */
 static void dpoi_linear_forward(const dpo_context *context, float *y /* [R, out] */,
                                 const float *x /* [R, in] */, const dpo_tensor *W,
                                 const dpo_tensor *b, size_t R, int accumulate)
 {
     size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
-    dpoi_matmul(context, y, out, dpoi_rows(x, in), dpoi_weight(W), R, out, in, accumulate);
+    dpoi_matmul(context, y, out, dpoi_rows(x, in), dpoi_weight(W), R, out, in, accumulate,
+                W->dtype);
     if (!b) return;
+    const float *bias = b->data;
     DPOI_PARALLEL_ROWS(dpoi_threads(context, R * out))
     for (size_t r = 0; r < R; r++)
-        for (size_t o = 0; o < out; o++) y[r * out + o] += b->data[o];
+        for (size_t o = 0; o < out; o++) y[r * out + o] += bias[o];
 }
 
 typedef void dpoi_linear(const dpo_context *, float *y, const float *x, const dpo_tensor *W,
@@ -1477,11 +1865,39 @@ static void dpoi_linear_row(const dpo_context *context, float *y /* [out] */,
         size_t end = DPOI_MIN(first + DPOI_COLUMNS, out);
         for (size_t o = first; o < end; o++) {
             if (!accumulate) y[o] = 0.0f;
-            if (b) y[o] += b->data[o];
-            if (W->layout != DPO_CONV1D) y[o] += dpoi_dot(x, W->data + o * in, in);
+            if (b) y[o] += dpoi_weight_at(b, o);
+            if (W->layout == DPO_CONV1D) continue;
+            y[o] += W->dtype == DPO_BF16 ? dpoi_dot_bf16(x, (const uint16_t *)W->data + o * in, in)
+                                         : dpoi_dot(x, (const float *)W->data + o * in, in);
         }
         for (size_t i = 0; W->layout == DPO_CONV1D && i < in; i++)
-            for (size_t o = first; o < end; o++) y[o] += x[i] * W->data[i * out + o];
+            for (size_t o = first; o < end; o++) y[o] += x[i] * dpoi_weight_at(W, i * out + o);
+    }
+}
+
+/* Adds a[rows, k] b[k, columns] to the rows of W's gradient from row `first` on, as W is stored:
+   fp32 directly; bf16 by pieces that are made in fp32, added, and rounded by chance. */
+static void dpoi_add_product(const dpo_context *context, const dpo_tensor *W, size_t first,
+                             dpoi_matrix a, dpoi_matrix b, size_t rows, size_t k)
+{
+    const size_t columns = W->shape[1];
+    if (W->grad_dtype == DPO_F32) {
+        dpoi_matmul(context, (float *)W->grad + first * columns, columns, a, b, rows, columns, k, 1,
+                    W->dtype);
+        return;
+    }
+    const size_t most = context->piece_floats / columns;
+    const uint64_t key = dpo_random_u64(context->noise, W->offset, 0);
+    for (size_t start = 0; start < rows; start += most) {
+        const size_t n = DPOI_MIN(rows - start, most), place = (first + start) * columns;
+        dpoi_matmul(context, context->piece, columns, dpoi_submatrix(a, start, 0), b, n, columns, k,
+                    0, W->dtype);
+        uint16_t *grad = (uint16_t *)W->grad + place;
+        DPOI_PARALLEL_ROWS(dpoi_threads(context, 4 * n * columns))
+        for (size_t r = 0; r < n; r++)
+            for (size_t i = r * columns; i < (r + 1) * columns; i++)
+                grad[i] = dpoi_bf16_stochastic(dpoi_bf16_to_float(grad[i]) + context->piece[i], key,
+                                               place + i);
     }
 }
 
@@ -1495,13 +1911,13 @@ static void dpoi_linear_backward(const dpo_context *context, float *dx /* [R, in
     size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
     if (dx)
         dpoi_matmul(context, dx, in, dpoi_rows(dy, out), dpoi_transposed(dpoi_weight(W)), R, in,
-                    out, accumulate);
+                    out, accumulate, W->dtype);
     if (W->grad && W->layout == DPO_CONV1D)
-        dpoi_matmul(context, W->grad, out, dpoi_transposed(dpoi_rows(x, in)), dpoi_rows(dy, out),
-                    in, out, R, 1);
+        dpoi_add_product(context, W, 0, dpoi_transposed(dpoi_rows(x, in)), dpoi_rows(dy, out), in,
+                         R);
     else if (W->grad)
-        dpoi_matmul(context, W->grad, in, dpoi_transposed(dpoi_rows(dy, out)), dpoi_rows(x, in),
-                    out, in, R, 1);
+        dpoi_add_product(context, W, 0, dpoi_transposed(dpoi_rows(dy, out)), dpoi_rows(x, in), out,
+                         R);
     if (b && b->grad) dpoi_add_column_sums(context, b->grad, dy, R, out);
 }
 
@@ -1548,6 +1964,7 @@ static void dpoi_rotary(const dpo_context *context, float *qkv /* [R, 3C] */,
             }
         }
     }
+    dpoi_lap(context, DPO_TIME_ROTARY, 0, 16.0 * (double)(R * heads.H * n));
 }
 
 /* ---- 4.5 attention --------------------------------------------------------------------------- */
@@ -1564,7 +1981,8 @@ typedef struct dpoi_attention {
     const dpoi_span *spans;
     const size_t *first_span; // [n_examples + 1] the spans of each example
     size_t n_examples;
-    size_t work;            // multiplications of one product over all spans, about
+    double pairs;           // of a query and a key that it sees, in all spans
+    dpo_dtype as;           // what its products take
 } dpoi_attention;
 
 /* Queries go through in strips of 64: large enough that the products run at speed, small enough
@@ -1572,45 +1990,69 @@ typedef struct dpoi_attention {
    strip holds all its keys, so the softmax needs no running maximum. */
 #define DPOI_STRIP 64
 
-/* Raw scores s[i, j] = q_i . k_j of n queries of a span against its prefix and its first `own`
-   rows. `side` is the offset of the keys in a row of qkv [R, 3C]; with the values' offset, and dy
-   for q, it is also dP = dy V^T in the backward. Strides and ld count floats from row to row. */
-static void dpoi_strip_product(float *pack, float *s /* [n, keys] */, size_t ld, const float *q,
-                               size_t q_stride, const float *qkv, size_t row, size_t side,
-                               const dpoi_span *span, size_t D, size_t n, size_t own)
+/* Some queries of a span, and the keys that they see: the prefix, then the span's own up to the
+   last query. Below, a strip's keys or values are one matrix X[keys, D], which lies in two places
+   of qkv [R, 3C], at the offset of its head and kind. */
+typedef struct dpoi_strip {
+    const dpoi_span *span;
+    size_t first, n;        // row of the first query; queries
+    size_t own, keys;       // keys in the span; keys in all
+    size_t D, row;          // floats of a head, and of a row of qkv
+    float *pack;
+    dpo_dtype as;
+} dpoi_strip;
+
+static dpoi_strip dpoi_strip_of(const dpoi_attention *attention, const dpoi_span *span, size_t q0,
+                                float *pack)
 {
-    dpoi_matrix queries = { q, q_stride, 1, DPO_F32 };
-    dpoi_matrix before = { qkv + span->prefix * row + side, 1, row, DPO_F32 };
-    dpoi_matrix inside = { qkv + span->first * row + side, 1, row, DPO_F32 };
-    if (span->n_prefix)
-        dpoi_matmul_serial(pack, s, ld, queries, before, n, span->n_prefix, D, 0);
-    dpoi_matmul_serial(pack, s + span->n_prefix, ld, queries, inside, n, own, D, 0);
+    size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), D = attention->heads.D;
+    return (dpoi_strip){ span, span->first + q0, n, q0 + n, span->n_prefix + q0 + n, D,
+                         3 * attention->heads.H * D, pack, attention->as };
 }
 
-/* The strip times the keys or values it was scored against: y[n, D] = s[n, keys] X[keys, D]. */
-static void dpoi_strip_gather(float *pack, float *y, size_t y_stride, const float *s, size_t ld,
-                              const float *qkv, size_t row, size_t side, const dpoi_span *span,
-                              size_t D, size_t n, size_t own)
+/* Rows of x [R, row] from r on. */
+static dpoi_matrix dpoi_strip_rows(const dpoi_strip *strip, const float *x, size_t r)
 {
-    dpoi_matrix strip = { s, ld, 1, DPO_F32 }, rest = { s + span->n_prefix, ld, 1, DPO_F32 };
-    dpoi_matrix before = { qkv + span->prefix * row + side, row, 1, DPO_F32 };
-    dpoi_matrix inside = { qkv + span->first * row + side, row, 1, DPO_F32 };
-    if (span->n_prefix)
-        dpoi_matmul_serial(pack, y, y_stride, strip, before, n, D, span->n_prefix, 0);
-    dpoi_matmul_serial(pack, y, y_stride, rest, inside, n, D, own, span->n_prefix > 0);
+    return dpoi_submatrix(dpoi_rows(x, strip->row), r, 0);
 }
 
-/* The gradient of that product towards X: dX[keys, D] += s^T[keys, n] dy[n, D]. */
-static void dpoi_strip_scatter(float *pack, float *dqkv, size_t row, size_t side, const float *s,
-                               size_t ld, const float *dy, size_t dy_stride, const dpoi_span *span,
-                               size_t D, size_t n, size_t own)
+/* s[n, keys] = q X^T: raw scores if X holds keys; dP = dy V^T in the backward. */
+static void dpoi_strip_product(const dpoi_strip *strip, float *s, const float *q /* [n, D] */,
+                               size_t q_row, const float *x)
 {
-    dpoi_matrix strip = { s, 1, ld, DPO_F32 }, rest = { s + span->n_prefix, 1, ld, DPO_F32 };
-    dpoi_matrix rows = { dy, dy_stride, 1, DPO_F32 };
-    if (span->n_prefix)
-        dpoi_matmul_serial(pack, dqkv + span->prefix * row + side, row, strip, rows,
-                           span->n_prefix, D, n, 1);
-    dpoi_matmul_serial(pack, dqkv + span->first * row + side, row, rest, rows, own, D, n, 1);
+    const dpoi_span *span = strip->span;
+    dpoi_matrix before = dpoi_transposed(dpoi_strip_rows(strip, x, span->prefix));
+    dpoi_matrix inside = dpoi_transposed(dpoi_strip_rows(strip, x, span->first));
+    dpoi_matmul_serial(strip->pack, s, strip->keys, dpoi_rows(q, q_row), before, strip->n,
+                       span->n_prefix, strip->D, 0, strip->as);
+    dpoi_matmul_serial(strip->pack, s + span->n_prefix, strip->keys, dpoi_rows(q, q_row), inside,
+                       strip->n, strip->own, strip->D, 0, strip->as);
+}
+
+/* y[n, D] = s[n, keys] X. */
+static void dpoi_strip_gather(const dpoi_strip *strip, float *y, size_t y_row, const float *s,
+                              const float *x)
+{
+    const dpoi_span *span = strip->span;
+    dpoi_matrix scores = dpoi_rows(s, strip->keys);
+    dpoi_matmul_serial(strip->pack, y, y_row, scores, dpoi_strip_rows(strip, x, span->prefix),
+                       strip->n, strip->D, span->n_prefix, 0, strip->as);
+    dpoi_matmul_serial(strip->pack, y, y_row, dpoi_submatrix(scores, 0, span->n_prefix),
+                       dpoi_strip_rows(strip, x, span->first), strip->n, strip->D, strip->own, 1,
+                       strip->as);
+}
+
+/* The gradient of that product towards X: dX += s^T[keys, n] dy[n, D]. */
+static void dpoi_strip_scatter(const dpoi_strip *strip, float *dx, const float *s, const float *dy,
+                               size_t dy_row)
+{
+    const dpoi_span *span = strip->span;
+    dpoi_matrix scores = dpoi_transposed(dpoi_rows(s, strip->keys)), rows = dpoi_rows(dy, dy_row);
+    dpoi_matmul_serial(strip->pack, dx + span->prefix * strip->row, strip->row, scores, rows,
+                       span->n_prefix, strip->D, strip->n, 1, strip->as);
+    dpoi_matmul_serial(strip->pack, dx + span->first * strip->row, strip->row,
+                       dpoi_submatrix(scores, span->n_prefix, 0), rows, strip->own, strip->D,
+                       strip->n, 1, strip->as);
 }
 
 /* Turns a row's raw scores into scale * q_i . k_j - slope * (position i - position j): ALiBi (Press
@@ -1630,36 +2072,35 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
                                    const dpoi_attention *attention)
 {
     dpoi_heads heads = attention->heads;
-    size_t H = heads.H, D = heads.D, row = 3 * H * D;
-    DPOI_PARALLEL_FOR(dpoi_threads(context, attention->work))
+    size_t H = heads.H, D = heads.D, C = H * D, row = 3 * C;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, (size_t)attention->pairs * C))
     for (size_t task = 0; task < attention->n_examples * H; task++) {
-        size_t example = task / H, h = task % H, head = h * heads.head_stride;
+        size_t example = task / H, h = task % H;
+        const float *head = qkv + h * heads.head_stride;
         float *pack = context->pack[dpoi_thread_index()], *s = context->strip[dpoi_thread_index()];
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
-        for (size_t k = attention->first_span[example]; k < attention->first_span[example + 1];
-             k++) {
+        size_t end = attention->first_span[example + 1];
+        for (size_t k = attention->first_span[example]; k < end; k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
-                size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), own = q0 + n;
-                size_t keys = span->n_prefix + own, first = span->first + q0;
-                dpoi_strip_product(pack, s, keys, qkv + first * row + head, row, qkv, row,
-                                   head + heads.key, span, D, n, own);
-                for (size_t i = 0; i < n; i++) {
-                    float *p = s + i * keys;
+                dpoi_strip strip = dpoi_strip_of(attention, span, q0, pack);
+                dpoi_strip_product(&strip, s, head + strip.first * row, row, head + heads.key);
+                for (size_t i = 0; i < strip.n; i++) {
+                    float *p = s + i * strip.keys;
                     size_t visible = span->n_prefix + q0 + i + 1;
                     dpoi_strip_scale(p, visible, attention->scale, slope);
                     float most = dpoi_max(p, visible);
                     for (size_t j = 0; j < visible; j++) p[j] = dpoi_exp(p[j] - most);
                     float sum = dpoi_sum(p, visible);
                     for (size_t j = 0; j < visible; j++) p[j] /= sum;
-                    for (size_t j = visible; j < keys; j++) p[j] = 0.0f; // the future
-                    lse[(first + i) * H + h] = most + logf(sum);
+                    for (size_t j = visible; j < strip.keys; j++) p[j] = 0.0f; // the future
+                    lse[(strip.first + i) * H + h] = most + logf(sum);
                 }
-                dpoi_strip_gather(pack, y + first * H * D + h * D, H * D, s, keys, qkv, row,
-                                  head + heads.value, span, D, n, own);
+                dpoi_strip_gather(&strip, y + strip.first * C + h * D, C, s, head + heads.value);
             }
         }
     }
+    dpoi_lap(context, DPO_TIME_ATTENTION, 4 * attention->pairs * (double)C, 0);
 }
 
 /* Forward: s = scale * Q K^T + bias, P = softmax(s), y = P V. Backwards through it:
@@ -1675,51 +2116,47 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
 {
     dpoi_heads heads = attention->heads;
     size_t H = heads.H, D = heads.D, C = H * D, row = 3 * C;
-    DPOI_PARALLEL_FOR(dpoi_threads(context, attention->work))
+    DPOI_PARALLEL_FOR(dpoi_threads(context, (size_t)attention->pairs * C))
     for (size_t task = 0; task < attention->n_examples * H; task++) {
-        size_t example = task / H, h = task % H, head = h * heads.head_stride;
+        size_t example = task / H, h = task % H;
+        const float *head = qkv + h * heads.head_stride;
+        float *dhead = dqkv + h * heads.head_stride;
         float *pack = context->pack[dpoi_thread_index()], *p = context->strip[dpoi_thread_index()];
         float *ds = p + context->strip_floats / 2;
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
-        size_t first_span = attention->first_span[example];
-        size_t end_span = attention->first_span[example + 1];
-        for (size_t k = first_span; k < end_span; k++)
+        size_t first = attention->first_span[example], end = attention->first_span[example + 1];
+        for (size_t k = first; k < end; k++)
             for (size_t r = 0; r < attention->spans[k].n; r++) {
-                float *dkey = dqkv + (attention->spans[k].first + r) * row + head + heads.key;
-                memset(dkey, 0, D * sizeof *dkey);
-                memset(dkey + heads.value - heads.key, 0, D * sizeof *dkey);
+                float *drow = dhead + (attention->spans[k].first + r) * row;
+                memset(drow + heads.key, 0, D * sizeof *drow);
+                memset(drow + heads.value, 0, D * sizeof *drow);
             }
-        for (size_t k = first_span; k < end_span; k++) {
+        for (size_t k = first; k < end; k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
-                size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), own = q0 + n;
-                size_t keys = span->n_prefix + own, first = span->first + q0;
-                const float *q = qkv + first * row + head, *dyr = dy + first * C + h * D;
-                dpoi_strip_product(pack, p, keys, q, row, qkv, row, head + heads.key, span, D, n,
-                                   own);
-                dpoi_strip_product(pack, ds, keys, dyr, C, qkv, row, head + heads.value, span, D, n,
-                                   own);
-                for (size_t i = 0; i < n; i++) {
-                    float *pi = p + i * keys, *dsi = ds + i * keys;
+                dpoi_strip strip = dpoi_strip_of(attention, span, q0, pack);
+                const float *q = head + strip.first * row, *dys = dy + strip.first * C + h * D;
+                dpoi_strip_product(&strip, p, q, row, head + heads.key);
+                dpoi_strip_product(&strip, ds, dys, C, head + heads.value);
+                for (size_t i = 0; i < strip.n; i++) {
+                    float *pi = p + i * strip.keys, *dsi = ds + i * strip.keys;
                     size_t visible = span->n_prefix + q0 + i + 1;
-                    float log_sum = lse[(first + i) * H + h];
-                    float inner = dpoi_dot(dyr + i * C, y + (first + i) * C + h * D, D);
+                    float log_sum = lse[(strip.first + i) * H + h];
+                    float inner = dpoi_dot(dys + i * C, y + (strip.first + i) * C + h * D, D);
                     dpoi_strip_scale(pi, visible, attention->scale, slope);
                     for (size_t j = 0; j < visible; j++) {
                         pi[j] = dpoi_exp(pi[j] - log_sum);
                         dsi[j] = attention->scale * pi[j] * (dsi[j] - inner);
                     }
-                    for (size_t j = visible; j < keys; j++) pi[j] = dsi[j] = 0.0f;
+                    for (size_t j = visible; j < strip.keys; j++) pi[j] = dsi[j] = 0.0f;
                 }
-                dpoi_strip_gather(pack, dqkv + first * row + head, row, ds, keys, qkv, row,
-                                  head + heads.key, span, D, n, own);
-                dpoi_strip_scatter(pack, dqkv, row, head + heads.key, ds, keys, q, row, span, D, n,
-                                   own);
-                dpoi_strip_scatter(pack, dqkv, row, head + heads.value, p, keys, dyr, C, span, D, n,
-                                   own);
+                dpoi_strip_gather(&strip, dhead + strip.first * row, row, ds, head + heads.key);
+                dpoi_strip_scatter(&strip, dhead + heads.key, ds, q, row);
+                dpoi_strip_scatter(&strip, dhead + heads.value, p, dys, C);
             }
         }
     }
+    dpoi_lap(context, DPO_TIME_ATTENTION_BACK, 10 * attention->pairs * (double)C, 0);
 }
 
 /* For generation: the keys and values of all positions so far, by layer and head. */
@@ -1767,50 +2204,39 @@ static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */, d
 
 /* ---- 4.6 activations ------------------------------------------------------------------------- */
 
-/* Value and derivative of each kind. Inlined with a constant `kind`, so every case below becomes a
-   loop without a branch in it.
-       gelu        x Phi(x), Phi the normal distribution function       (Hendrycks, Gimpel 2016)
-       gelu_new    x (1 + tanh(u)) / 2, u = sqrt(2/pi) (x + 0.044715 x^3); gelu_fast is the same
-                   with the root rounded to ten digits, which fp32 cannot tell apart
-       quick_gelu  x sigma(1.702 x)
+/* Value of each kind, and its derivative in *slope. Inlined with a constant `kind`, so every case
+   below becomes a loop without a branch in it.
+       gelu        x Phi(x), Phi the normal distribution function       (Hendrycks, Gimpel 2016);
+                   slope Phi(x) + x phi(x), phi the normal density
+       gelu_new    x (1 + tanh(u)) / 2, u = sqrt(2/pi) (x + 0.044715 x^3); d tanh(u) is
+                   (1 - tanh(u)^2) du. gelu_fast has the root rounded to ten digits, which fp32
+                   cannot tell apart
+       quick_gelu  x sigma(1.702 x); d sigma(u) is sigma(u) (1 - sigma(u)) du
        silu        x sigma(x) */
 __attribute__((always_inline))
-static inline float dpoi_activation(float x, dpo_activation kind)
+static inline float dpoi_activation(float x, float *slope, dpo_activation kind)
 {
     switch (kind) {
-    case DPO_GELU: return 0.5f * x * (1.0f + dpoi_erf(x * 0.70710678f));
-    case DPO_GELU_NEW: case DPO_GELU_FAST:
-        return 0.5f * x * (1.0f + dpoi_tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
-    case DPO_QUICK_GELU: return x * dpoi_sigmoid(1.702f * x);
-    case DPO_SILU: case DPO_SWIGLU: return x * dpoi_sigmoid(x);
-    case DPO_RELU: break;
+    case DPO_GELU: {
+        float phi = 0.5f * (1.0f + dpoi_erf(x * 0.70710678f));
+        *slope = phi + x * 0.39894228f * dpoi_exp(-0.5f * x * x);
+        return x * phi;
     }
-    return x > 0.0f ? x : 0.0f;
-}
-
-__attribute__((always_inline))
-static inline float dpoi_activation_slope(float x, dpo_activation kind)
-{
-    switch (kind) {
-    case DPO_GELU: // Phi(x) + x phi(x), phi the normal density
-        return 0.5f * (1.0f + dpoi_erf(x * 0.70710678f)) +
-               x * 0.39894228f * dpoi_exp(-0.5f * x * x);
-    case DPO_GELU_NEW: case DPO_GELU_FAST: { // d tanh(u) = (1 - tanh(u)^2) du
+    case DPO_GELU_NEW: case DPO_GELU_FAST: {
         float t = dpoi_tanh(0.7978845608f * (x + 0.044715f * x * x * x));
-        return 0.5f * (1.0f + t) +
-               0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+        *slope = 0.5f * (1.0f + t) +
+                 0.5f * x * (1.0f - t * t) * 0.7978845608f * (1.0f + 3.0f * 0.044715f * x * x);
+        return 0.5f * x * (1.0f + t);
     }
-    case DPO_QUICK_GELU: { // d sigma(u) = sigma(u) (1 - sigma(u)) du
-        float s = dpoi_sigmoid(1.702f * x);
-        return s + 1.702f * x * s * (1.0f - s);
-    }
-    case DPO_SILU: case DPO_SWIGLU: {
-        float s = dpoi_sigmoid(x);
-        return s + x * s * (1.0f - s);
+    case DPO_QUICK_GELU: case DPO_SILU: case DPO_SWIGLU: {
+        float a = kind == DPO_QUICK_GELU ? 1.702f : 1.0f, s = dpoi_sigmoid(a * x);
+        *slope = s + a * x * s * (1.0f - s);
+        return x * s;
     }
     case DPO_RELU: break;
     }
-    return x > 0.0f ? 1.0f : 0.0f;
+    *slope = x > 0.0f ? 1.0f : 0.0f;
+    return x > 0.0f ? x : 0.0f;
 }
 
 /* y = act(x); for SwiGLU (Shazeer 2020) y = x * silu(gate): BTLM gates with its second matrix. */
@@ -1818,10 +2244,11 @@ __attribute__((always_inline))
 static inline void dpoi_activation_run(float *y, const float *x, const float *gate, size_t n,
                                        dpo_activation kind)
 {
+    float slope;
     if (kind == DPO_SWIGLU)
-        for (size_t i = 0; i < n; i++) y[i] = x[i] * dpoi_activation(gate[i], DPO_SILU);
+        for (size_t i = 0; i < n; i++) y[i] = x[i] * dpoi_activation(gate[i], &slope, DPO_SILU);
     else
-        for (size_t i = 0; i < n; i++) y[i] = dpoi_activation(x[i], kind);
+        for (size_t i = 0; i < n; i++) y[i] = dpoi_activation(x[i], &slope, kind);
 }
 
 /* Forward: y = act(x), so dx = dy * act'(x). SwiGLU: y = x * silu(gate), so dx = dy * silu(gate)
@@ -1831,13 +2258,11 @@ static inline void dpoi_activation_run_back(float *dx, float *dgate, const float
                                             const float *x, const float *gate, size_t n,
                                             dpo_activation kind)
 {
-    if (kind == DPO_SWIGLU)
-        for (size_t i = 0; i < n; i++) {
-            dgate[i] = dy[i] * x[i] * dpoi_activation_slope(gate[i], DPO_SILU);
-            dx[i] = dy[i] * dpoi_activation(gate[i], DPO_SILU);
-        }
-    else
-        for (size_t i = 0; i < n; i++) dx[i] = dy[i] * dpoi_activation_slope(x[i], kind);
+    for (size_t i = 0; i < n; i++) {
+        float slope, value = dpoi_activation(kind == DPO_SWIGLU ? gate[i] : x[i], &slope, kind);
+        if (kind == DPO_SWIGLU) dgate[i] = dy[i] * x[i] * slope;
+        dx[i] = dy[i] * (kind == DPO_SWIGLU ? value : slope);
+    }
 }
 
 #define DPOI_FOR_EACH_ACTIVATION(call) \
@@ -1860,6 +2285,7 @@ static void dpoi_activation_forward(const dpo_context *context, float *y /* [R, 
         switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
 #undef DPOI_CALL
     }
+    dpoi_lap(context, DPO_TIME_ACTIVATION, 0, (gate ? 12.0 : 8.0) * (double)(R * F));
 }
 
 static void dpoi_activation_backward(const dpo_context *context, float *dx, float *dgate,
@@ -1875,7 +2301,9 @@ static void dpoi_activation_backward(const dpo_context *context, float *dx, floa
         switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
 #undef DPOI_CALL
     }
+    dpoi_lap(context, DPO_TIME_ACTIVATION_BACK, 0, (gate ? 20.0 : 12.0) * (double)(R * F));
 }
+
 /* ================================================================================================
    5. HEAD AND LOSSES
 
@@ -1902,13 +2330,19 @@ typedef struct dpoi_target {
 /* The rows v0 .. v0 + n of the head as the [C, n] matrix that multiplies hidden rows. */
 static dpoi_matrix dpoi_head_chunk(const dpo_tensor *W /* [V, C] */, size_t v0)
 {
-    return dpoi_transposed(dpoi_rows(W->data + v0 * W->shape[1], W->shape[1]));
+    dpoi_matrix all = { W->data, W->shape[1], 1, W->dtype };
+    return dpoi_transposed(dpoi_submatrix(all, v0, 0));
 }
 
 /* For every scored row: log_sum[s] = log of the sum of exp(logit), from the true maximum, and
-   argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept. */
+   argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept.
+
+   A frozen head's backward needs of the logits only mean[s] = sum over v of p[v] W[v]. It is summed
+   here, where they are, unnormalised as log_sum is; that saves the backward's second look at them,
+   a third of all the head's work. */
 static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S] */,
                               uint32_t *argmax /* [S] */, float *target_logit /* [n_targets] */,
+                              float *mean /* [S, C], NULL if it is not wanted */,
                               float *logits /* [S, DPOI_CHUNK] scratch */,
                               const float *h /* [S, C] */, const dpo_tensor *W /* [V, C] */,
                               float scale,
@@ -1918,27 +2352,38 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
     size_t V = W->shape[0], C = W->shape[1];
     for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
         size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
-        dpoi_matmul(context, logits, n, dpoi_rows(h, C), dpoi_head_chunk(W, v0), S, n, C, 0);
+        dpoi_matrix chunk = dpoi_head_chunk(W, v0);
+        dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0, W->dtype);
         DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
         for (size_t s = 0; s < S; s++) {
             float *l = logits + s * n;
-            for (size_t v = 0; v < n; v++) l[v] *= scale;
             for (size_t t = first_target[s]; t < first_target[s + 1]; t++)
                 if (targets[t].token >= v0 && targets[t].token < v0 + n)
-                    target_logit[t] = l[targets[t].token - v0];
-            float chunk_most = dpoi_max(l, n);
+                    target_logit[t] = scale * l[targets[t].token - v0];
+            const float largest = dpoi_max(l, n), chunk_most = scale * largest;
             if (v0 == 0 || chunk_most > most[s]) {
                 size_t v = 0;
-                while (v < n - 1 && l[v] != chunk_most) v++;
-                log_sum[s] = v0 == 0 ? 0.0 : log_sum[s] * exp((double)most[s] - chunk_most);
+                while (v < n - 1 && l[v] != largest) v++;
+                const double smaller = v0 == 0 ? 0.0 : exp((double)most[s] - chunk_most);
+                log_sum[s] = v0 == 0 ? 0.0 : log_sum[s] * smaller;
+                for (size_t c = 0; c < C && mean && v0 > 0; c++) mean[s * C + c] *= (float)smaller;
                 most[s] = chunk_most;
                 argmax[s] = (uint32_t)(v0 + v);
             }
-            for (size_t v = 0; v < n; v++) l[v] = dpoi_exp(l[v] - most[s]);
+            const float shift = most[s];
+            for (size_t v = 0; v < n; v++) l[v] = dpoi_exp(scale * l[v] - shift);
             log_sum[s] += dpoi_sum(l, n);
-            if (v0 + n == V) log_sum[s] = most[s] + log(log_sum[s]);
         }
+        if (mean)
+            dpoi_matmul(context, mean, C, dpoi_rows(logits, n), dpoi_transposed(chunk), S, C, n,
+                        v0 > 0, W->dtype);
     }
+    for (size_t s = 0; s < S; s++) {
+        const float sum = (float)log_sum[s];
+        for (size_t c = 0; c < C && mean; c++) mean[s * C + c] /= sum;
+        log_sum[s] = most[s] + log(log_sum[s]);
+    }
+    dpoi_lap(context, DPO_TIME_HEAD, (mean ? 4.0 : 2.0) * (double)S * (double)(V * C), 0);
 }
 
 /* Forward: logits = scale * h W^T, logp[b] = sum over b's targets of logit[token] - log_sum. With
@@ -1957,7 +2402,7 @@ static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] *
     for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
         size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
         dpoi_matrix chunk = dpoi_head_chunk(W, v0);
-        dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0);
+        dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0, W->dtype);
         DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
         for (size_t s = 0; s < S; s++) {
             float *l = logits + s * n;
@@ -1970,11 +2415,37 @@ static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] *
                 if (targets[t].token >= v0 && targets[t].token < v0 + n)
                     l[targets[t].token - v0] += (float)(scale * dlogp[targets[t].branch]);
         }
-        dpoi_matmul(context, dh, C, dpoi_rows(logits, n), dpoi_transposed(chunk), S, C, n, v0 > 0);
-        if (W->grad)
-            dpoi_matmul(context, W->grad + v0 * C, C, dpoi_transposed(dpoi_rows(logits, n)),
-                        dpoi_rows(h, C), n, C, S, 1);
+        dpoi_matmul(context, dh, C, dpoi_rows(logits, n), dpoi_transposed(chunk), S, C, n, v0 > 0,
+                    W->dtype);
+        dpoi_add_product(context, W, v0, dpoi_transposed(dpoi_rows(logits, n)), dpoi_rows(h, C), n,
+                         S);
     }
+    dpoi_lap(context, DPO_TIME_HEAD_BACK, 6.0 * (double)S * (double)(V * C), 0);
+}
+
+/* The same for a frozen head, with the mean of the forward, whose place dh takes:
+       dh = scale * (sum over t of c_t W[token_t] - (sum over t of c_t) mean). */
+static void dpoi_head_backward_frozen(const dpo_context *context, float *dh /* [S, C] */,
+                                      const double *dlogp, const dpo_tensor *W /* [V, C] */,
+                                      float scale, const dpoi_target *targets,
+                                      const size_t *first_target, size_t S)
+{
+    const size_t C = W->shape[1];
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, 2 * S * C))
+    for (size_t s = 0; s < S; s++) {
+        float *row = dh + s * C;
+        double total = 0.0;
+        for (size_t t = first_target[s]; t < first_target[s + 1]; t++)
+            total += dlogp[targets[t].branch];
+        const float factor = -(float)(scale * total);
+        for (size_t c = 0; c < C; c++) row[c] *= factor;
+        for (size_t t = first_target[s]; t < first_target[s + 1]; t++) {
+            const float share = (float)(scale * dlogp[targets[t].branch]);
+            for (size_t c = 0; c < C; c++)
+                row[c] += share * dpoi_weight_at(W, targets[t].token * C + c);
+        }
+    }
+    dpoi_lap(context, DPO_TIME_HEAD_BACK, 0, 12.0 * (double)(S * C));
 }
 
 /* ---- 5.2 preference losses ------------------------------------------------------------------- */
@@ -2030,19 +2501,44 @@ DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
 
 /* ---- 5.3 metrics ----------------------------------------------------------------------------- */
 
-typedef struct dpoi_hit { size_t group; int hit; } dpoi_hit; // of one pair
+typedef struct dpoi_clustered { size_t group; double value; } dpoi_clustered;
 
 static int dpoi_by_group(const void *a, const void *b)
 {
-    size_t x = ((const dpoi_hit *)a)->group, y = ((const dpoi_hit *)b)->group;
+    size_t x = ((const dpoi_clustered *)a)->group, y = ((const dpoi_clustered *)b)->group;
     return x < y ? -1 : x > y;
 }
 
-/* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
-   rewards/accuracies; a policy equal to its reference has only ties and scores 0).
+/* Pairs of one prompt are not independent draws, so the standard error of a mean a is clustered:
+   se^2 = G / (G - 1) sum over prompts g of (sum over its members of (value - a))^2 / n^2. */
+DPO_API int dpo_mean_error(dpo_context *context, double *mean, double *error, const double *values,
+                           const dpo_example *examples, size_t n)
+{
+    dpoi_clustered *members; // [n], to be sorted so that each prompt's stand together
+    *mean = *error = 0.0;
+    if (dpoi_alloc(context, &members, n, sizeof *members)) return 1;
+    for (size_t i = 0; i < n; i++) {
+        members[i] = (dpoi_clustered){ examples[i].group, values[i] };
+        *mean += values[i];
+    }
+    if (n) *mean /= (double)n;
+    qsort(members, n, sizeof *members, dpoi_by_group);
+    double squares = 0.0;
+    size_t n_groups = 0;
+    for (size_t i = 0; i < n; n_groups++) {
+        double difference = 0.0;
+        size_t group = members[i].group;
+        for (; i < n && members[i].group == group; i++) difference += members[i].value - *mean;
+        squares += difference * difference;
+    }
+    if (n_groups > 1)
+        *error = sqrt(squares * (double)n_groups / (double)(n_groups - 1)) / (double)n;
+    dpoi_free(context, members);
+    return 0;
+}
 
-   Pairs of one prompt are not independent draws, so the standard error of the accuracy a is
-   clustered: se^2 = G / (G - 1) sum over prompts g of (sum over its pairs of (hit - a))^2 / n^2. */
+/* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
+   rewards/accuracies; a policy equal to its reference has only ties and scores 0). */
 DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
                                 const dpo_example *examples, const dpo_score *scores,
                                 const double *reference, size_t n, const dpo_loss_options *options)
@@ -2052,9 +2548,8 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
         if (examples[i].n_branches != 2)
             return dpoi_fail(context, "example %zu has %zu branches; a preference pair has 2", i,
                              examples[i].n_branches);
-    dpoi_hit *hits; // [n], to be sorted so that each prompt's pairs stand together
+    double *hits; // [n]
     if (dpoi_alloc(context, &hits, n, sizeof *hits)) return 1;
-    size_t n_hits = 0, n_groups = 0;
     for (size_t i = 0; i < n; i++) {
         dpo_pair pair = dpo_pair_loss(scores + 2 * i, reference + 2 * i, options);
         double margin = pair.reward[0] - pair.reward[1];
@@ -2066,23 +2561,12 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
             metrics->logp[k] += scores[2 * i + k].logp / (double)n;
         }
         if (margins) margins[i] = margin;
-        hits[i] = (dpoi_hit){ examples[i].group, margin > 0 };
-        n_hits += margin > 0;
+        hits[i] = margin > 0;
     }
-    metrics->accuracy = n ? (double)n_hits / (double)n : 0.0;
-    qsort(hits, n, sizeof *hits, dpoi_by_group);
-    double squares = 0.0;
-    for (size_t i = 0; i < n; n_groups++) {
-        double difference = 0.0;
-        size_t group = hits[i].group;
-        for (; i < n && hits[i].group == group; i++) difference += hits[i].hit - metrics->accuracy;
-        squares += difference * difference;
-    }
-    if (n_groups > 1)
-        metrics->accuracy_error = sqrt(squares * (double)n_groups / (double)(n_groups - 1)) /
-                                  (double)n;
+    int failed = dpo_mean_error(context, &metrics->accuracy, &metrics->accuracy_error, hits,
+                                examples, n);
     dpoi_free(context, hits);
-    return 0;
+    return failed;
 }
 
 /* ================================================================================================
@@ -2176,6 +2660,8 @@ typedef struct dpoi_block_weights {
     dpo_tensor *gate_w, *gate_b;                                    // SwiGLU's, otherwise NULL
 } dpoi_block_weights;
 
+#define DPOI_LINEARS 5  // linear layers of a block, at most
+
 typedef struct dpoi_weights {
     dpo_tensor *embedding, *positions;  // positions NULL unless learned
     dpo_tensor *norm_w, *norm_b, *head; // head == embedding when tied
@@ -2189,11 +2675,22 @@ static dpo_tensor *dpoi_add_tensor(dpo_model *model, dpo_layout layout, size_t r
 {
     dpo_tensor *tensor = &model->tensors[model->n_tensors++];
     *tensor = (dpo_tensor){ .layout = layout, .n_dims = columns ? 2 : 1, .trainable = 1,
+                            .dtype = DPO_F32, .grad_dtype = DPO_F32,
                             .decays = columns > 0, .lr_scale = lr_scale,
                             .shape = { rows, columns ? columns : 1 } };
     tensor->n = tensor->shape[0] * tensor->shape[1];
     snprintf(tensor->name, sizeof tensor->name, "%s", name);
     return tensor;
+}
+
+/* Gives each trainable tensor its place in the optimizer's arrays. */
+static void dpoi_number_trainable(dpo_model *model)
+{
+    model->n_trainable = 0;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        model->tensors[i].offset = model->n_trainable;
+        if (model->tensors[i].trainable) model->n_trainable += model->tensors[i].n;
+    }
 }
 
 /* The parts of a block's linear layers and norms, weight and bias. Weights are [out, in] in
@@ -2246,7 +2743,8 @@ static int dpoi_build_table(dpo_model *model)
     size_t C = config->d_model, L = config->n_layers;
     int btlm = config->architecture == DPO_BTLM;
     if (dpo_config_check(context, config) ||
-        dpoi_alloc_zeroed(context, &model->tensors, 14 * L + 6, sizeof *model->tensors) ||
+        dpoi_alloc_zeroed(context, &model->tensors, (14 + 2 * DPOI_LINEARS) * L + 6,
+                          sizeof *model->tensors) ||
         dpoi_alloc_zeroed(context, &model->weights, 1, sizeof *model->weights) ||
         dpoi_alloc_zeroed(context, &model->weights->blocks, L, sizeof *model->weights->blocks))
         return 1;
@@ -2266,23 +2764,212 @@ static int dpoi_build_table(dpo_model *model)
     weights->head = config->tied_head ? weights->embedding
                   : dpoi_add_tensor(model, DPO_LINEAR, config->vocab_size, C, 1.0,
                                     btlm ? "lm_head.weight" : "embed_out.weight");
-    for (size_t i = 0; i < model->n_tensors; i++) model->n_trainable += model->tensors[i].n;
-    model->n_params = model->n_trainable;
     if (config->position == DPO_ALIBI) {
         weights->slopes = dpoi_add_tensor(model, DPO_PLAIN, config->n_heads, 1, 1.0,
                                           "transformer.relative_pe.slopes");
         weights->slopes->trainable = weights->slopes->decays = 0;
-        model->n_params += weights->slopes->n;
+    }
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        dpo_tensor *tensor = &model->tensors[i];
+        model->n_params += tensor->n;
+        if (model->options.frozen) tensor->trainable = 0;
+        if (model->options.dtype != DPO_BF16 || tensor->shape[1] == 1) continue;
+        tensor->dtype = DPO_BF16;
+        // The embedding's gradient stays fp32: adding rows one by one would round too often.
+        if (model->options.stochastic && tensor->layout != DPO_PLAIN) tensor->grad_dtype = DPO_BF16;
+    }
+    dpoi_number_trainable(model);
+    return 0;
+}
+
+/* ---- 6.3 where the weights live -------------------------------------------------------------- */
+
+/* Matrices are fp32 or bf16; vectors (biases, norms, slopes) are a thousandth of the numbers and
+   always fp32. Weights that nothing will change and that have the right type already are used where
+   they lie, in the mapped file: they take page cache, which the machine can drop, instead of
+   memory, and need no reading. All others have a place in model->params. */
+static int dpoi_is_mapped(const dpo_model *model, const dpo_tensor *tensor, const dpo_file *file)
+{
+    const dpo_entry *entry = model->options.frozen && file ? dpo_file_find(file, tensor->name)
+                                                           : NULL;
+    return entry && entry->dtype == tensor->dtype;
+}
+
+static size_t dpoi_aligned(size_t bytes)
+{
+    return (bytes + DPOI_ALIGN - 1) / DPOI_ALIGN * DPOI_ALIGN;
+}
+
+typedef struct dpoi_storage { size_t params, masters, largest, state; } dpoi_storage;
+
+/* Bytes for weights in memory, for fp32 masters, of the largest tensor of the file, and of what a
+   training state says of weights. */
+static dpoi_storage dpoi_storage_of(const dpo_model *model, const dpo_file *file)
+{
+    dpoi_storage storage = { 0 };
+    const int masters = model->options.dtype == DPO_BF16 && !model->options.stochastic &&
+                        !model->options.frozen;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        const dpo_tensor *tensor = &model->tensors[i];
+        size_t bytes = tensor->n * dpoi_dtype_bytes(tensor->dtype);
+        if (!dpoi_is_mapped(model, tensor, file)) storage.params += (bytes + 3) / 4 * 4;
+        if (masters && tensor->dtype == DPO_BF16) {
+            storage.masters += tensor->n * sizeof(float);
+            bytes = tensor->n * sizeof(float);
+        }
+        if (tensor->trainable) storage.state += dpoi_aligned(bytes);
+        const dpo_entry *entry = file ? dpo_file_find(file, tensor->name) : NULL;
+        if (entry) storage.largest = DPOI_MAX(storage.largest, entry->bytes);
+    }
+    return storage;
+}
+
+/* Allocates what is not mapped, and points the table at it. `file` NULL: nothing is. */
+static int dpoi_place_tensors(dpo_model *model, const dpo_file *file)
+{
+    dpoi_storage storage = dpoi_storage_of(model, file);
+    if (dpoi_alloc(model->context, &model->params, storage.params, 1)) return 1;
+    if (storage.masters && dpoi_alloc(model->context, &model->masters, storage.masters, 1))
+        return 1;
+    char *place = model->params;
+    float *master = model->masters;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        dpo_tensor *tensor = &model->tensors[i];
+        if (dpoi_is_mapped(model, tensor, file)) {
+            tensor->data = (void *)(uintptr_t)dpo_file_find(file, tensor->name)->data;
+            continue;
+        }
+        tensor->data = place;
+        place += (tensor->n * dpoi_dtype_bytes(tensor->dtype) + 3) / 4 * 4; // a float may follow
+        if (!storage.masters || tensor->dtype != DPO_BF16) continue;
+        tensor->master = master;
+        master += tensor->n;
     }
     return 0;
 }
 
-/* ---- 6.3 buffers ----------------------------------------------------------------------------- */
+/* Elements [first, first + n) of a tensor from floats. A bf16 weight that is in training has a
+   master, and is the master's rounding. */
+static void dpoi_tensor_set(dpo_tensor *tensor, size_t first, const float *x, size_t n)
+{
+    char *data = tensor->data;
+    if (tensor->master) memcpy(tensor->master + first, x, n * sizeof *x);
+    dpoi_narrow(data + first * dpoi_dtype_bytes(tensor->dtype), tensor->dtype, x, n);
+}
+
+/* The same as floats: the master's if there is one. */
+static void dpoi_tensor_get(const dpo_tensor *tensor, size_t first, float *x, size_t n)
+{
+    const char *data = tensor->data;
+    if (tensor->master) memcpy(x, tensor->master + first, n * sizeof *x);
+    else dpoi_widen(x, data + first * dpoi_dtype_bytes(tensor->dtype), tensor->dtype, n);
+}
+
+/* ---- 6.4 LoRA -------------------------------------------------------------------------------- */
+
+/* A trained matrix differs from the one before by something of low rank, to good accuracy (Hu et
+   al. 2021, equation 3). So the layer's own weights are left alone, and what is learned is
+       y = x W^T + b + scale * (x A^T) B^T,   A[r, in], B[out, r], scale = alpha / r:
+   r (in + out) numbers instead of in x out. B begins as zero, so training begins at the model
+   itself. A and B stay fp32, and so do their products, whatever W is. */
+static float dpoi_lora_scale(const dpo_lora *lora)
+{
+    return (float)(lora->alpha / (lora->rslora ? sqrt((double)lora->r) : (double)lora->r));
+}
+
+/* Whether PEFT would adapt the layer with this weight: a target is a module's path or the end of
+   one from a dot on. Names that are no linear layer's count in no call; see dpoi_check_targets. */
+static int dpoi_is_target(const char *targets, const char *weight)
+{
+    size_t path = strlen(weight) - strlen(".weight");
+    if (!strcmp(targets, "all-linear")) return 1;
+    for (const char *name = targets; *name;) {
+        size_t n = strcspn(name, ",");
+        if (n && n <= path && !memcmp(weight + path - n, name, n) &&
+            (n == path || weight[path - n - 1] == '.'))
+            return 1;
+        name += n + (name[n] == ',');
+    }
+    return 0;
+}
+
+static size_t dpoi_linears(const dpoi_block_weights *block, dpo_tensor *linear[DPOI_LINEARS])
+{
+    dpo_tensor *const all[] = { block->qkv_w, block->out_w, block->up_w, block->gate_w,
+                                block->down_w };
+    size_t n = 0;
+    for (size_t i = 0; i < DPOI_LINEARS; i++)
+        if (all[i]) linear[n++] = all[i];
+    return n;
+}
+
+/* Every name among the targets must be one of this model's. */
+static int dpoi_check_targets(dpo_model *model, const char *targets)
+{
+    dpo_tensor *linear[DPOI_LINEARS];
+    size_t n_linears = dpoi_linears(&model->weights->blocks[0], linear);
+    if (!*targets) return dpoi_fail(model->context, "LoRA: no target modules are named");
+    if (!strcmp(targets, "all-linear")) return 0;
+    for (const char *name = targets; *name;) {
+        char one[sizeof model->lora.targets], known[400] = "";
+        size_t n = strcspn(name, ","), found = 0;
+        snprintf(one, sizeof one, "%.*s", (int)n, name);
+        for (size_t l = 0; l < model->config.n_layers; l++) {
+            dpoi_linears(&model->weights->blocks[l], linear);
+            for (size_t i = 0; i < n_linears && strcmp(one, "all-linear"); i++)
+                found += dpoi_is_target(one, linear[i]->name);
+        }
+        for (size_t i = 0, used = 0; i < n_linears && used < sizeof known; i++) { // layer .0.
+            const char *path = strstr(linear[i]->name, ".mlp.");
+            if (!path) path = strstr(linear[i]->name, ".att");
+            used += (size_t)snprintf(known + used, sizeof known - used, "%s%.*s", i ? ", " : "",
+                                     (int)(strlen(path + 1) - strlen(".weight")), path + 1);
+        }
+        if (!n || !found)
+            return dpoi_fail(model->context, "LoRA: \"%s\" is no linear layer of this model; it "
+                             "has %s; \"all-linear\" means all of them; the head takes no adapter",
+                             one, known);
+        name += n + (name[n] == ',');
+    }
+    return 0;
+}
+
+/* Adds A and B for every target to the table; with `file`, for those targets that it has. */
+static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
+{
+    dpo_tensor *linear[DPOI_LINEARS];
+    const size_t C = model->config.d_model;
+    if (lora->r < 1 || lora->r > C || !(lora->alpha > 0 && lora->alpha < 1e9) ||
+        !(lora->dropout >= 0 && lora->dropout < 1))
+        return dpoi_fail(model->context, "LoRA: r is %zu, alpha %g, dropout %g; r must be 1 to %zu "
+                         "(the model's width), alpha positive, dropout from 0 to below 1", lora->r,
+                         lora->alpha, lora->dropout, C);
+    if (dpoi_check_targets(model, lora->targets)) return 1;
+    for (size_t l = 0; l < model->config.n_layers; l++) {
+        size_t n = dpoi_linears(&model->weights->blocks[l], linear);
+        for (size_t i = 0; i < n; i++) {
+            dpo_tensor *W = linear[i];
+            char name[DPO_NAME_BYTES]; // the module's path with another end
+            int path = (int)(strlen(W->name) - strlen("weight"));
+            snprintf(name, sizeof name, "base_model.model.%.*slora_A.weight", path, W->name);
+            if (!dpoi_is_target(lora->targets, W->name)) continue;
+            if (file && !dpo_file_find(file, name)) continue;
+            W->lora_a = dpoi_add_tensor(model, DPO_LINEAR, lora->r, dpoi_linear_in(W), 1.0, name);
+            snprintf(name, sizeof name, "base_model.model.%.*slora_B.weight", path, W->name);
+            W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
+        }
+    }
+    dpoi_number_trainable(model);
+    model->lora = *lora;
+    return 0;
+}
+
+/* ---- 6.5 buffers ----------------------------------------------------------------------------- */
 
 typedef struct dpoi_workspace {
-    size_t max_rows, max_scored, max_span;  // what the buffers can hold
-    int keep;                               // whether there is one set a layer, and gradients
-    int kept;                               // whether the last pass filled them
+    size_t max_rows, max_scored;            // what the buffers can hold in any pass ...
+    size_t kept_rows;                       // ... and in one that keeps; 0: none has room to
+    int keeps, kept;                        // whether this pass keeps; whether the last one has
 
     // The batch as rows. R rows, S of them scored, n_targets tokens to score.
     size_t R, S, n_targets, n_spans, n_branches, n_examples;
@@ -2295,46 +2982,100 @@ typedef struct dpoi_workspace {
     size_t token_capacity, position_capacity, span_capacity, first_span_capacity, row_capacity,
            first_target_capacity, target_capacity;
 
-    // Kept by layer, L sets of them with `keep` and one without. x has one more: the last output.
-    float *x, *qkv, *attended, *lse, *middle, *up, *gate;
-    float *normed, *branch, *activated, *stats;                     // passing through a block
-    float *dx, *dqkv, *dattended, *dnormed, *dactivated, *dgate;    // gradients of the same
-    float *logits, *head_in, *head_normed, *dhead, *head_stats, *most, *target_logit;
+    // What a block computes and its backward needs: a set a layer, or one that all layers share
+    // (see dpoi_activations). x has one more: the last block's output.
+    float *x, *attended, *middle;           // [R, C]
+    float *qkv;                             // [R, 3C]
+    float *lse;                             // [R, H]
+    float *up, *gate;                       // [R, F]
+    char *slab;                             // [L] what is kept of layers that share a set
+    float *normed, *branch;                 // [R, C] passing through a block
+    float *activated;                       // [R, F]
+    float *stats;                           // [R, 2]
+    float *dx, *dattended, *dnormed, *dqkv, *dactivated, *dgate;    // gradients of the same
+    float *u, *du;                          // [R, r] inside an adapter
+    float *dropped;                         // [R, the widest input of an adapter]
+    float *logits;                          // [S, DPOI_CHUNK]
+    float *head_in, *head_normed, *dhead;   // [S, C]
+    float *head_stats;                      // [S, 2]
+    float *most;                            // [S]
+    float *target_logit;                    // [n_targets]
     double *log_sum;                        // [S]
     uint32_t *argmax;                       // [S]
     float *rotary;                          // [T, rotary_dims] cosines and sines
     float *slopes;                          // [H], divided by the interpolation factor
 } dpoi_workspace;
 
+/* In fp32 every layer has its own set of activations, which the backward finds again. In bf16, and
+   when blocks are recomputed, all layers share one fp32 set, and a slab of memory holds what is
+   kept of each: in bf16 half as much; with recomputation the block's input alone. */
+static int dpoi_shares_set(const dpo_model *model, int keep)
+{
+    return !keep || model->options.dtype == DPO_BF16 || model->options.recompute;
+}
+
+static dpo_dtype dpoi_slab_dtype(const dpo_model *model)
+{
+    return model->options.dtype == DPO_BF16 ? DPO_BF16 : DPO_F32;
+}
+
+/* Floats of a row that the slab keeps of a layer; see dpoi_slab_parts. */
+static size_t dpoi_slab_width(const dpo_model *model)
+{
+    const dpo_config *config = &model->config;
+    size_t C = config->d_model, gated = config->activation == DPO_SWIGLU;
+    if (model->options.recompute) return C;
+    return C * (config->parallel_residual ? 5 : 6) + config->d_ff * (1 + gated);
+}
+
 /* One list says how large each buffer is, for dpo_model_reserve, which allocates them, and for
-   dpo_memory_plan, which only adds them up. */
+   dpo_memory_plan, which only adds them up. Passes have up to `rows` rows and `scored` scored ones;
+   those that keep, up to `kept` rows. */
 typedef struct dpoi_buffer { void *at; size_t count, size; int of_head; } dpoi_buffer;
 #define DPOI_MAX_BUFFERS 32
 
-static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_config *config,
-                                size_t rows, size_t scored, int keep)
+static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_model *model,
+                                size_t rows, size_t scored, size_t kept)
 {
-    size_t C = config->d_model, F = config->d_ff, L = keep ? config->n_layers : 1, n = 0;
-    size_t back = keep ? rows : 0, gated = config->activation == DPO_SWIGLU;
-    size_t own_middle = keep && !config->parallel_residual;
+    const dpo_config *config = &model->config;
+    const int shares = dpoi_shares_set(model, 1);
+    const size_t C = config->d_model, F = config->d_ff, L = config->n_layers;
+    const size_t gated = config->activation == DPO_SWIGLU;
+    const size_t sets = DPOI_MAX(rows, shares ? 0 : kept * L);
+    const size_t inputs = DPOI_MAX(rows, shares ? 0 : kept * (L + 1));
+    const size_t middles = config->parallel_residual ? 0 : kept * (shares ? 1 : L);
+    const size_t sums = DPOI_MAX(rows, model->options.recompute ? 0 : kept * L);
+    const size_t slab = shares ? kept * L * dpoi_slab_width(model) : 0;
+    const size_t rank = rows * model->lora.r, dropped = model->lora.dropout > 0 ? kept : 0;
     const dpoi_buffer all[] = {
-        { &w->x, (keep ? L + 1 : 1) * rows * C, 4, 0 }, { &w->qkv, L * rows * 3 * C, 4, 0 },
-        { &w->attended, L * rows * C, 4, 0 }, { &w->lse, L * rows * config->n_heads, 4, 0 },
-        { &w->middle, own_middle * L * rows * C, 4, 0 }, { &w->up, L * rows * F, 4, 0 },
-        { &w->gate, gated * L * rows * F, 4, 0 },
+        { &w->x, inputs * C, 4, 0 }, { &w->qkv, sets * 3 * C, 4, 0 },
+        { &w->attended, sets * C, 4, 0 }, { &w->lse, sums * config->n_heads, 4, 0 },
+        { &w->middle, middles * C, 4, 0 }, { &w->up, sets * F, 4, 0 },
+        { &w->gate, gated * sets * F, 4, 0 },
+        { &w->slab, slab, dpoi_dtype_bytes(dpoi_slab_dtype(model)), 0 },
         { &w->normed, rows * C, 4, 0 }, { &w->branch, rows * C, 4, 0 },
         { &w->activated, rows * F, 4, 0 }, { &w->stats, rows * 2, 4, 0 },
-        { &w->dx, back * C, 4, 0 }, { &w->dqkv, back * 3 * C, 4, 0 },
-        { &w->dattended, back * C, 4, 0 }, { &w->dnormed, back * C, 4, 0 },
-        { &w->dactivated, back * F, 4, 0 }, { &w->dgate, gated * back * F, 4, 0 },
+        { &w->dx, kept * C, 4, 0 }, { &w->dqkv, kept * 3 * C, 4, 0 },
+        { &w->dattended, kept * C, 4, 0 }, { &w->dnormed, kept * C, 4, 0 },
+        { &w->dactivated, kept * F, 4, 0 }, { &w->dgate, gated * kept * F, 4, 0 },
+        { &w->u, rank, 4, 0 }, { &w->du, kept * model->lora.r, 4, 0 },
+        { &w->dropped, dropped * DPOI_MAX(C, F), 4, 0 },
         { &w->logits, scored * DPOI_MIN(config->vocab_size, (size_t)DPOI_CHUNK), 4, 1 },
         { &w->head_in, scored * C, 4, 1 }, { &w->head_normed, scored * C, 4, 1 },
-        { &w->dhead, keep ? scored * C : 0, 4, 1 }, { &w->head_stats, scored * 2, 4, 1 },
+        { &w->dhead, kept ? scored * C : 0, 4, 1 }, { &w->head_stats, scored * 2, 4, 1 },
         { &w->most, scored, 4, 1 }, { &w->target_logit, scored, 4, 1 },
         { &w->log_sum, scored, 8, 1 }, { &w->argmax, scored, 4, 1 } };
     _Static_assert(sizeof all / sizeof *all <= DPOI_MAX_BUFFERS, "the lists are long enough");
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) list[n++] = all[i];
-    return n;
+    memcpy(list, all, sizeof all);
+    return sizeof all / sizeof *all;
+}
+
+/* Scratch for a piece of a weight gradient that is rounded to bf16: some rows of the widest. */
+static size_t dpoi_piece_size(const dpo_model *model)
+{
+    const dpo_config *config = &model->config;
+    if (!model->options.stochastic || model->options.dtype != DPO_BF16) return 0;
+    return 512 * DPOI_MAX(3 * config->d_model, config->d_ff);
 }
 
 /* Attention's two strips of scores, queries x keys (part 4.5). */
@@ -2346,7 +3087,7 @@ static void dpoi_workspace_free(dpo_model *model)
     if (!w) return;
     dpo_context *context = model->context;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
-    size_t n = dpoi_list_buffers(list, w, &model->config, 0, 0, 0);
+    size_t n = dpoi_list_buffers(list, w, model, 0, 0, 0);
     for (size_t i = 0; i < n; i++) {
         void *buffer;
         memcpy(&buffer, list[i].at, sizeof buffer);
@@ -2365,18 +3106,20 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     dpoi_workspace *w = model->workspace;
-    if (dpoi_context_reserve_strips(context, dpoi_strip_size(max_span))) return 1;
-    if (w && max_rows <= w->max_rows && max_scored <= w->max_scored && keep <= w->keep) return 0;
+    if (dpoi_context_reserve(context, dpoi_strip_size(max_span), dpoi_piece_size(model))) return 1;
+    size_t kept_rows = keep ? max_rows : 0;
+    if (w && max_rows <= w->max_rows && max_scored <= w->max_scored && kept_rows <= w->kept_rows)
+        return 0;
     if (w) {
         max_rows = DPOI_MAX(max_rows, w->max_rows);
         max_scored = DPOI_MAX(max_scored, w->max_scored);
-        keep = keep || w->keep;
+        kept_rows = DPOI_MAX(kept_rows, w->kept_rows);
     }
     dpoi_workspace_free(model);
     if (dpoi_alloc_zeroed(context, &w, 1, sizeof *w)) return 1;
     model->workspace = w;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
-    size_t n = dpoi_list_buffers(list, w, config, max_rows, max_scored, keep);
+    size_t n = dpoi_list_buffers(list, w, model, max_rows, max_scored, kept_rows);
     for (size_t i = 0; i < n; i++)
         if (list[i].count && dpoi_alloc(context, list[i].at, list[i].count, list[i].size)) return 1;
     if (config->position == DPO_ROTARY && config->rotary_dims) {
@@ -2389,44 +3132,92 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     if (config->position == DPO_ALIBI) {
         if (dpoi_alloc(context, &w->slopes, config->n_heads, sizeof *w->slopes)) return 1;
         for (size_t h = 0; h < config->n_heads; h++)
-            w->slopes[h] = model->weights->slopes->data[h] / (float)config->alibi_factor;
+            w->slopes[h] = dpoi_weight_at(model->weights->slopes, h) / (float)config->alibi_factor;
     }
     w->max_rows = max_rows;
     w->max_scored = max_scored;
-    w->keep = keep;
+    w->kept_rows = kept_rows;
     return 0;
+}
+
+static size_t dpoi_grad_bytes(const dpo_model *model)
+{
+    size_t bytes = 0;
+    for (size_t i = 0; i < model->n_tensors; i++)
+        if (model->tensors[i].trainable)
+            bytes += model->tensors[i].n * dpoi_dtype_bytes(model->tensors[i].grad_dtype);
+    return bytes;
+}
+
+DPO_API void dpo_plan_passes(dpo_plan_options *options, const dpo_example *examples, size_t n,
+                             size_t micro_rows, int keep)
+{
+    while (n > 0) {
+        size_t taken = dpo_micro_batch(examples, n, micro_rows), rows = 0, scored = 0;
+        for (const dpo_example *e = examples; e < examples + taken; e++) {
+            rows += dpo_example_rows(e);
+            options->max_span = DPOI_MAX(options->max_span, e->n_prompt);
+            for (size_t b = 0; b < e->n_branches; b++) {
+                size_t span = e->n_prompt + e->branches[b].n - 1;
+                scored += e->branches[b].n - e->branches[b].first_scored;
+                options->max_span = DPOI_MAX(options->max_span, span);
+            }
+        }
+        options->max_rows = DPOI_MAX(options->max_rows, rows);
+        options->max_scored = DPOI_MAX(options->max_scored, scored);
+        if (keep) options->kept_rows = DPOI_MAX(options->kept_rows, rows);
+        examples += taken;
+        n -= taken;
+    }
 }
 
 DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_config *config,
                             const dpo_plan_options *options)
 {
-    dpo_model model = { .context = context, .config = *config };
-    if (dpoi_build_table(&model)) {
+    dpo_model model = { .context = context, .config = *config, .options = options->model };
+    *memory = (dpo_memory){ 0 };
+    if (dpoi_build_table(&model) ||
+        (options->lora.r && dpoi_add_adapters(&model, &options->lora, NULL))) {
         dpo_model_free(&model);
         return 1;
     }
     dpoi_workspace w;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
-    size_t n = dpoi_list_buffers(list, &w, config, options->max_rows, options->max_scored,
-                                 options->train);
-    *memory = (dpo_memory){ .weights = model.n_params * sizeof(float) };
+    size_t n = dpoi_list_buffers(list, &w, &model, DPOI_MAX(options->max_rows, options->kept_rows),
+                                 options->max_scored, options->kept_rows);
+    dpoi_storage storage = dpoi_storage_of(&model, options->file);
+    memory->weights = storage.params + storage.masters;
+    memory->params = model.n_params;
     if (options->train) {
-        memory->gradients = model.n_trainable * sizeof(float);
-        memory->optimizer = memory->gradients * (options->optimizer == DPO_ADAMW ? 2 : 1);
+        size_t moments = options->optimizer == DPO_ADAMW ? 2 : 1;
+        memory->trainable = model.n_trainable;
+        memory->gradients = dpoi_grad_bytes(&model);
+        memory->optimizer = moments * model.n_trainable * sizeof(float);
+        memory->state_file = storage.state + memory->optimizer;
     }
     for (size_t i = 0; i < n; i++)
         *(list[i].of_head ? &memory->head : &memory->activations) += list[i].count * list[i].size;
     memory->scratch = (size_t)options->n_threads * sizeof(float) *
-                      (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span));
+                      (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)) +
+                      dpoi_piece_size(&model) * sizeof(float);
     if (config->position == DPO_ROTARY)
         memory->scratch += config->context_length * config->rotary_dims * sizeof(float);
-    memory->total = memory->weights + memory->gradients + memory->optimizer + memory->activations +
-                    memory->head + memory->scratch;
+    // Every position's keys and values, and its share in every head; a logit and a rank per token.
+    if (options->max_positions)
+        memory->cache = options->max_positions * sizeof(float) *
+                        (2 * config->n_layers * config->d_model + config->n_heads) +
+                        12 * config->vocab_size;
+    memory->heap = memory->weights + memory->gradients + memory->optimizer + memory->activations +
+                   memory->head + memory->cache + memory->scratch;
+    // A frozen model's file is used as it lies; another's is read tensor by tensor.
+    if (options->file)
+        memory->mapped = options->model.frozen ? options->file->bytes : storage.largest;
+    memory->total = memory->heap + memory->mapped;
     dpo_model_free(&model);
     return 0;
 }
 
-/* ---- 6.4 a batch as rows --------------------------------------------------------------------- */
+/* ---- 6.6 a batch as rows --------------------------------------------------------------------- */
 
 static int dpoi_check_example(dpo_context *context, const dpo_config *config,
                               const dpo_example *example, size_t index)
@@ -2482,23 +3273,21 @@ static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_
 static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
 {
     dpo_context *context = model->context;
-    size_t rows = 0, scored = 0, n_branches = 0, longest = 1;
+    size_t n_branches = 0;
     for (size_t e = 0; e < batch->n; e++) {
-        const dpo_example *example = &batch->examples[e];
-        if (dpoi_check_example(context, &model->config, example, e)) return 1;
-        rows += dpo_example_rows(example);
-        n_branches += example->n_branches;
-        longest = DPOI_MAX(longest, example->n_prompt);
-        for (size_t b = 0; b < example->n_branches; b++) {
-            scored += example->branches[b].n - example->branches[b].first_scored;
-            longest = DPOI_MAX(longest, example->n_prompt + example->branches[b].n - 1);
-        }
+        if (dpoi_check_example(context, &model->config, &batch->examples[e], e)) return 1;
+        n_branches += batch->examples[e].n_branches;
     }
+    dpo_plan_options size = { 0 };
+    dpo_plan_passes(&size, batch->examples, batch->n, SIZE_MAX, keep);
+    const size_t rows = size.max_rows, scored = size.max_scored;
     if (!n_branches) return dpoi_fail(context, "the batch has no branches to score");
+    if (model->options.stored)
+        return dpoi_fail(context, "the model was loaded as `stored`, which is for saving it only");
     if (rows > (size_t)1 << 28)
         return dpoi_fail(context, "%zu tokens in one pass; use a smaller --micro-tokens or "
                          "--max-length", rows);
-    if (dpo_model_reserve(model, rows, scored, longest, keep)) return 1;
+    if (dpo_model_reserve(model, rows, scored, size.max_span, keep)) return 1;
     dpoi_workspace *w = model->workspace;
     if (dpoi_reserve(context, &w->token, &w->token_capacity, rows, sizeof *w->token) ||
         dpoi_reserve(context, &w->position, &w->position_capacity, rows, sizeof *w->position) ||
@@ -2513,6 +3302,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
         return 1;
     w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
     w->n_examples = batch->n;
+    w->keeps = keep;
     w->kept = 0;
     for (size_t e = 0; e < batch->n; e++) {
         const dpo_example *example = &batch->examples[e];
@@ -2537,24 +3327,58 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
     return 0;
 }
 
-/* ---- 6.5 the block --------------------------------------------------------------------------- */
+/* ---- 6.7 the block --------------------------------------------------------------------------- */
 
-/* Pointers to what one layer keeps. Without keeping, all layers share one set and the residual
-   stream runs in place. */
-typedef struct dpoi_kept {
-    float *x, *qkv, *attended, *lse, *middle, *up, *gate, *out;
-} dpoi_kept;
+/* What a block computes and its backward needs. Without keeping, the residual stream runs in place:
+   `out` and `middle` are x. */
+typedef struct dpoi_activations {
+    float *x, *attended, *middle, *out;     // [R, C] out: the block's output, the next one's x
+    float *qkv;                             // [R, 3C]
+    float *lse;                             // [R, H]
+    float *up, *gate;                       // [R, F] gate NULL but for SwiGLU
+} dpoi_activations;
 
-static dpoi_kept dpoi_kept_of(const dpo_model *model, size_t layer, int keep)
+static dpoi_activations dpoi_activations_of(const dpo_model *model, size_t layer, int keep)
 {
     const dpo_config *config = &model->config;
-    dpoi_workspace *w = model->workspace;
-    size_t l = keep ? layer : 0, C = config->d_model, F = config->d_ff, R = w->R;
-    float *x = w->x + l * R * C, *out = keep ? x + R * C : x;
-    return (dpoi_kept){ .x = x, .out = out, .qkv = w->qkv + l * R * 3 * C,
-        .attended = w->attended + l * R * C, .lse = w->lse + l * R * config->n_heads,
-        .middle = config->parallel_residual ? x : keep ? w->middle + l * R * C : x,
-        .up = w->up + l * R * F, .gate = w->gate ? w->gate + l * R * F : NULL };
+    const dpoi_workspace *w = model->workspace;
+    const int shares = dpoi_shares_set(model, keep);
+    const size_t C = config->d_model, F = config->d_ff, R = w->R, set = shares ? 0 : layer * R;
+    const size_t sums = keep && !model->options.recompute ? layer * R : 0;
+    float *x = w->x + set * C;
+    return (dpoi_activations){ .x = x, .out = shares ? x : x + R * C, .qkv = w->qkv + set * 3 * C,
+        .attended = w->attended + set * C, .lse = w->lse + sums * config->n_heads,
+        .middle = config->parallel_residual || !keep ? x : w->middle + set * C,
+        .up = w->up + set * F, .gate = w->gate ? w->gate + set * F : NULL };
+}
+
+/* Moves parts `first` .. `end` - 1 of a layer's activations into the slab, or back with `load`:
+   part 0 is the input, which goes before the block overwrites it. */
+static void dpoi_slab_move(dpo_model *model, size_t layer, const dpoi_activations *a, size_t first,
+                           size_t end, int load)
+{
+    const size_t C = model->config.d_model, F = model->config.d_ff, R = model->workspace->R;
+    const dpo_dtype dtype = dpoi_slab_dtype(model);
+    const struct { float *at; size_t width; } parts[] = {
+        { a->x, C }, { a->qkv, 3 * C }, { a->attended, C }, { a->up, F },
+        { a->middle, a->middle == a->x ? 0 : C }, { a->gate, a->gate ? F : 0 } };
+    size_t width = dpoi_slab_width(model), before = 0;
+    if (model->options.recompute) end = DPOI_MIN(end, (size_t)1);
+    for (size_t p = 0; p < end; before += parts[p++].width) {
+        const size_t n = R * parts[p].width;
+        if (p < first) continue;
+        char *slab = model->workspace->slab +
+                     R * (layer * width + before) * dpoi_dtype_bytes(dtype);
+        DPOI_PARALLEL_FOR(dpoi_threads(model->context, n))
+        for (size_t i = 0; i < n; i += DPOI_PIECE) {
+            size_t count = DPOI_MIN(n - i, (size_t)DPOI_PIECE);
+            char *kept = slab + i * dpoi_dtype_bytes(dtype);
+            if (load) dpoi_widen(parts[p].at + i, kept, dtype, count);
+            else dpoi_narrow(kept, dtype, parts[p].at + i, count);
+        }
+        dpoi_lap(model->context, DPO_TIME_KEEP, 0,
+                 (double)(n * (sizeof(float) + dpoi_dtype_bytes(dtype))));
+    }
 }
 
 static dpoi_heads dpoi_heads_of(const dpo_config *config)
@@ -2570,134 +3394,268 @@ static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer)
     const dpoi_workspace *w = model->workspace;
     double scale = config->attention_scale;
     if (config->attention_scale_by_layer) scale /= (double)(layer + 1);
+    double pairs = 0;
+    for (size_t k = 0; k < w->n_spans; k++) {
+        const dpoi_span *span = &w->spans[k];
+        pairs += (double)span->n * ((double)span->n_prefix + (double)(span->n + 1) / 2);
+    }
     return (dpoi_attention){ dpoi_heads_of(config), (float)scale, w->slopes, w->spans,
-                             w->first_span, w->n_examples, w->R * config->d_model * DPOI_STRIP };
+                             w->first_span, w->n_examples, pairs, dpoi_slab_dtype(model) };
+}
+
+/* y[n] = drop(x), or with `accumulate` y += drop(x). Dropout zeroes numbers by chance and enlarges
+   the others, so that the mean stays. Which ones depends on pass, layer and place, so the backward
+   and a repeated forward of the block draw the same. */
+static void dpoi_drop(const dpo_context *context, float *y, const float *x, const dpo_tensor *A,
+                      double dropout, size_t n, int accumulate)
+{
+    const uint64_t key = dpo_random_u64(context->noise, A->offset, 0);
+    const uint64_t least = (uint64_t)(dropout * 0x1p32);
+    const float scale = (float)(1 / (1 - dropout));
+    DPOI_PARALLEL_FOR(dpoi_threads(context, 4 * n))
+    for (size_t first = 0; first < n; first += DPOI_PIECE)
+        for (size_t i = first; i < DPOI_MIN(first + DPOI_PIECE, n); i++) {
+            uint64_t chance = dpoi_scatter(key + i * 0x9e3779b97f4a7c15u) >> 32;
+            float kept = chance >= least ? scale * x[i] : 0.0f;
+            y[i] = accumulate ? y[i] + kept : kept;
+        }
+}
+
+/* u[R, r] = scale * drop(x) A^T; returns drop(x), which is x itself when nothing is dropped. */
+static const float *dpoi_lora_down(dpo_model *model, dpoi_linear *linear,
+                                   const float *x /* [R, in] */, const dpo_tensor *A /* [r, in] */,
+                                   size_t R)
+{
+    dpoi_workspace *w = model->workspace;
+    const float scale = dpoi_lora_scale(&model->lora);
+    if (w->dropped && w->keeps) {
+        dpoi_drop(model->context, w->dropped, x, A, model->lora.dropout, R * A->shape[1], 0);
+        x = w->dropped;
+    }
+    linear(model->context, w->u, x, A, NULL, R, 0);
+    for (size_t i = 0; i < R * A->shape[0]; i++) w->u[i] *= scale;
+    return x;
+}
+
+/* y = x W^T + b, with the adapter of W if it has one: + u B^T. */
+static void dpoi_project(dpo_model *model, dpoi_linear *linear, float *y /* [R, out] */,
+                         const float *x /* [R, in] */, const dpo_tensor *W, const dpo_tensor *b,
+                         size_t R, int accumulate)
+{
+    linear(model->context, y, x, W, b, R, accumulate);
+    dpoi_lap(model->context, DPO_TIME_LINEAR, 2.0 * (double)(R * W->n), 0);
+    if (!W->lora_a) return;
+    dpoi_lora_down(model, linear, x, W->lora_a, R);
+    linear(model->context, y, model->workspace->u, W->lora_b, NULL, R, 1);
+    dpoi_lap(model->context, DPO_TIME_ADAPTER,
+             2.0 * (double)(R * (W->lora_a->n + W->lora_b->n)), 0);
+}
+
+/* Forward: y += u B^T with u = scale * drop(x) A^T. So
+       dB += dy^T u,   du = scale * dy B,   dA += du^T drop(x),   dx += drop(du A),
+   as drop is linear once it is drawn. */
+static void dpoi_adapter_backward(dpo_model *model, float *dx /* [R, in] or NULL */,
+                                  const float *dy /* [R, out] */, const float *x /* [R, in] */,
+                                  const dpo_tensor *W, size_t R)
+{
+    const dpo_context *context = model->context;
+    dpoi_workspace *w = model->workspace;
+    const dpo_tensor *A = W->lora_a;
+    const float scale = dpoi_lora_scale(&model->lora);
+    const float *in = dpoi_lora_down(model, dpoi_linear_forward, x, A, R);
+    dpoi_linear_backward(context, w->du, dy, w->u, W->lora_b, NULL, R, 0);
+    for (size_t i = 0; i < R * A->shape[0]; i++) w->du[i] *= scale;
+    if (in == x) {
+        dpoi_linear_backward(context, dx, w->du, x, A, NULL, R, 1);
+        return;
+    }
+    dpoi_linear_backward(context, NULL, w->du, in, A, NULL, R, 0);
+    if (!dx) return;
+    dpoi_matmul(context, w->dropped, A->shape[1], dpoi_rows(w->du, A->shape[0]),
+                dpoi_transposed(dpoi_weight(A)), R, A->shape[1], A->shape[0], 0, DPO_F32);
+    dpoi_drop(context, dx, w->dropped, A, model->lora.dropout, R * A->shape[1], 1);
+}
+
+/* Forward: y = x W^T + b, with W's adapter on top. dx NULL: nothing below needs it. */
+static void dpoi_project_backward(dpo_model *model, float *dx /* [R, in] */,
+                                  const float *dy /* [R, out] */, const float *x /* [R, in] */,
+                                  const dpo_tensor *W, const dpo_tensor *b, size_t R,
+                                  int accumulate)
+{
+    dpoi_linear_backward(model->context, dx, dy, x, W, b, R, accumulate);
+    dpoi_lap(model->context, DPO_TIME_LINEAR_BACK,
+             2.0 * (double)((dx != NULL) + (W->grad != NULL)) * (double)(R * W->n), 0);
+    if (!W->lora_a) return;
+    dpoi_adapter_backward(model, dx, dy, x, W, R);
+    dpoi_lap(model->context, DPO_TIME_ADAPTER,
+             2.0 * (double)(R * (W->lora_a->n * (dx ? 3 : 2) + W->lora_b->n * 2)), 0);
 }
 
 /* With a cache (part 10) there is one row, whose keys and values join those before it. */
-static void dpoi_block_forward(dpo_model *model, size_t layer, int keep, dpoi_cache *cache)
+static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activations *a,
+                               dpoi_cache *cache)
 {
     const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     const dpoi_block_weights *block = &model->weights->blocks[layer];
     dpoi_workspace *w = model->workspace;
-    dpoi_kept kept = dpoi_kept_of(model, layer, keep);
     dpoi_attention attention = dpoi_attention_of(model, layer);
     size_t R = w->R, C = config->d_model, F = config->d_ff;
     float epsilon = (float)config->norm_epsilon;
     dpoi_linear *linear = cache ? dpoi_linear_row : dpoi_linear_forward;
 
     // attention(norm1(x))
-    dpoi_norm_forward(context, w->normed, w->stats, kept.x, block->norm1_w->data,
+    dpoi_norm_forward(context, w->normed, w->stats, a->x, block->norm1_w->data,
                       block->norm1_b->data, epsilon, R, C);
-    linear(context, kept.qkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
+    dpoi_project(model, linear, a->qkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
     if (w->rotary)
-        dpoi_rotary(context, kept.qkv, w->position, w->rotary, config->rotary_dims, attention.heads,
+        dpoi_rotary(context, a->qkv, w->position, w->rotary, config->rotary_dims, attention.heads,
                     1.0f, R);
     if (cache)
-        dpoi_attention_row(context, kept.attended, cache, kept.qkv, layer, &attention);
+        dpoi_attention_row(context, a->attended, cache, a->qkv, layer, &attention);
     else
-        dpoi_attention_forward(context, kept.attended, kept.lse, kept.qkv, &attention);
-    linear(context, w->branch, kept.attended, block->out_w, block->out_b, R, 0);
-    if (!config->parallel_residual)
-        dpoi_add(context, kept.middle, kept.x, w->branch, R * C);
+        dpoi_attention_forward(context, a->attended, a->lse, a->qkv, &attention);
+    dpoi_project(model, linear, w->branch, a->attended, block->out_w, block->out_b, R, 0);
+    if (!config->parallel_residual) dpoi_add(context, a->middle, a->x, w->branch, R * C);
 
     // mlp(norm2(x)), or of the middle of the block when it is sequential
-    dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
+    dpoi_norm_forward(context, w->normed, w->stats, a->middle, block->norm2_w->data,
                       block->norm2_b->data, epsilon, R, C);
-    linear(context, kept.up, w->normed, block->up_w, block->up_b, R, 0);
-    if (kept.gate)
-        linear(context, kept.gate, w->normed, block->gate_w, block->gate_b, R, 0);
-    dpoi_activation_forward(context, w->activated, kept.up, kept.gate, config->activation, R, F);
-    linear(context, w->branch, w->activated, block->down_w, block->down_b, R,
-                        config->parallel_residual); // in parallel, on top of the attention's output
-    dpoi_add(context, kept.out, kept.middle, w->branch, R * C);
+    dpoi_project(model, linear, a->up, w->normed, block->up_w, block->up_b, R, 0);
+    if (a->gate)
+        dpoi_project(model, linear, a->gate, w->normed, block->gate_w, block->gate_b, R, 0);
+    dpoi_activation_forward(context, w->activated, a->up, a->gate, config->activation, R, F);
+    dpoi_project(model, linear, w->branch, w->activated, block->down_w, block->down_b, R,
+                 config->parallel_residual); // in parallel, on top of the attention's output
+    dpoi_add(context, a->out, a->middle, w->branch, R * C);
+}
+
+/* Whether a layer or norm of which this is a part trains anything. */
+static int dpoi_trains(const dpo_tensor *w, const dpo_tensor *b)
+{
+    return (w && (w->grad || w->lora_a)) || (b && b->grad);
 }
 
 /* Gradient through the MLP branch, from w->dx, the gradient of the block's output, which is also
-   the gradient of what the branch was added to. Leaves d(norm2's output) in w->dnormed and adds the
-   way through the norm to w->dx. */
-static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block, dpoi_kept kept)
+   the gradient of what the branch was added to. Adds the way through the norm to w->dx if `below`
+   says that somebody further down trains. */
+static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block,
+                              const dpoi_activations *a, int below)
 {
     const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     dpoi_workspace *w = model->workspace;
     size_t R = w->R, C = config->d_model, F = config->d_ff;
+    const int norm = below || dpoi_trains(block->norm2_w, block->norm2_b);
+    const int up = norm || dpoi_trains(block->up_w, block->up_b) ||
+                   dpoi_trains(block->gate_w, block->gate_b);
+    if (!up && !dpoi_trains(block->down_w, block->down_b)) return;
     // out = middle + activated W_down + b
-    dpoi_activation_forward(context, w->activated, kept.up, kept.gate, config->activation, R, F);
-    dpoi_linear_backward(context, w->dactivated, w->dx, w->activated, block->down_w, block->down_b,
-                         R, 0);
+    dpoi_activation_forward(context, w->activated, a->up, a->gate, config->activation, R, F);
+    dpoi_project_backward(model, up ? w->dactivated : NULL, w->dx, w->activated, block->down_w,
+                          block->down_b, R, 0);
+    if (!up) return;
     // activated = act(up), or up * silu(gate); the gradient of up replaces that of activated
-    dpoi_activation_backward(context, w->dactivated, w->dgate, w->dactivated, kept.up, kept.gate,
+    dpoi_activation_backward(context, w->dactivated, w->dgate, w->dactivated, a->up, a->gate,
                              config->activation, R, F);
     // up = norm2(middle) W_up + b, gate likewise
-    dpoi_norm_forward(context, w->normed, w->stats, kept.middle, block->norm2_w->data,
+    dpoi_norm_forward(context, w->normed, w->stats, a->middle, block->norm2_w->data,
                       block->norm2_b->data, (float)config->norm_epsilon, R, C);
-    dpoi_linear_backward(context, w->dnormed, w->dactivated, w->normed, block->up_w, block->up_b, R,
-                         0);
-    if (kept.gate)
-        dpoi_linear_backward(context, w->dnormed, w->dgate, w->normed, block->gate_w, block->gate_b,
-                             R, 1);
+    float *dnormed = norm ? w->dnormed : NULL;
+    dpoi_project_backward(model, dnormed, w->dactivated, w->normed, block->up_w, block->up_b, R, 0);
+    if (a->gate)
+        dpoi_project_backward(model, dnormed, w->dgate, w->normed, block->gate_w, block->gate_b, R,
+                              1);
+    if (!norm) return;
     dpoi_norm_backward(context, w->dx, block->norm2_w->grad, block->norm2_b->grad, w->dnormed,
-                       w->stats, kept.middle, block->norm2_w->data, R, C);
+                       w->stats, a->middle, block->norm2_w->data, R, C);
 }
 
-/* Turns w->dx from the gradient of the block's output into that of its input. The residual stream
-   passes dx on unchanged; each branch adds what comes through its norm. The branches are undone in
-   reverse order. In the parallel block both start from the output's gradient, so attention's output
-   layer takes it before the MLP has added to it. */
-static void dpoi_block_backward(dpo_model *model, size_t layer)
+/* The same through the attention branch; its output's gradient is w->dattended already. */
+static void dpoi_heads_backward(dpo_model *model, size_t layer, const dpoi_activations *a,
+                                int below)
 {
     const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     const dpoi_block_weights *block = &model->weights->blocks[layer];
     dpoi_workspace *w = model->workspace;
-    dpoi_kept kept = dpoi_kept_of(model, layer, 1);
     dpoi_attention attention = dpoi_attention_of(model, layer);
     size_t R = w->R, C = config->d_model;
-
-    if (!config->parallel_residual) dpoi_mlp_backward(model, block, kept);
-    // middle = x + attended W_out + b
-    dpoi_linear_backward(context, w->dattended, w->dx, kept.attended, block->out_w, block->out_b, R,
-                         0);
-    if (config->parallel_residual) dpoi_mlp_backward(model, block, kept);
-    dpoi_attention_backward(context, w->dqkv, w->dattended, kept.attended, kept.lse, kept.qkv,
+    dpoi_attention_backward(context, w->dqkv, w->dattended, a->attended, a->lse, a->qkv,
                             &attention);
     if (w->rotary)
         dpoi_rotary(context, w->dqkv, w->position, w->rotary, config->rotary_dims, attention.heads,
                     -1.0f, R);
     // qkv = norm1(x) W_qkv + b
-    dpoi_norm_forward(context, w->normed, w->stats, kept.x, block->norm1_w->data,
+    dpoi_norm_forward(context, w->normed, w->stats, a->x, block->norm1_w->data,
                       block->norm1_b->data, (float)config->norm_epsilon, R, C);
-    dpoi_linear_backward(context, w->dnormed, w->dqkv, w->normed, block->qkv_w, block->qkv_b, R, 0);
+    dpoi_project_backward(model, below ? w->dnormed : NULL, w->dqkv, w->normed, block->qkv_w,
+                          block->qkv_b, R, 0);
+    if (!below) return;
     dpoi_norm_backward(context, w->dx, block->norm1_w->grad, block->norm1_b->grad, w->dnormed,
-                       w->stats, kept.x, block->norm1_w->data, R, C);
+                       w->stats, a->x, block->norm1_w->data, R, C);
 }
 
-/* ---- 6.6 forward and backward of the model --------------------------------------------------- */
+/* Turns w->dx from the gradient of the block's output into that of its input. The residual stream
+   passes dx on unchanged; each branch adds what comes through its norm. The branches are undone in
+   reverse order. In the parallel block both start from the output's gradient, so attention's output
+   layer takes it before the MLP has added to it. Without `below` nothing under this block trains,
+   and the way down ends where the last trained layer has its gradient. */
+static void dpoi_block_backward(dpo_model *model, size_t layer, int below)
+{
+    const dpoi_block_weights *block = &model->weights->blocks[layer];
+    const int parallel = model->config.parallel_residual;
+    dpoi_workspace *w = model->workspace;
+    dpoi_activations a = dpoi_activations_of(model, layer, 1);
+    if (dpoi_shares_set(model, 1)) dpoi_slab_move(model, layer, &a, 0, 6, 1);
+    if (model->options.recompute) {
+        a.out = w->branch; // x is needed as it is
+        dpoi_block_forward(model, layer, &a, NULL);
+    }
+    const int norm = below || dpoi_trains(block->norm1_w, block->norm1_b);
+    const int heads = norm || dpoi_trains(block->qkv_w, block->qkv_b);
+    const int attention = heads || dpoi_trains(block->out_w, block->out_b);
+    if (!parallel) dpoi_mlp_backward(model, block, &a, attention);
+    // middle = x + attended W_out + b
+    if (attention)
+        dpoi_project_backward(model, heads ? w->dattended : NULL, w->dx, a.attended, block->out_w,
+                              block->out_b, w->R, 0);
+    if (parallel) dpoi_mlp_backward(model, block, &a, below);
+    if (heads) dpoi_heads_backward(model, layer, &a, norm);
+}
+
+/* ---- 6.8 forward and backward of the model --------------------------------------------------- */
 
 static void dpoi_embed_rows(dpo_model *model)
 {
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
-    dpoi_embedding_forward(model->context, w->x, w->token, w->position, weights->embedding->data,
-                           weights->positions ? weights->positions->data : NULL,
-                           (float)model->config.embedding_scale, w->R, model->config.d_model);
+    dpoi_embedding_forward(model->context, w->x, w->token, w->position, weights->embedding,
+                           weights->positions, (float)model->config.embedding_scale, w->R,
+                           model->config.d_model);
 }
 
 /* Embedding and blocks; returns the last block's output. */
 static const float *dpoi_blocks_forward(dpo_model *model, int keep)
 {
-    const dpo_config *config = &model->config;
+    const int slab = keep && dpoi_shares_set(model, keep);
+    dpoi_activations a = { 0 };
     dpoi_embed_rows(model);
-    for (size_t l = 0; l < config->n_layers; l++) dpoi_block_forward(model, l, keep, NULL);
-    size_t place = keep ? config->n_layers * model->workspace->R * config->d_model : 0;
-    return model->workspace->x + place;
+    for (size_t l = 0; l < model->config.n_layers; l++) {
+        a = dpoi_activations_of(model, l, keep);
+        if (slab) dpoi_slab_move(model, l, &a, 0, 1, 0);
+        dpoi_block_forward(model, l, &a, NULL);
+        if (slab) dpoi_slab_move(model, l, &a, 1, 6, 0);
+    }
+    return a.out;
 }
 
 DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep)
 {
+    dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
     if (dpoi_lay_out(model, batch, keep)) return 1;
+    if (keep) model->passes++;
+    model->context->noise = dpo_random_u64(model->noise_seed, DPOI_STREAM_PASS, model->passes);
     const dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
@@ -2708,9 +3666,10 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
         memcpy(w->head_in + s * C, x + w->scored_row[s] * C, C * sizeof *x);
     dpoi_norm_forward(context, w->head_normed, w->head_stats, w->head_in, weights->norm_w->data,
                       weights->norm_b->data, (float)config->norm_epsilon, w->S, C);
-    dpoi_head_forward(context, w->log_sum, w->argmax, w->target_logit, w->logits, w->head_normed,
-                      weights->head, (float)config->logit_scale, w->targets, w->first_target,
-                      w->most, w->S);
+    dpoi_head_forward(context, w->log_sum, w->argmax, w->target_logit,
+                      keep && !weights->head->trainable ? w->dhead : NULL, w->logits,
+                      w->head_normed, weights->head, (float)config->logit_scale, w->targets,
+                      w->first_target, w->most, w->S);
     for (size_t b = 0; b < w->n_branches; b++) scores[b] = (dpo_score){ .greedy = 1 };
     for (size_t t = 0; t < w->n_targets; t++) {
         const dpoi_target *target = &w->targets[t];
@@ -2723,6 +3682,21 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
     return 0;
 }
 
+/* The first layer that trains anything; the number of layers if none does. */
+static size_t dpoi_lowest_trained(const dpo_model *model)
+{
+    size_t l = 0;
+    for (; l < model->config.n_layers; l++) {
+        const dpoi_block_weights *b = &model->weights->blocks[l];
+        if (dpoi_trains(b->norm1_w, b->norm1_b) || dpoi_trains(b->qkv_w, b->qkv_b) ||
+            dpoi_trains(b->out_w, b->out_b) || dpoi_trains(b->norm2_w, b->norm2_b) ||
+            dpoi_trains(b->up_w, b->up_b) || dpoi_trains(b->gate_w, b->gate_b) ||
+            dpoi_trains(b->down_w, b->down_b))
+            break;
+    }
+    return l;
+}
+
 DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double *dlogp)
 {
     const dpo_context *context = model->context;
@@ -2730,12 +3704,19 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model;
+    // Passes of other models of this context may have come between.
+    model->context->noise = dpo_random_u64(model->noise_seed, DPOI_STREAM_PASS, model->passes);
     if (!w || !w->kept || !model->grads || w->n_examples != batch->n)
         return dpoi_fail(model->context, "dpo_backward needs a dpo_forward of the same batch with "
                          "`keep` as the last pass, and dpo_model_zero_grad before it");
-    dpoi_head_backward(context, w->dhead, w->logits, dlogp, w->log_sum, w->head_normed,
-                       weights->head, (float)config->logit_scale, w->targets, w->first_target,
-                       w->S);
+    dpoi_lap(context, DPO_TIME_OTHER, 0, 0);
+    if (weights->head->trainable)
+        dpoi_head_backward(context, w->dhead, w->logits, dlogp, w->log_sum, w->head_normed,
+                           weights->head, (float)config->logit_scale, w->targets, w->first_target,
+                           w->S);
+    else
+        dpoi_head_backward_frozen(context, w->dhead, dlogp, weights->head,
+                                  (float)config->logit_scale, w->targets, w->first_target, w->S);
     // dhead becomes the gradient of the gathered rows, which then go back to their places
     memset(w->dx, 0, w->R * C * sizeof *w->dx);
     memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);
@@ -2743,7 +3724,11 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
                        w->head_stats, w->head_in, weights->norm_w->data, w->S, C);
     for (size_t s = 0; s < w->S; s++)
         memcpy(w->dx + w->scored_row[s] * C, w->dnormed + s * C, C * sizeof *w->dx);
-    for (size_t l = config->n_layers; l-- > 0;) dpoi_block_backward(model, l);
+    const int embeds = weights->embedding->grad || (weights->positions && weights->positions->grad);
+    const size_t lowest = embeds ? 0 : dpoi_lowest_trained(model);
+    for (size_t l = config->n_layers; l-- > lowest;)
+        dpoi_block_backward(model, l, embeds || l > lowest);
+    if (!embeds) return 0;
     dpoi_embedding_backward(context, weights->embedding->grad,
                             weights->positions ? weights->positions->grad : NULL, w->dx, w->token,
                             w->position, (float)config->embedding_scale, w->R, C);
@@ -2752,17 +3737,23 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
 
 DPO_API int dpo_model_zero_grad(dpo_model *model)
 {
+    if (!model->n_trainable)
+        return dpoi_fail(model->context, "there is nothing to train: the model was loaded as "
+                         "frozen and has no adapter");
     if (!model->grads) {
-        if (dpoi_alloc(model->context, &model->grads, model->n_trainable, sizeof *model->grads))
-            return 1;
-        float *grad = model->grads;
+        model->grad_bytes = dpoi_grad_bytes(model);
+        if (dpoi_alloc(model->context, &model->grads, model->grad_bytes, 1)) return 1;
+        char *grad = model->grads;
         for (size_t i = 0; i < model->n_tensors; i++) {
-            if (!model->tensors[i].trainable) continue;
-            model->tensors[i].grad = grad;
-            grad += model->tensors[i].n;
+            dpo_tensor *tensor = &model->tensors[i];
+            if (!tensor->trainable) continue;
+            tensor->grad = grad;
+            grad += tensor->n * dpoi_dtype_bytes(tensor->grad_dtype);
         }
     }
-    memset(model->grads, 0, model->n_trainable * sizeof *model->grads);
+    dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
+    memset(model->grads, 0, model->grad_bytes);
+    dpoi_lap(model->context, DPO_TIME_ZERO_GRAD, 0, (double)model->grad_bytes);
     return 0;
 }
 
@@ -2807,7 +3798,7 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
     dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
                       (float)config->norm_epsilon, n, C);
     dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n,
-                V, C, 0);
+                V, C, 0, weights->head->dtype);
     for (size_t i = 0; i < n * V; i++) logits[i] *= (float)config->logit_scale;
     return 0;
 }
@@ -2815,8 +3806,9 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
 /* ================================================================================================
    7. OPTIMIZER
 
-   Everything here works on flat arrays: parameters, gradients and the optimizer's averages lie in
-   the same order, so several machines are one sum over model->grads away.
+   Gradients and the optimizer's averages lie in flat arrays, in the table's order, so several
+   machines are one sum over model->grads away (n_trainable floats, unless `stochastic` makes those
+   of linear layers bf16: then tensor by tensor, by grad_dtype).
    ============================================================================================= */
 
 DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_optimizer_kind kind)
@@ -2837,35 +3829,53 @@ DPO_API void dpo_optimizer_free(dpo_model *model, dpo_optimizer *optimizer)
     optimizer->m = optimizer->v = NULL;
 }
 
-#define DPOI_PIECE 65536    // elements that one iteration of a parallel loop over parameters takes
+/* Elements of a gradient as floats: where they are, or in `buffer` if they are bf16. */
+static const float *dpoi_grad_floats(const dpo_tensor *tensor, size_t first, float *buffer,
+                                     size_t n)
+{
+    if (tensor->grad_dtype == DPO_F32) return (const float *)tensor->grad + first;
+    dpoi_widen(buffer, (const uint16_t *)tensor->grad + first, DPO_BF16, n);
+    return buffer;
+}
 
 DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
 {
     dpo_context *context = model->context;
-    size_t n = model->n_trainable, n_pieces = (n + DPOI_PIECE - 1) / DPOI_PIECE;
-    double *squares; // of each piece, so that the order of the sum is fixed
+    size_t most = model->n_trainable / DPOI_PIECE + 1;
+    double *squares, total = 0.0; // of each piece, so that the order of the sum is fixed
     if (!model->grads) return dpoi_fail(context, "dpo_grad_norm: there are no gradients yet");
-    if (dpoi_alloc(context, &squares, n_pieces, sizeof *squares)) return 1;
-    DPOI_PARALLEL_FOR(dpoi_threads(context, n))
-    for (size_t p = 0; p < n_pieces; p++) {
-        double lane[DPOI_SUM_LANES] = { 0 };
-        size_t end = DPOI_MIN((p + 1) * DPOI_PIECE, n);
-        for (size_t i = p * DPOI_PIECE; i < end; i++)
-            lane[i % DPOI_SUM_LANES] += (double)model->grads[i] * model->grads[i];
-        squares[p] = 0.0;
-        for (size_t j = 0; j < DPOI_SUM_LANES; j++) squares[p] += lane[j];
+    if (dpoi_alloc(context, &squares, most, sizeof *squares)) return 1;
+    for (size_t t = 0; t < model->n_tensors; t++) {
+        const dpo_tensor *tensor = &model->tensors[t];
+        const size_t n = tensor->grad ? tensor->n : 0;
+        DPOI_PARALLEL_FOR(dpoi_threads(context, n))
+        for (size_t first = 0; first < n; first += DPOI_PIECE) {
+            float buffer[DPOI_PIECE];
+            double lane[DPOI_SUM_LANES] = { 0 }, sum = 0.0;
+            size_t count = DPOI_MIN(n - first, (size_t)DPOI_PIECE);
+            const float *g = dpoi_grad_floats(tensor, first, buffer, count);
+            size_t whole = count - count % DPOI_SUM_LANES;
+            for (size_t i = 0; i < whole; i += DPOI_SUM_LANES)
+                for (size_t j = 0; j < DPOI_SUM_LANES; j++)
+                    lane[j] += (double)g[i + j] * g[i + j];
+            for (size_t i = whole; i < count; i++) lane[i - whole] += (double)g[i] * g[i];
+            for (size_t j = 0; j < DPOI_SUM_LANES; j++) sum += lane[j];
+            squares[first / DPOI_PIECE] = sum;
+        }
+        for (size_t p = 0; p * DPOI_PIECE < n; p++) total += squares[p];
     }
-    double total = 0.0;
-    for (size_t p = 0; p < n_pieces; p++) total += squares[p];
     dpoi_free(context, squares);
+    dpoi_lap(context, DPO_TIME_GRAD_NORM, 0, (double)model->grad_bytes);
     *norm = sqrt(total);
     if (isfinite(*norm)) return 0;
     for (size_t t = 0; t < model->n_tensors; t++)
-        for (size_t i = 0; model->tensors[t].grad && i < model->tensors[t].n; i++)
-            if (!isfinite(model->tensors[t].grad[i]))
+        for (size_t i = 0; model->tensors[t].grad && i < model->tensors[t].n; i++) {
+            float buffer;
+            if (!isfinite(*dpoi_grad_floats(&model->tensors[t], i, &buffer, 1)))
                 return dpoi_fail(context, "the gradient of %s is not finite (element %zu); the "
                                  "weights are as they were before this step. A smaller "
                                  "--learning-rate usually helps", model->tensors[t].name, i);
+        }
     return dpoi_fail(context, "the norm of the gradients is not finite; the weights are as they "
                      "were before this step. A smaller --learning-rate usually helps");
 }
@@ -2876,52 +3886,84 @@ DPO_API double dpo_clip_scale(double norm, double max_norm)
     return max_norm > 0 && scale < 1 ? scale : 1.0;
 }
 
+/* What an update needs besides the arrays. */
+typedef struct dpoi_rule {
+    dpo_optimizer_kind kind;
+    float b1, b2, rest1, rest2;     // beta, 1 - beta
+    float epsilon, root2, scale;    // root2 = sqrt(1 - beta2^t); scale multiplies gradients
+    float keep, rate;               // 1 - lr decay; lr / (1 - beta1^t)
+} dpoi_rule;
+
 /* AdamW (Loshchilov, Hutter 2019), as torch computes it; t counts updates from 1:
        p -= lr decay p,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
        p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon).
    RMSprop (Hinton 2012), which the DPO paper used, as torch computes it but for weight decay, which
    is AdamW's here too:
        v = alpha v + (1 - alpha) g^2,   p -= lr g / (sqrt(v) + epsilon). */
+static void dpoi_update(float *p, const float *grad, float *m, float *v /* [n] */, size_t n,
+                        dpoi_rule rule)
+{
+    if (rule.kind == DPO_ADAMW)
+        for (size_t i = 0; i < n; i++) {
+            float g = rule.scale * grad[i];
+            m[i] = rule.b1 * m[i] + rule.rest1 * g;
+            v[i] = rule.b2 * v[i] + rule.rest2 * g * g;
+            p[i] = rule.keep * p[i] - rule.rate * m[i] / (sqrtf(v[i]) / rule.root2 + rule.epsilon);
+        }
+    else
+        for (size_t i = 0; i < n; i++) {
+            float g = rule.scale * grad[i];
+            v[i] = rule.b2 * v[i] + rule.rest2 * g * g;
+            p[i] = rule.keep * p[i] - rule.rate * g / (sqrtf(v[i]) + rule.epsilon);
+        }
+}
+
+/* Weights are updated in fp32: where they lie, or in their master, of which the bf16 is then the
+   rounding; without a master in a copy, which is rounded by chance. */
+static void dpoi_update_tensor(const dpo_model *model, const dpo_optimizer *optimizer,
+                               const dpo_tensor *tensor, dpoi_rule rule)
+{
+    uint64_t key = dpo_random_u64(model->noise_seed, DPOI_STREAM_UPDATE, optimizer->step);
+    key = dpo_random_u64(key, tensor->offset, 0);
+    DPOI_PARALLEL_FOR(dpoi_threads(model->context, tensor->n))
+    for (size_t first = 0; first < tensor->n; first += DPOI_PIECE) {
+        float copy[DPOI_PIECE], buffer[DPOI_PIECE];
+        const size_t n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
+        const size_t at = tensor->offset + first;
+        float *p = tensor->dtype == DPO_F32 ? (float *)tensor->data + first
+                 : tensor->master ? tensor->master + first : copy;
+        uint16_t *half = (uint16_t *)tensor->data + first;
+        if (p == copy) dpoi_widen(copy, half, DPO_BF16, n);
+        dpoi_update(p, dpoi_grad_floats(tensor, first, buffer, n),
+                    optimizer->m ? optimizer->m + at : NULL, optimizer->v + at, n, rule);
+        if (p == copy)
+            for (size_t i = 0; i < n; i++) half[i] = dpoi_bf16_stochastic(p[i], key, first + i);
+        else if (tensor->master) dpoi_narrow(half, DPO_BF16, p, n);
+    }
+}
+
 DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, double learning_rate,
                                double scale)
 {
-    dpo_context *context = model->context;
     if (!model->grads || !optimizer->v)
-        return dpoi_fail(context, "dpo_optimizer_step needs gradients and dpo_optimizer_init");
+        return dpoi_fail(model->context, "dpo_optimizer_step needs gradients and "
+                         "dpo_optimizer_init");
     double t = (double)++optimizer->step;
     double correction1 = 1 - pow(optimizer->beta1, t), correction2 = 1 - pow(optimizer->beta2, t);
-    const float b1 = (float)optimizer->beta1, b2 = (float)optimizer->beta2;
-    const float rest1 = (float)(1 - optimizer->beta1), rest2 = (float)(1 - optimizer->beta2);
-    const float epsilon = (float)optimizer->epsilon, root2 = (float)sqrt(correction2);
-    const float g_scale = (float)scale;
+    dpoi_rule rule = { .kind = optimizer->kind, .b1 = (float)optimizer->beta1,
+        .b2 = (float)optimizer->beta2, .rest1 = (float)(1 - optimizer->beta1),
+        .rest2 = (float)(1 - optimizer->beta2), .epsilon = (float)optimizer->epsilon,
+        .root2 = (float)sqrt(correction2), .scale = (float)scale };
     for (size_t k = 0; k < model->n_tensors; k++) {
         const dpo_tensor *tensor = &model->tensors[k];
         if (!tensor->grad) continue;
-        size_t offset = (size_t)(tensor->grad - model->grads);
         double lr = learning_rate * tensor->lr_scale;
-        float keep = (float)(1 - (tensor->decays ? lr * optimizer->weight_decay : 0.0));
-        float rate = (float)(optimizer->kind == DPO_ADAMW ? lr / correction1 : lr);
-        DPOI_PARALLEL_FOR(dpoi_threads(context, tensor->n))
-        for (size_t first = 0; first < tensor->n; first += DPOI_PIECE) {
-            size_t n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
-            float *p = tensor->data + first, *v = optimizer->v + offset + first;
-            const float *grad = tensor->grad + first;
-            if (optimizer->kind == DPO_ADAMW) {
-                float *m = optimizer->m + offset + first;
-                for (size_t i = 0; i < n; i++) {
-                    float g = g_scale * grad[i];
-                    m[i] = b1 * m[i] + rest1 * g;
-                    v[i] = b2 * v[i] + rest2 * g * g;
-                    p[i] = keep * p[i] - rate * m[i] / (sqrtf(v[i]) / root2 + epsilon);
-                }
-            } else
-                for (size_t i = 0; i < n; i++) {
-                    float g = g_scale * grad[i];
-                    v[i] = b2 * v[i] + rest2 * g * g;
-                    p[i] = keep * p[i] - rate * g / (sqrtf(v[i]) + epsilon);
-                }
-        }
+        rule.keep = (float)(1 - (tensor->decays ? lr * optimizer->weight_decay : 0.0));
+        rule.rate = (float)(optimizer->kind == DPO_ADAMW ? lr / correction1 : lr);
+        dpoi_update_tensor(model, optimizer, tensor, rule);
     }
+    dpoi_lap(model->context, DPO_TIME_UPDATE, 0, (double)model->grad_bytes +
+             (double)model->n_trainable * (optimizer->m ? 24 : 16));
     return 0;
 }
 
@@ -2935,6 +3977,7 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
     if (schedule == DPO_LINEAR_DECAY) return 1.0 - progress;
     return 0.5 * (1.0 + cos(3.141592653589793 * progress));
 }
+
 /* ================================================================================================
    8. FILES
 
@@ -2949,7 +3992,7 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
    checkpoint's own type and row order, "tokenizer/..." tables (part 9) and "file/..." with the
    original files, so that exporting gives back what was imported. It is laid out to be mapped:
    opening one and reading its config or tokenizer costs only the pages that are touched. Loading
-   then copies the weights to fp32.
+   uses frozen weights of the right type where they lie, and converts all others tensor by tensor.
 
    A reader trusts nothing: each number is checked against the file's true size before it is used,
    and the first thing wrong is named. Writers make a temporary file beside the target, sync it and
@@ -2977,10 +4020,12 @@ static void dpoi_crc_fill(dpoi_crc_table *table)
         }
 }
 
-static uint32_t dpoi_crc(const dpoi_crc_table *table, const void *data, size_t n_bytes)
+/* The CRC of what `before` is the CRC of, 0 at the start, followed by these bytes. */
+static uint32_t dpoi_crc(const dpoi_crc_table *table, uint32_t before, const void *data,
+                         size_t n_bytes)
 {
     const unsigned char *bytes = data;
-    uint32_t crc = 0xFFFFFFFFu;
+    uint32_t crc = before ^ 0xFFFFFFFFu;
     for (; n_bytes >= 8; n_bytes -= 8, bytes += 8) {
         uint64_t word;
         memcpy(&word, bytes, 8);
@@ -3015,27 +4060,11 @@ typedef struct dpoi_file_record {
 _Static_assert(sizeof(dpoi_file_header) == 64 && sizeof(dpoi_file_record) == 144,
                "the file format has no padding");
 
-static size_t dpoi_dtype_bytes(dpo_dtype dtype)
-{
-    switch (dtype) {
-    case DPO_F32: case DPO_U32: return 4;
-    case DPO_F16: case DPO_BF16: return 2;
-    case DPO_U8: return 1;
-    case DPO_F64: case DPO_U64: return 8;
-    }
-    return 0;
-}
-
 static const char *dpoi_kind_name(uint32_t kind)
 {
     static const char *const names[] = { "unknown file", "model", "adapter", "training state",
                                          "reference cache", "test file" };
     return names[kind <= DPO_FILE_TEST ? kind : 0];
-}
-
-static size_t dpoi_aligned(size_t bytes)
-{
-    return (bytes + DPOI_ALIGN - 1) / DPOI_ALIGN * DPOI_ALIGN;
 }
 
 /* Fills entries from the table, checking each against `place`, the end of the one before it. */
@@ -3084,6 +4113,38 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, const char
     return 0;
 }
 
+/* Lets the machine drop an entry's pages, which come back when they are read again. What was read
+   once should not count as memory that the program holds. */
+static void dpoi_file_release(const dpo_entry *entry)
+{
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)entry->data;
+    const uintptr_t from = (start + page - 1) / page * page;
+    const uintptr_t to = (start + entry->bytes) / page * page;
+    if (to > from) madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
+/* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
+static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const char *path,
+                            const dpoi_crc_table *crc)
+{
+    char *wrong; // [n_entries]
+    if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
+    for (size_t i = 0; i < file->n_entries; i++) {
+        dpoi_file_record record;
+        memcpy(&record, (char *)file->map + sizeof(dpoi_file_header) + i * sizeof record,
+               sizeof record);
+        wrong[i] = dpoi_crc(crc, 0, file->entries[i].data, file->entries[i].bytes) != record.crc;
+        dpoi_file_release(&file->entries[i]);
+    }
+    size_t i = 0;
+    while (i < file->n_entries && !wrong[i]) i++;
+    dpoi_free(context, wrong);
+    return i == file->n_entries ? 0
+         : dpoi_fail(context, "%s: the checksum of %s is wrong: the file is damaged; make it again",
+                     path, file->entries[i].name);
+}
+
 static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *path,
                            dpo_file_kind kind, int verify)
 {
@@ -3099,7 +4160,7 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *pat
     if (memcmp(header.zeros, zeros, sizeof zeros))
         return dpoi_fail(context, "%s: its header is damaged; make the file again", path);
     if (header.kind != (uint32_t)kind)
-        return dpoi_fail(context, "%s: a %s where a %s is expected", path,
+        return dpoi_fail(context, "%s: the file is of the kind \"%s\"; \"%s\" is expected", path,
                          dpoi_kind_name(header.kind), dpoi_kind_name(kind));
     if (header.file_bytes != file->bytes)
         return dpoi_fail(context, "%s: %zu bytes long, but its header says %llu: the file was cut "
@@ -3113,22 +4174,15 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *pat
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
     const unsigned char *start = file->map;
-    if (dpoi_crc(&crc, start + sizeof header, table_bytes) != header.table_crc)
+    if (dpoi_crc(&crc, 0, start + sizeof header, table_bytes) != header.table_crc)
         return dpoi_fail(context, "%s: the checksum of its table is wrong: the file is damaged; "
                          "make it again", path);
     file->n_entries = header.n_entries;
-    file->identity = dpoi_hash(DPOI_HASH_START, start, header.table_end);
+    file->identity = dpo_hash(DPO_HASH_START, start, header.table_end);
     if (dpoi_alloc(context, &file->entries, file->n_entries, sizeof *file->entries) ||
         dpoi_file_read_table(context, file, path, header.table_end))
         return 1;
-    for (size_t i = 0; verify && i < file->n_entries; i++) {
-        dpoi_file_record record;
-        memcpy(&record, start + sizeof header + i * sizeof record, sizeof record);
-        if (dpoi_crc(&crc, file->entries[i].data, file->entries[i].bytes) != record.crc)
-            return dpoi_fail(context, "%s: the checksum of %s is wrong: the file is damaged; make "
-                             "it again", path, record.name);
-    }
-    return 0;
+    return verify ? dpoi_file_verify(context, file, path, &crc) : 0;
 }
 
 DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path,
@@ -3145,7 +4199,7 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
     }
     if (!S_ISREG(status.st_mode) || status.st_size == 0) {
         close(descriptor);
-        return dpoi_fail(context, "%s: %s; a %s file is expected", path,
+        return dpoi_fail(context, "%s: %s; a file of the kind \"%s\" is expected", path,
                          S_ISREG(status.st_mode) ? "is empty" : "is not a file",
                          dpoi_kind_name(kind));
     }
@@ -3180,41 +4234,52 @@ DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
 
 /* ---- 8.3 writing ----------------------------------------------------------------------------- */
 
-/* Header, table and data in the order of the file; 0 if all of it was written. */
+/* Rows [first, first + n) of an entry that has no data of its own, until the next are asked for;
+   NULL with a message if that fails. So a file is made by pieces, and saving needs no memory. */
+typedef const void *dpoi_fill(void *user, const dpo_entry *entry, size_t first, size_t n);
+#define DPOI_FILL 65536     // elements of such a piece, if a row is not more
+
+/* Data in the order of the file, then the header and table that describe it, in front; 0 if all of
+   it was written, -1 if `fill` failed. */
 static int dpoi_file_write_stream(FILE *stream, dpoi_file_header *header,
-                                  dpoi_file_record *records, const dpo_entry *entries)
+                                  dpoi_file_record *records, const dpo_entry *entries,
+                                  dpoi_fill *fill, void *user)
 {
     static const char zeros[DPOI_ALIGN];
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
-    size_t place = sizeof *header + header->n_entries * sizeof *records;
-    header->table_end = place;
+    size_t place = header->table_end = sizeof *header + header->n_entries * sizeof *records;
+    if (fseeko(stream, (off_t)place, SEEK_SET)) return 1;
     for (size_t i = 0; i < header->n_entries; i++) {
         const dpo_entry *entry = &entries[i];
-        place = dpoi_aligned(place);
+        size_t rows = entry->data ? 1 : entry->shape[0], step = 1; // data of its own goes at once
+        size_t gap = dpoi_aligned(place) - place;
+        size_t row_bytes = entry->data ? entry->bytes : entry->bytes / DPOI_MAX(rows, (size_t)1);
+        place += gap;
         records[i] = (dpoi_file_record){ .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
-            .layout = entry->layout, .crc = dpoi_crc(&crc, entry->data, entry->bytes),
-            .shape = { entry->shape[0], entry->shape[1] }, .offset = place, .bytes = entry->bytes };
+            .layout = entry->layout, .shape = { entry->shape[0], entry->shape[1] },
+            .offset = place, .bytes = entry->bytes };
         memcpy(records[i].name, entry->name, sizeof records[i].name);
         place += entry->bytes;
+        if (fwrite(zeros, 1, gap, stream) != gap) return 1;
+        if (!entry->data) step = DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
+        for (size_t first = 0; first < rows && entry->bytes; first += step) {
+            size_t n = DPOI_MIN(rows - first, step);
+            const void *data = entry->data ? entry->data : fill(user, entry, first, n);
+            if (!data) return -1;
+            records[i].crc = dpoi_crc(&crc, records[i].crc, data, n * row_bytes);
+            if (fwrite(data, 1, n * row_bytes, stream) != n * row_bytes) return 1;
+        }
     }
     header->file_bytes = place;
-    header->table_crc = dpoi_crc(&crc, records, header->n_entries * sizeof *records);
-
-    int failed = fwrite(header, sizeof *header, 1, stream) != 1 ||
-                 fwrite(records, sizeof *records, header->n_entries, stream) != header->n_entries;
-    place = header->table_end;
-    for (size_t i = 0; !failed && i < header->n_entries; i++) {
-        size_t gap = dpoi_aligned(place) - place;
-        failed = fwrite(zeros, 1, gap, stream) != gap ||
-                 fwrite(entries[i].data, 1, entries[i].bytes, stream) != entries[i].bytes;
-        place += gap + entries[i].bytes;
-    }
-    return failed || fflush(stream) || fsync(fileno(stream));
+    header->table_crc = dpoi_crc(&crc, 0, records, header->n_entries * sizeof *records);
+    return fseeko(stream, 0, SEEK_SET) || fwrite(header, sizeof *header, 1, stream) != 1 ||
+           fwrite(records, sizeof *records, header->n_entries, stream) != header->n_entries ||
+           fflush(stream) || fsync(fileno(stream));
 }
 
-DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
-                           const dpo_entry *entries, size_t n_entries)
+static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
+                           const dpo_entry *entries, size_t n_entries, dpoi_fill *fill, void *user)
 {
     char temporary[4096];
     int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
@@ -3229,7 +4294,7 @@ DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind
                                 .n_entries = (uint32_t)n_entries };
     memcpy(header.magic, DPOI_MAGIC, sizeof header.magic);
     FILE *stream = fopen(temporary, "wb");
-    int failed = !stream || dpoi_file_write_stream(stream, &header, records, entries);
+    int failed = stream ? dpoi_file_write_stream(stream, &header, records, entries, fill, user) : 1;
     int reason = errno;
     if (stream && fclose(stream) && !failed) {
         failed = 1;
@@ -3242,8 +4307,33 @@ DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind
     }
     if (!failed) return 0;
     if (stream) unlink(temporary);
-    return dpoi_fail(context, "%s: cannot be written: %s; nothing was changed", path,
-                     strerror(reason));
+    return failed < 0 ? 1 : dpoi_fail(context, "%s: cannot be written: %s; nothing was changed",
+                                      path, strerror(reason));
+}
+
+DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
+                           const dpo_entry *entries, size_t n_entries)
+{
+    return dpoi_file_write(context, path, kind, entries, n_entries, NULL, NULL);
+}
+
+/* An entry of a vector; its name is at most DPO_NAME_BYTES - 1 long. */
+static dpo_entry dpoi_vector(const char *name, dpo_dtype dtype, const void *data, size_t n)
+{
+    dpo_entry entry = { .dtype = dtype, .n_dims = 1, .shape = { n, 1 }, .data = data,
+                        .bytes = n * dpoi_dtype_bytes(dtype) };
+    snprintf(entry.name, sizeof entry.name, "%s", name);
+    return entry;
+}
+
+/* An entry for a tensor, without its data. */
+static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype)
+{
+    dpo_entry entry = { .dtype = dtype, .layout = tensor->layout, .n_dims = tensor->n_dims,
+                        .shape = { tensor->shape[0], tensor->shape[1] },
+                        .bytes = tensor->n * dpoi_dtype_bytes(dtype) };
+    memcpy(entry.name, tensor->name, sizeof entry.name);
+    return entry;
 }
 
 /* ---- 8.4 models ------------------------------------------------------------------------------ */
@@ -3365,44 +4455,34 @@ static int dpoi_config_write(dpo_context *context, dpo_string *out, const dpo_co
     return dpoi_string_append(context, out, "}", 1);
 }
 
-/* IEEE half to float. The exponent's bias differs by 112, and the multiplication also turns half's
-   subnormals into normal floats; infinities and NaN get float's largest exponent back. */
-static float dpoi_half_to_float(uint16_t half)
+static int dpoi_entry_is_float(const dpo_entry *entry)
 {
-    uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    value *= 0x1p112f;
-    memcpy(&bits, &value, sizeof bits);
-    bits |= (half & 0x7c00) == 0x7c00 ? 0x7f800000u : 0;
-    bits |= (uint32_t)(half & 0x8000) << 16;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return entry->dtype == DPO_F32 || entry->dtype == DPO_F16 || entry->dtype == DPO_BF16;
 }
 
-static float dpoi_bf16_to_float(uint16_t half)
-{
-    uint32_t bits = (uint32_t)half << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
-
-/* Copies a tensor's data as floats and makes sure that all of them are finite. */
-static int dpoi_tensor_read(dpo_context *context, float *out, const dpo_entry *entry, size_t n,
+/* Makes sure that all of an entry's elements are finite, and puts them into the tensor, unless that
+   is mapped. */
+static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_entry *entry,
                             const char *path)
 {
-    const uint16_t *half = entry->data;
-    if (entry->dtype == DPO_F32) memcpy(out, entry->data, n * sizeof *out);
-    else if (entry->dtype == DPO_F16)
-        for (size_t i = 0; i < n; i++) out[i] = dpoi_half_to_float(half[i]);
-    else
-        for (size_t i = 0; i < n; i++) out[i] = dpoi_bf16_to_float(half[i]);
-    size_t bad = 0;
-    for (size_t i = 0; i < n; i++) bad += !isfinite(out[i]);
-    if (bad)
+    const size_t n_pieces = tensor->n / DPOI_PIECE + 1;
+    size_t *bad, total = 0; // [n_pieces] elements that are not finite
+    if (dpoi_alloc_zeroed(context, &bad, n_pieces, sizeof *bad)) return 1;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, tensor->n))
+    for (size_t p = 0; p < n_pieces; p++) {
+        float x[DPOI_PIECE];
+        const size_t first = p * DPOI_PIECE, n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
+        dpoi_widen(x, (const char *)entry->data + first * dpoi_dtype_bytes(entry->dtype),
+                   entry->dtype, n);
+        for (size_t i = 0; i < n; i++) bad[p] += !isfinite(x[i]);
+        if (tensor->data != entry->data) dpoi_tensor_set(tensor, first, x, n);
+    }
+    for (size_t p = 0; p < n_pieces; p++) total += bad[p];
+    dpoi_free(context, bad);
+    if (tensor->data != entry->data) dpoi_file_release(entry);
+    if (total)
         return dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the "
-                         "checkpoint is damaged or its training diverged", path, entry->name, bad);
+                         "file is damaged or its training diverged", path, entry->name, total);
     return 0;
 }
 
@@ -3418,26 +4498,27 @@ static void dpoi_alibi_slopes(float *slopes, size_t H)
         slopes[h] = (float)pow(2.0, -4.0 * (double)(2 * (h - n) + 1) / (double)n);
 }
 
-/* Allocates params and points the table into it. */
-static int dpoi_place_tensors(dpo_model *model)
-{
-    if (dpoi_alloc(model->context, &model->params, model->n_params, sizeof *model->params))
-        return 1;
-    float *place = model->params;
-    for (size_t i = 0; i < model->n_tensors; i++) {
-        model->tensors[i].data = place;
-        place += model->tensors[i].n;
-    }
-    if (model->weights->slopes)
-        dpoi_alibi_slopes(model->weights->slopes->data, model->config.n_heads);
-    return 0;
-}
-
 /* What a model file holds besides tensors. A model made by dpo_model_init on another model's
    tokenizer does not inherit the files that describe the other model. */
 static int dpoi_is_extra(const char *name)
 {
     return !strncmp(name, "tokenizer/", 10) || !strncmp(name, "file/", 5);
+}
+
+/* Whether an entry can be read as the tensor. */
+static int dpoi_check_entry(dpo_context *context, const dpo_entry *entry, const dpo_tensor *tensor,
+                            const char *path)
+{
+    if (!dpoi_entry_is_float(entry))
+        return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", path,
+                         tensor->name);
+    if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
+        entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
+        return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] in "
+                         "layout %d is expected", path, tensor->name, entry->shape[0],
+                         entry->shape[1], (int)entry->layout, tensor->shape[0], tensor->shape[1],
+                         (int)tensor->layout);
+    return 0;
 }
 
 static int dpoi_model_read(dpo_model *model, const char *path)
@@ -3450,38 +4531,43 @@ static int dpoi_model_read(dpo_model *model, const char *path)
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
-        if (!entry && tensor == model->weights->slopes) continue;
+        if (!entry && tensor == model->weights->slopes) continue;   // computed instead
         if (!entry)
             return dpoi_fail(context, "%s: tensor %s is missing: import the checkpoint again", path,
                              tensor->name);
-        if (entry->dtype != DPO_F32 && entry->dtype != DPO_F16 && entry->dtype != DPO_BF16)
-            return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", path,
-                             tensor->name);
-        if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
-            entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
-            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d; the config asks "
-                             "for [%zu, %zu] in layout %d", path, tensor->name, entry->shape[0],
-                             entry->shape[1], (int)entry->layout, tensor->shape[0],
-                             tensor->shape[1], (int)tensor->layout);
+        if (dpoi_check_entry(context, entry, tensor, path)) return 1;
     }
     for (size_t i = 0; i < file->n_entries; i++)
         if (strcmp(file->entries[i].name, "config") && !dpoi_is_extra(file->entries[i].name) &&
             !dpo_model_tensor(model, file->entries[i].name))
             return dpoi_fail(context, "%s: tensor %s does not belong to this architecture", path,
                              file->entries[i].name);
-    if (dpoi_place_tensors(model)) return 1;
+    for (size_t i = 0; i < model->n_tensors && model->options.stored; i++) {
+        const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
+        if (entry) model->tensors[i].dtype = entry->dtype;
+    }
+    if (dpoi_place_tensors(model, file)) return 1;
+    dpo_tensor *slopes = model->weights->slopes;
+    if (slopes && !dpo_file_find(file, slopes->name))
+        dpoi_alibi_slopes(slopes->data, model->config.n_heads);
     for (size_t i = 0; i < model->n_tensors; i++) {
-        const dpo_tensor *tensor = &model->tensors[i];
+        dpo_tensor *tensor = &model->tensors[i];
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
-        if (entry && dpoi_tensor_read(context, tensor->data, entry, tensor->n, path)) return 1;
+        // Looking for what is not finite reads everything, which no_verify is there to avoid.
+        if (!entry || (tensor->data == entry->data && model->options.no_verify)) continue;
+        if (dpoi_tensor_read(context, tensor, entry, path)) return 1;
     }
     return 0;
 }
 
-DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path, int verify)
+DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
+                           const dpo_model_options *options)
 {
     *model = (dpo_model){ .context = context };
-    if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, verify)) return 1;
+    if (options) model->options = *options;
+    model->options.frozen |= model->options.stored;
+    if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, !model->options.no_verify))
+        return 1;
     int failed = dpoi_model_read(model, path);
     if (!failed && dpo_tokenizer_load(context, &model->tokenizer, &model->file))
         failed = dpoi_fail_at(context, path);
@@ -3506,7 +4592,6 @@ static void dpoi_init_weights(dpo_model *model, uint64_t seed)
     double last = inner / sqrt(2.0 * (double)config->n_layers);
     for (size_t k = 0; k < model->n_tensors; k++) {
         dpo_tensor *tensor = &model->tensors[k];
-        if (tensor == weights->slopes) continue;
         double deviation = tensor == weights->embedding || tensor == weights->head ||
                            tensor == weights->positions ? outer : inner;
         for (size_t l = 0; l < config->n_layers; l++)
@@ -3515,11 +4600,16 @@ static void dpoi_init_weights(dpo_model *model, uint64_t seed)
         size_t length = strlen(tensor->name);
         float constant = length > 6 && !strcmp(tensor->name + length - 6, "weight") ? 1.0f : 0.0f;
         DPOI_PARALLEL_FOR(dpoi_threads(model->context, tensor->n))
-        for (size_t first = 0; first < tensor->n; first += DPOI_PIECE)
-            for (size_t i = first; i < DPOI_MIN(first + DPOI_PIECE, tensor->n); i++)
-                tensor->data[i] = tensor->n_dims == 1 ? constant
-                                : (float)(deviation * dpoi_random_normal(seed, k, i));
+        for (size_t first = 0; first < tensor->n; first += DPOI_PIECE) {
+            float x[DPOI_PIECE];
+            const size_t n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
+            for (size_t i = 0; i < n; i++)
+                x[i] = tensor->n_dims == 1 ? constant
+                     : (float)(deviation * dpoi_random_normal(seed, k, first + i));
+            dpoi_tensor_set(tensor, first, x, n);
+        }
     }
+    if (weights->slopes) dpoi_alibi_slopes(weights->slopes->data, config->n_heads);
 }
 
 /* The tokenizer for a new model, and the ids of the special tokens that go with it. */
@@ -3548,11 +4638,13 @@ static int dpoi_init_tokenizer(dpo_model *model, const char *path)
 }
 
 DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
-                           const char *tokenizer_path, uint64_t seed)
+                           const char *tokenizer_path, uint64_t seed,
+                           const dpo_model_options *options)
 {
     *model = (dpo_model){ .context = context, .config = *config };
+    if (options) model->options = *options;
     if (dpoi_init_tokenizer(model, tokenizer_path) || dpoi_build_table(model) ||
-        dpoi_place_tensors(model)) {
+        dpoi_place_tensors(model, NULL)) {
         dpo_model_free(model);
         return 1;
     }
@@ -3560,50 +4652,78 @@ DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_con
     return 0;
 }
 
-/* The tables of the byte tokenizer, which came from no file, as entries of one. */
-#define DPOI_BYTE_ENTRIES 5
-static void dpoi_byte_tokenizer_entries(dpo_entry *entries, const dpo_tokenizer *tokenizer)
+/* The byte tokenizer as the entries of a file: token i is byte i, and token 256 <|endoftext|>. */
+#define DPOI_4(i) i, i + 1, i + 2, i + 3
+#define DPOI_16(i) DPOI_4(i), DPOI_4(i + 4), DPOI_4(i + 8), DPOI_4(i + 12)
+#define DPOI_64(i) DPOI_16(i), DPOI_16(i + 16), DPOI_16(i + 32), DPOI_16(i + 48)
+#define DPOI_0_TO_255 DPOI_64(0), DPOI_64(64), DPOI_64(128), DPOI_64(192)
+static const char dpoi_byte_info[] = "{\"n_tokens\": 257, \"nfc\": false, \"unicode\": \"\"}";
+static const uint8_t dpoi_byte_text[] = { DPOI_0_TO_255, '<', '|', 'e', 'n', 'd', 'o', 'f', 't',
+                                          'e', 'x', 't', '|', '>' };
+static const uint32_t dpoi_byte_ids[] = { DPOI_0_TO_255, 256, sizeof dpoi_byte_text };
+static const uint32_t dpoi_byte_added[] = { 256, 1 };   // special
+static const dpo_entry dpoi_byte_entries[] = {
+    { "tokenizer/info", DPO_U8, DPO_PLAIN, 1, { sizeof dpoi_byte_info - 1, 1 }, dpoi_byte_info,
+      sizeof dpoi_byte_info - 1 },
+    { "tokenizer/token_ends", DPO_U32, DPO_PLAIN, 1, { 257, 1 }, dpoi_byte_ids + 1, 257 * 4 },
+    { "tokenizer/token_bytes", DPO_U8, DPO_PLAIN, 1, { sizeof dpoi_byte_text, 1 }, dpoi_byte_text,
+      sizeof dpoi_byte_text },
+    { "tokenizer/byte_ids", DPO_U32, DPO_PLAIN, 1, { 256, 1 }, dpoi_byte_ids, 256 * 4 },
+    { "tokenizer/added", DPO_U32, DPO_PLAIN, 2, { 1, 2 }, dpoi_byte_added, 2 * 4 } };
+enum { DPOI_BYTE_ENTRIES = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
+
+static int dpoi_all_finite(const float *x, size_t n)
 {
-    static const char info[] = "{\"n_tokens\": 257, \"nfc\": false, \"unicode\": \"\"}";
-    const size_t n = tokenizer->n_tokens, n_bytes = tokenizer->token_ends[n - 1];
-    const dpo_entry made[DPOI_BYTE_ENTRIES] = {
-        { .name = "tokenizer/info", .dtype = DPO_U8, .n_dims = 1, .shape = { sizeof info - 1, 1 },
-          .data = info, .bytes = sizeof info - 1 },
-        { .name = "tokenizer/token_ends", .dtype = DPO_U32, .n_dims = 1, .shape = { n, 1 },
-          .data = tokenizer->token_ends, .bytes = n * 4 },
-        { .name = "tokenizer/token_bytes", .dtype = DPO_U8, .n_dims = 1, .shape = { n_bytes, 1 },
-          .data = tokenizer->token_bytes, .bytes = n_bytes },
-        { .name = "tokenizer/byte_ids", .dtype = DPO_U32, .n_dims = 1, .shape = { 256, 1 },
-          .data = tokenizer->byte_ids, .bytes = 256 * 4 },
-        { .name = "tokenizer/added", .dtype = DPO_U32, .n_dims = 2,
-          .shape = { tokenizer->n_added, 2 }, .data = tokenizer->added,
-          .bytes = tokenizer->n_added * 8 } };
-    memcpy(entries, made, sizeof made);
+    size_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad += !isfinite(x[i]);
+    return bad == 0;
 }
 
-/* Saves the tensors as f32 with everything else that the model's file held. */
-DPO_API int dpo_model_save(dpo_model *model, const char *path)
+/* Makes rows of a tensor for a file: its weights, with the adapter's product added, in the entry's
+   type. */
+typedef struct dpoi_saving {
+    dpo_model *model;
+    float *rows, *product;      // [n, columns] as floats; the same of B A
+    void *out;                  // [n, columns] in the entry's type
+} dpoi_saving;
+
+static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t first, size_t n)
 {
-    dpo_context *context = model->context;
-    const dpo_file *file = &model->file;
-    dpo_string config = { 0 };
-    dpo_entry *entries;
-    size_t n = 0, most = 1 + model->n_tensors + file->n_entries + DPOI_BYTE_ENTRIES;
-    if (dpoi_alloc_zeroed(context, &entries, most, sizeof *entries)) return 1;
-    if (dpoi_config_write(context, &config, &model->config)) {
-        dpoi_free(context, entries);
-        dpo_string_free(context, &config);
-        return 1;
+    dpoi_saving *saving = user;
+    dpo_model *model = saving->model;
+    const dpo_tensor *W = dpo_model_tensor(model, entry->name), *A = W->lora_a, *B = W->lora_b;
+    const size_t columns = W->shape[1];
+    float *x = saving->rows;
+    dpoi_tensor_get(W, first * columns, x, n * columns);
+    if (A) { // B A is [out, in], and is transposed for Conv1D
+        const float scale = dpoi_lora_scale(&model->lora);
+        dpoi_matrix left = dpoi_rows(B->data, B->shape[1]), right = dpoi_rows(A->data, A->shape[1]);
+        if (W->layout == DPO_CONV1D) {
+            left = dpoi_transposed(dpoi_rows(A->data, A->shape[1]));
+            right = dpoi_transposed(dpoi_rows(B->data, B->shape[1]));
+        }
+        dpoi_matmul(model->context, saving->product, columns, dpoi_submatrix(left, first, 0), right,
+                    n, columns, model->lora.r, 0, DPO_F32);
+        for (size_t i = 0; i < n * columns; i++) x[i] += scale * saving->product[i];
     }
-    entries[n++] = (dpo_entry){ .name = "config", .dtype = DPO_U8, .n_dims = 1,
-                                .shape = { config.n, 1 }, .data = config.bytes, .bytes = config.n };
+    dpoi_narrow(saving->out, entry->dtype, x, n * columns);
+    if (dpoi_all_finite(x, n * columns)) return saving->out;
+    dpoi_fail(model->context, "%s is not finite, so nothing was saved; a lower --learning-rate may "
+              "help", W->name);
+    return NULL;
+}
+
+/* The entries of a model's file, all but the tensors' with their data. */
+static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
+                                const dpo_string *config, dpo_dtype matrices)
+{
+    const dpo_file *file = &model->file;
+    size_t n = 0;
+    entries[n++] = dpoi_vector("config", DPO_U8, config->bytes, config->n);
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
-        dpo_entry *entry = &entries[n++];
-        *entry = (dpo_entry){ .dtype = DPO_F32, .layout = tensor->layout, .n_dims = tensor->n_dims,
-                              .shape = { tensor->shape[0], tensor->shape[1] },
-                              .data = tensor->data, .bytes = tensor->n * sizeof(float) };
-        memcpy(entry->name, tensor->name, sizeof entry->name);
+        if (!strncmp(tensor->name, "base_model.", 11)) continue; // an adapter's
+        entries[n++] = dpoi_tensor_entry(tensor, tensor->shape[1] > 1 ? matrices : DPO_F32);
     }
     for (size_t i = 0; i < file->n_entries; i++) {
         const char *name = file->entries[i].name;
@@ -3611,12 +4731,35 @@ DPO_API int dpo_model_save(dpo_model *model, const char *path)
                                                    !strcmp(name, "file/generation_config.json"));
         if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
     }
-    if (!file->map) {
-        dpoi_byte_tokenizer_entries(entries + n, &model->tokenizer);
-        n += DPOI_BYTE_ENTRIES;
+    if (file->map) return n;
+    memcpy(entries + n, dpoi_byte_entries, sizeof dpoi_byte_entries);
+    return n + DPOI_BYTE_ENTRIES;
+}
+
+DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices)
+{
+    dpo_context *context = model->context;
+    dpo_string config = { 0 };
+    dpo_entry *entries = NULL;
+    dpoi_saving saving = { .model = model };
+    size_t piece = DPOI_FILL; // elements, or a whole row if that is more
+    for (size_t i = 0; i < model->n_tensors; i++)
+        piece = DPOI_MAX(piece, model->tensors[i].shape[1]);
+    int failed = dpoi_config_write(context, &config, &model->config) ||
+                 dpoi_alloc_zeroed(context, &entries, 1 + model->n_tensors + DPOI_BYTE_ENTRIES +
+                                   model->file.n_entries, sizeof *entries) ||
+                 dpoi_alloc(context, &saving.out, piece, sizeof(float)) ||
+                 dpoi_alloc(context, &saving.rows, piece, sizeof(float)) ||
+                 dpoi_alloc(context, &saving.product, piece, sizeof(float));
+    if (!failed) {
+        size_t n = dpoi_list_entries(model, entries, &config, matrices);
+        failed = dpoi_file_write(context, path, DPO_FILE_MODEL, entries, n, dpoi_fill_tensor,
+                                 &saving);
     }
-    int failed = dpo_file_write(context, path, DPO_FILE_MODEL, entries, n);
     dpoi_free(context, entries);
+    dpoi_free(context, saving.out);
+    dpoi_free(context, saving.rows);
+    dpoi_free(context, saving.product);
     dpo_string_free(context, &config);
     return failed;
 }
@@ -3631,6 +4774,8 @@ DPO_API void dpo_model_free(dpo_model *model)
     dpoi_free(context, model->weights);
     dpoi_free(context, model->tensors);
     dpoi_free(context, model->params);
+    dpoi_free(context, model->masters);
+    dpoi_free(context, model->adapter);
     dpoi_free(context, model->grads);
     *model = (dpo_model){ .context = context };
 }
@@ -3642,35 +4787,205 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
     return NULL;
 }
 
-/* ---- 8.5 the reference cache ----------------------------------------------------------------- */
+/* ---- 8.5 adapters ---------------------------------------------------------------------------- */
 
-DPO_API int dpo_reference_save(dpo_context *context, const char *path, uint64_t model_identity,
-                               uint64_t data_hash, const double *logp, size_t n)
+/* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
+   of every adapted layer under PEFT's names, and of an imported one PEFT's own config. */
+
+/* A member of a JSON object; NULL with a message if it is missing or of another kind. */
+static const dpo_json_value *dpoi_member(dpo_context *context, const dpo_json *json,
+                                         const char *key, dpo_json_kind kind, const char *path)
 {
-    uint64_t key[2] = { model_identity, data_hash };
-    dpo_entry entries[] = {
-        { .name = "key", .dtype = DPO_U64, .n_dims = 1, .shape = { 2, 1 }, .data = key,
-          .bytes = sizeof key },
-        { .name = "logp", .dtype = DPO_F64, .n_dims = 1, .shape = { n, 1 }, .data = logp,
-          .bytes = n * sizeof *logp } };
+    const dpo_json_value *value = dpo_json_member(json, json->values, key);
+    if (value && value->kind == kind) return value;
+    dpoi_fail(context, "%s: config: %s is missing or not of its type: make the file again", path,
+              key);
+    return NULL;
+}
+
+DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *file)
+{
+    const dpo_entry *entry = dpo_file_find(file, "config"), *base = dpo_file_find(file, "base");
+    *lora = (dpo_lora){ 0 };
+    if (!entry || entry->dtype != DPO_U8 || !base || base->dtype != DPO_U64 || base->bytes != 8)
+        return dpoi_fail(context, "%s: has no config or base: make the adapter again", file->path);
+    dpo_json json = { 0 };
+    const dpo_json_value *r, *alpha, *dropout, *rslora, *targets, *path;
+    int failed =
+        dpo_json_parse(context, &json, entry->data, entry->bytes, file->path) ||
+        !(r = dpoi_member(context, &json, "r", DPO_JSON_NUMBER, file->path)) ||
+        !(alpha = dpoi_member(context, &json, "alpha", DPO_JSON_NUMBER, file->path)) ||
+        !(dropout = dpoi_member(context, &json, "dropout", DPO_JSON_NUMBER, file->path)) ||
+        !(rslora = dpoi_member(context, &json, "rslora", DPO_JSON_BOOL, file->path)) ||
+        !(targets = dpoi_member(context, &json, "target_modules", DPO_JSON_STRING, file->path)) ||
+        !(path = dpoi_member(context, &json, "base", DPO_JSON_STRING, file->path));
+    if (!failed && (!(r->number >= 1) || r->number > 1 << 20 || r->number != floor(r->number)))
+        failed = dpoi_fail(context, "%s: config: r is %g; it must be a whole number from 1 on",
+                           file->path, r->number);
+    if (!failed && (targets->n_string >= sizeof lora->targets ||
+                    path->n_string >= sizeof lora->base))
+        failed = dpoi_fail(context, "%s: config: target_modules and base have %zu and %zu bytes; "
+                           "at most %zu and %zu can be read", file->path, targets->n_string,
+                           path->n_string, sizeof lora->targets - 1, sizeof lora->base - 1);
+    if (!failed) {
+        *lora = (dpo_lora){ .r = (size_t)r->number, .alpha = alpha->number,
+                            .rslora = rslora->number != 0, .dropout = dropout->number };
+        memcpy(lora->targets, json.text.bytes + targets->string, targets->n_string);
+        memcpy(lora->base, json.text.bytes + path->string, path->n_string);
+        memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
+    }
+    dpo_json_free(context, &json);
+    return failed;
+}
+
+/* Adds the adapter's tensors to the table, with memory for them. */
+static int dpoi_lora_add(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
+{
+    dpo_context *context = model->context;
+    const size_t first = model->n_tensors;
+    if (!model->options.frozen || model->lora.r || model->grads || model->workspace)
+        return dpoi_fail(context, "an adapter goes over a model that was loaded as frozen, has "
+                         "none yet, and has not been used");
+    if (dpoi_add_adapters(model, lora, file) ||
+        dpoi_alloc(context, &model->adapter, model->n_trainable, sizeof *model->adapter))
+        return 1;
+    for (size_t i = first; i < model->n_tensors; i++)
+        model->tensors[i].data = model->adapter + model->tensors[i].offset;
+    return 0;
+}
+
+DPO_API int dpo_lora_init(dpo_model *model, const dpo_lora *lora, uint64_t seed)
+{
+    const size_t first = model->n_tensors;
+    if (dpoi_lora_add(model, lora, NULL)) return 1;
+    for (size_t k = first; k < model->n_tensors; k++) {
+        const dpo_tensor *tensor = &model->tensors[k];
+        float *x = tensor->data;
+        const double limit = k % 2 == first % 2 ? 1 / sqrt((double)tensor->shape[1]) : 0.0; // A, B
+        for (size_t i = 0; i < tensor->n; i++)
+            x[i] = (float)(limit * (2 * dpo_random_uniform(seed, k, i) - 1));
+    }
+    return 0;
+}
+
+DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, const char *path,
+                                uint64_t identity)
+{
+    if (lora->base_identity == identity) return 0;
+    return dpoi_fail(context, "%s: the adapter was made for another model, %016llx (then at %s), "
+                     "not for this one, %016llx; give that one, or import the adapter again for "
+                     "this one", path, (unsigned long long)lora->base_identity, lora->base,
+                     (unsigned long long)identity);
+}
+
+static int dpoi_lora_read_tensors(dpo_model *model, const dpo_file *file, const char *path)
+{
+    dpo_context *context = model->context;
+    dpo_lora lora;
+    const size_t first = model->n_tensors;
+    if (dpo_lora_read(context, &lora, file) ||
+        dpo_lora_check_base(context, &lora, path, model->identity))
+        return 1;
+    if (dpoi_lora_add(model, &lora, file)) return dpoi_fail_at(context, path);
+    for (size_t i = 0; i < file->n_entries; i++)
+        if (!strncmp(file->entries[i].name, "base_model.", 11) &&
+            !dpo_model_tensor(model, file->entries[i].name))
+            return dpoi_fail(context, "%s: tensor %s is none of the adapter's target modules (%s), "
+                             "or half of its pair A and B is missing", path, file->entries[i].name,
+                             lora.targets);
+    if (model->n_tensors == first)
+        return dpoi_fail(context, "%s: there is no adapter in it", path);
+    for (size_t k = first; k < model->n_tensors; k++) {
+        dpo_tensor *tensor = &model->tensors[k];
+        const dpo_entry *entry = dpo_file_find(file, tensor->name);
+        if (!entry) return dpoi_fail(context, "%s: tensor %s is missing", path, tensor->name);
+        if (dpoi_check_entry(context, entry, tensor, path) ||
+            dpoi_tensor_read(context, tensor, entry, path))
+            return 1;
+    }
+    model->adapter_identity = file->identity;
+    return 0;
+}
+
+DPO_API int dpo_lora_load(dpo_model *model, const char *path)
+{
+    dpo_file file;
+    if (dpo_file_open(model->context, &file, path, DPO_FILE_ADAPTER, 1)) return 1;
+    int failed = dpoi_lora_read_tensors(model, &file, path);
+    dpo_file_close(model->context, &file);
+    return failed;
+}
+
+DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path)
+{
+    dpo_context *context = model->context;
+    const dpo_lora *lora = &model->lora;
+    dpo_entry *entries = NULL;
+    dpo_string config = { 0 }, base = { 0 };
+    char numbers[256];
+    size_t n = 0, n_base = strlen(base_path);
+    if (!lora->r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
+    if (!dpoi_all_finite(model->adapter, model->n_trainable))
+        return dpoi_fail(context, "%s: the adapter is not finite, so nothing was saved; a lower "
+                         "--learning-rate may help", path);
+    snprintf(numbers, sizeof numbers, "{\"r\": %zu, \"alpha\": %.17g, \"dropout\": %.17g, "
+             "\"rslora\": %s, \"target_modules\": ", lora->r, lora->alpha, lora->dropout,
+             lora->rslora ? "true" : "false");
+    int failed = dpoi_string_append(context, &config, numbers, strlen(numbers)) ||
+                 dpo_json_quote(context, &config, lora->targets, strlen(lora->targets)) ||
+                 dpoi_string_append(context, &config, ", \"base\": ", 10) ||
+                 dpoi_string_append(context, &base, base_path,
+                                    n_base < sizeof lora->base ? n_base : 0) ||
+                 dpo_string_make_valid(context, &base) ||
+                 dpo_json_quote(context, &config, base.n < sizeof lora->base ? base.bytes : "",
+                                base.n < sizeof lora->base ? base.n : 0) ||
+                 dpoi_string_append(context, &config, "}", 1) ||
+                 dpoi_alloc_zeroed(context, &entries, model->n_tensors + 2, sizeof *entries);
+    if (!failed) {
+        entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
+        entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
+        for (size_t i = 0; i < model->n_tensors; i++) {
+            if (strncmp(model->tensors[i].name, "base_model.", 11)) continue;
+            entries[n] = dpoi_tensor_entry(&model->tensors[i], DPO_F32);
+            entries[n++].data = model->tensors[i].data;
+        }
+        failed = dpo_file_write(context, path, DPO_FILE_ADAPTER, entries, n);
+    }
+    dpoi_free(context, entries);
+    dpo_string_free(context, &config);
+    dpo_string_free(context, &base);
+    return failed;
+}
+
+/* ---- 8.6 the reference cache ----------------------------------------------------------------- */
+
+DPO_API int dpo_reference_save(dpo_context *context, const char *path, const dpo_reference_key *key,
+                               const double *logp, size_t n)
+{
+    dpo_entry entries[] = { dpoi_vector("key", DPO_U64, key, sizeof *key / 8),
+                            dpoi_vector("logp", DPO_F64, logp, n) };
     return dpo_file_write(context, path, DPO_FILE_REFERENCE, entries, 2);
 }
 
-DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t model_identity,
-                               uint64_t data_hash, double *logp, size_t n)
+DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo_reference_key *key,
+                               double *logp, size_t n)
 {
     dpo_file file;
     if (dpo_file_open(context, &file, path, DPO_FILE_REFERENCE, 1)) return 1;
-    const dpo_entry *key = dpo_file_find(&file, "key"), *values = dpo_file_find(&file, "logp");
-    uint64_t found[2] = { 0 };
+    const dpo_entry *entry = dpo_file_find(&file, "key"), *values = dpo_file_find(&file, "logp");
+    dpo_reference_key found;
     int failed = 0;
-    if (!key || !values || key->dtype != DPO_U64 || key->bytes != sizeof found ||
+    if (!entry || !values || entry->dtype != DPO_U64 || entry->bytes != sizeof found ||
         values->dtype != DPO_F64 || values->n_dims != 1)
         failed = dpoi_fail(context, "%s: not a reference cache of this version; delete it", path);
     else {
-        memcpy(found, key->data, sizeof found);
-        const char *differs = found[0] != model_identity ? "another reference model"
-                            : found[1] != data_hash ? "other data or another truncation"
+        memcpy(&found, entry->data, sizeof found);
+        const char *differs = found.model != key->model ? "another reference model"
+                            : found.adapter != key->adapter ? "another adapter of that model"
+                            : found.dtype != key->dtype ? "another precision (--dtype)"
+                            : found.truncation != key->truncation ? "another truncation "
+                              "(--max-length, --max-prompt-length, --truncation)"
+                            : found.data != key->data ? "other data (or evaluation data)"
                             : values->shape[0] != n ? "another number of answers" : NULL;
         if (differs)
             failed = dpoi_fail(context, "%s: was made for %s; give another file or delete it", path,
@@ -3681,6 +4996,110 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, uint64_t 
     dpo_file_close(context, &file);
     return failed;
 }
+
+/* ---- 8.7 the state of a training run --------------------------------------------------------- */
+
+/* A state file holds "run" (whose it is), "counters", "notes" (the program's own), every trainable
+   tensor as training keeps it, and the optimizer's averages. Random numbers need no state: they
+   depend on seed, counters and place alone. */
+
+enum { DPOI_STATE_EXTRAS = 5 };
+
+static size_t dpoi_state_entries(dpo_model *model, const dpo_optimizer *optimizer,
+                                 dpo_entry *entries)
+{
+    size_t n = 0;
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        const dpo_tensor *tensor = &model->tensors[i];
+        if (!tensor->trainable) continue;
+        entries[n] = dpoi_tensor_entry(tensor, tensor->master ? DPO_F32 : tensor->dtype);
+        entries[n++].data = tensor->master ? tensor->master : tensor->data;
+    }
+    entries[n++] = dpoi_vector("optimizer/v", DPO_F32, optimizer->v, model->n_trainable);
+    if (optimizer->m)
+        entries[n++] = dpoi_vector("optimizer/m", DPO_F32, optimizer->m, model->n_trainable);
+    return n;
+}
+
+DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, const char *path,
+                           uint64_t run, const void *notes, size_t n_notes)
+{
+    dpo_context *context = model->context;
+    dpo_entry *entries;
+    const uint64_t counters[] = { optimizer->step, model->passes };
+    if (dpoi_alloc_zeroed(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
+                          sizeof *entries))
+        return 1;
+    size_t n = dpoi_state_entries(model, optimizer, entries);
+    entries[n++] = dpoi_vector("run", DPO_U64, &run, 1);
+    entries[n++] = dpoi_vector("counters", DPO_U64, counters, 2);
+    entries[n++] = dpoi_vector("notes", DPO_U8, notes, n_notes);
+    int failed = dpo_file_write(context, path, DPO_FILE_STATE, entries, n);
+    dpoi_free(context, entries);
+    return failed;
+}
+
+/* The entry of that name and size; NULL with a message. */
+static const dpo_entry *dpoi_state_entry(dpo_context *context, const dpo_file *file,
+                                         const dpo_entry *wanted)
+{
+    const dpo_entry *found = dpo_file_find(file, wanted->name);
+    if (found && found->dtype == wanted->dtype && found->bytes == wanted->bytes) return found;
+    dpoi_fail(context, "%s: %s is missing or of another size or type: the state belongs to a run "
+              "with other options", file->path, wanted->name);
+    return NULL;
+}
+
+DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
+                           uint64_t run, dpo_string *notes)
+{
+    dpo_context *context = model->context;
+    dpo_file file;
+    dpo_entry *entries = NULL;
+    uint64_t found_run = 0, counters[2] = { 0 };
+    if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
+    const dpo_entry keys[] = { dpoi_vector("run", DPO_U64, &found_run, 1),
+                               dpoi_vector("counters", DPO_U64, counters, 2) };
+    const dpo_entry *texts = dpo_file_find(&file, "notes"), *entry = NULL;
+    int failed = !texts ? dpoi_fail(context, "%s: notes are missing: the file is damaged", path)
+                        : dpoi_alloc_zeroed(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
+                                            sizeof *entries);
+    for (size_t i = 0; !failed && i < 2; i++)
+        if (!(failed = !(entry = dpoi_state_entry(context, &file, &keys[i]))))
+            memcpy((void *)(uintptr_t)keys[i].data, entry->data, entry->bytes);
+    if (!failed && found_run != run)
+        failed = dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
+                           path);
+    size_t n = failed ? 0 : dpoi_state_entries(model, optimizer, entries);
+    for (size_t i = 0; i < n && !failed; i++) // all of it is checked before anything is changed
+        failed = !dpoi_state_entry(context, &file, &entries[i]);
+    for (size_t i = 0; i < file.n_entries && !failed; i++) {
+        const char *name = file.entries[i].name;
+        size_t k = 0;
+        while (k < n && strcmp(entries[k].name, name)) k++;
+        if (k == n && strcmp(name, "run") && strcmp(name, "counters") && strcmp(name, "notes"))
+            failed = dpoi_fail(context, "%s: %s is not in this run: the state belongs to a run "
+                               "with other options", path, name);
+    }
+    for (size_t i = 0; i < n && !failed; i++) {
+        entry = dpo_file_find(&file, entries[i].name);
+        memcpy((void *)(uintptr_t)entries[i].data, entry->data, entry->bytes);
+        dpoi_file_release(entry);
+    }
+    for (size_t i = 0; i < model->n_tensors && !failed; i++)
+        if (model->tensors[i].master)
+            dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,
+                        model->tensors[i].n);
+    if (!failed) {
+        optimizer->step = counters[0];
+        model->passes = counters[1];
+        failed = dpoi_string_append(context, notes, texts->data, texts->bytes);
+    }
+    dpoi_free(context, entries);
+    dpo_file_close(context, &file);
+    return failed;
+}
+
 /* ================================================================================================
    9. TEXT
 
@@ -3804,33 +5223,41 @@ static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t ri
     }
 }
 
+/* Bytes that belong to somebody else. */
+typedef struct dpoi_text { const char *bytes; size_t n; } dpoi_text;
+
 /* A token's bytes; an id that nobody owns has none. */
-static const char *dpoi_token_text(const dpo_tokenizer *t, uint32_t id, size_t *n)
+static dpoi_text dpoi_token_text(const dpo_tokenizer *t, uint32_t id)
 {
-    *n = 0;
-    if (id >= t->n_tokens) return "";
+    if (id >= t->n_tokens) return (dpoi_text){ "", 0 };
     size_t start = id ? t->token_ends[id - 1] : 0;
-    *n = t->token_ends[id] - start;
-    return t->token_bytes + start;
+    return (dpoi_text){ t->token_bytes + start, t->token_ends[id] - start };
 }
 
 /* Whether a merged token's bytes are those of its two parts. */
 static int dpoi_merge_fits(const dpo_tokenizer *t, const uint32_t *merge)
 {
-    size_t n_left, n_right, n_merged;
-    const char *left = dpoi_token_text(t, merge[0], &n_left);
-    const char *right = dpoi_token_text(t, merge[1], &n_right);
-    const char *merged = dpoi_token_text(t, merge[2], &n_merged);
-    return n_left && n_right && n_merged == n_left + n_right && !memcmp(merged, left, n_left) &&
-           !memcmp(merged + n_left, right, n_right);
+    dpoi_text left = dpoi_token_text(t, merge[0]), right = dpoi_token_text(t, merge[1]);
+    dpoi_text merged = dpoi_token_text(t, merge[2]);
+    return left.n && right.n && merged.n == left.n + right.n &&
+           !memcmp(merged.bytes, left.bytes, left.n) &&
+           !memcmp(merged.bytes + left.n, right.bytes, right.n);
 }
 
 /* Checks all that encoding and decoding rely on, so that they need not. A merge that is listed
    twice has its last rank, as in `tokenizers`. */
-static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file)
+static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file,
+                               const dpo_json *info)
 {
-    const size_t merges = dpo_file_find(file, "tokenizer/merges") != NULL, nfc = t->nfc != 0;
-    size_t n_byte_ids, n;
+    const dpo_json_value *flag = dpo_json_member(info, info->values, "nfc");
+    const dpo_json_value *unicode = dpo_json_member(info, info->values, "unicode");
+    if (!flag || flag->kind != DPO_JSON_BOOL)
+        return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/info");
+    if (unicode && unicode->kind == DPO_JSON_STRING)
+        snprintf(t->unicode, sizeof t->unicode, "%s", info->text.bytes + unicode->string);
+    t->nfc = flag->number != 0;
+    const size_t merges = dpo_file_find(file, "tokenizer/merges") != NULL, nfc = (size_t)t->nfc;
+    size_t n_byte_ids;
     const struct {
         const char *name;
         size_t width, least;        // columns, least number of rows
@@ -3848,7 +5275,6 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
         { "tokenizer/compositions", 3, nfc, &t->compositions, &t->n_compositions, 1 },
         { "tokenizer/classes", 2, nfc, &t->classes, &t->n_classes, 1 },
     };
-    const char *wrong = NULL;
     for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
         const dpo_entry *entry = dpo_file_find(file, tables[i].name);
         const size_t w = tables[i].width, n_rows = *tables[i].n = entry ? entry->shape[0] : 0;
@@ -3863,13 +5289,14 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
     if (!bytes || t->token_ends[t->n_tokens - 1] != bytes->bytes)
         return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/token_ends or token_bytes");
     t->token_bytes = bytes->data;
+    const char *wrong = NULL;
     for (uint32_t i = 0; i < 256; i++) {
-        const char *byte = dpoi_token_text(t, t->byte_ids[i], &n);
-        if (t->byte_ids[i] != DPOI_NONE && (n != 1 || (unsigned char)*byte != i))
+        dpoi_text byte = dpoi_token_text(t, t->byte_ids[i]);
+        if (t->byte_ids[i] != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
             wrong = "tokenizer/byte_ids";
     }
     for (size_t i = 0; i < t->n_added; i++)
-        if (dpoi_token_text(t, t->added[2 * i], &n), n == 0) wrong = "tokenizer/added";
+        if (!dpoi_token_text(t, t->added[2 * i]).n) wrong = "tokenizer/added";
     for (size_t i = 0; i < t->n_merges; i++)
         if (!dpoi_merge_fits(t, t->merges + 3 * i)) wrong = "tokenizer/merges";
     if (wrong) return dpoi_fail(context, DPOI_DAMAGED, wrong);
@@ -3886,21 +5313,11 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file)
 {
     *tokenizer = (dpo_tokenizer){ 0 };
-    const dpo_entry *entry = dpo_file_find(file, "tokenizer/info");
-    if (!entry) return 0;
+    const dpo_entry *info = dpo_file_find(file, "tokenizer/info");
+    if (!info) return 0;
     dpo_json json = { 0 };
-    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, entry->name);
-    if (!failed) {
-        const dpo_json_value *nfc = dpo_json_member(&json, json.values, "nfc");
-        const dpo_json_value *unicode = dpo_json_member(&json, json.values, "unicode");
-        if (unicode && unicode->kind == DPO_JSON_STRING)
-            snprintf(tokenizer->unicode, sizeof tokenizer->unicode, "%s",
-                     json.text.bytes + unicode->string);
-        tokenizer->nfc = nfc && nfc->number != 0;
-        failed = nfc && nfc->kind == DPO_JSON_BOOL
-               ? dpoi_tokenizer_read(context, tokenizer, file)
-               : dpoi_fail(context, DPOI_DAMAGED, entry->name);
-    }
+    int failed = dpo_json_parse(context, &json, info->data, info->bytes, info->name) ||
+                 dpoi_tokenizer_read(context, tokenizer, file, &json);
     dpo_json_free(context, &json);
     if (failed) dpo_tokenizer_free(context, tokenizer);
     return failed;
@@ -3908,30 +5325,15 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
 
 DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer)
 {
-    static const char end[] = "<|endoftext|>";
-    enum { N_END = sizeof end - 1 };
-    struct { uint32_t ids[256], ends[257], added[2]; char bytes[256 + N_END]; } *owned;
-    *tokenizer = (dpo_tokenizer){ 0 };
-    if (dpoi_alloc(context, &owned, 1, sizeof *owned)) return 1;
-    for (uint32_t i = 0; i < 256; i++) {
-        owned->bytes[i] = (char)i;
-        owned->ends[i] = i + 1;
-        owned->ids[i] = i;
-    }
-    memcpy(owned->bytes + 256, end, N_END);
-    owned->ends[256] = 256 + N_END;
-    owned->added[0] = 256;
-    owned->added[1] = DPOI_ADDED_SPECIAL;
-    *tokenizer = (dpo_tokenizer){ .n_tokens = 257, .token_ends = owned->ends, .n_added = 1,
-        .token_bytes = owned->bytes, .byte_ids = owned->ids, .added = owned->added,
-        .owned = owned };
-    return 0;
+    dpo_entry entries[DPOI_BYTE_ENTRIES];
+    memcpy(entries, dpoi_byte_entries, sizeof entries);
+    return dpo_tokenizer_load(context, tokenizer,
+                              &(dpo_file){ .entries = entries, .n_entries = DPOI_BYTE_ENTRIES });
 }
 
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
 {
     dpoi_free(context, tokenizer->merge_slots);
-    dpoi_free(context, tokenizer->owned);
     *tokenizer = (dpo_tokenizer){ 0 };
 }
 
@@ -3967,7 +5369,7 @@ typedef struct dpoi_encoder {
     const dpo_tokenizer *tokenizer;
     dpo_tokens *out;
     dpo_string normal;                                          // normalised text
-    dpoi_key *run; size_t n_run, run_capacity;                  // class, place << 32 | code point
+    dpoi_key *run; size_t n_run, run_capacity;  // starter << 32 | class, place << 32 | code point
     struct dpoi_symbol *symbols; size_t symbol_capacity;        // of a word, see dpoi_encode_word
     uint64_t *tree; size_t tree_capacity;
     char starts_added[2][256];                                  // first bytes of added tokens
@@ -3985,10 +5387,10 @@ static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
         return dpoi_decompose(e, row[1], depth + 1) ||
                (row[2] && dpoi_decompose(e, row[2], depth + 1));
     row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(t->classes, t->n_classes, 2, code, UINT32_MAX);
-    uint64_t class = row && row[0] == code ? row[1] : 0;
+    const uint64_t class = row && row[0] == code ? row[1] : 0, place = e->n_run;
     if (dpoi_reserve(e->context, &e->run, &e->run_capacity, e->n_run + 1, sizeof *e->run)) return 1;
-    e->run[e->n_run] = (dpoi_key){ class, (uint64_t)e->n_run << 32 | code };
-    e->n_run++;
+    uint64_t starter = class && place ? e->run[place - 1].first >> 32 : place;
+    e->run[e->n_run++] = (dpoi_key){ starter << 32 | class, place << 32 | code };
     return 0;
 }
 
@@ -4006,23 +5408,22 @@ static uint32_t dpoi_compose(const dpo_tokenizer *t, uint32_t first, uint32_t se
 /* Reorders and composes the run, and appends it to the normalised text. */
 static int dpoi_flush_run(dpoi_encoder *e)
 {
-    dpoi_key *run = e->run;
-    size_t n_kept = 0, starter = SIZE_MAX, n = e->n_run;
+    dpoi_key *run = e->run, *starter = NULL;
+    size_t n_kept = 0;
+    int unsorted = 0;
+    for (size_t i = 1; i < e->n_run; i++) unsorted |= run[i].first < run[i - 1].first;
+    if (unsorted) qsort(run, e->n_run, sizeof *run, dpoi_compare_keys);
     int64_t last_class = -1;    // of what was kept after the starter; -1: nothing
-    for (size_t i = 0, sorted = 0; i < n; i++) {
-        if (run[i].first && i >= sorted) {
-            for (sorted = i; sorted < n && run[sorted].first;) sorted++;
-            qsort(run + i, sorted - i, sizeof *run, dpoi_compare_keys);
-        }
+    for (size_t i = 0; i < e->n_run; i++) {
+        int64_t class = (uint32_t)run[i].first;
         uint32_t code = (uint32_t)run[i].second, composed = DPOI_NONE;
-        int64_t class = (int64_t)run[i].first;
-        if (starter != SIZE_MAX && last_class < class)
-            composed = dpoi_compose(e->tokenizer, (uint32_t)run[starter].second, code);
+        if (starter && last_class < class)
+            composed = dpoi_compose(e->tokenizer, (uint32_t)starter->second, code);
         if (composed != DPOI_NONE) {
-            run[starter].second = composed;
+            starter->second = composed;
             continue;
         }
-        if (class == 0) starter = n_kept;
+        if (!class) starter = &run[n_kept];
         last_class = class ? class : -1;
         run[n_kept++].second = code;
     }
@@ -4069,14 +5470,14 @@ static size_t dpoi_match_added(const dpoi_encoder *e, uint32_t *id, const char *
                                int stage)
 {
     const dpo_tokenizer *t = e->tokenizer;
-    size_t longest = 0, n_token;
+    size_t longest = 0;
     if (!e->starts_added[stage][(unsigned char)text[0]]) return 0;
     for (size_t i = 0; i < t->n_added; i++) {
         const uint32_t *added = t->added + 2 * i;
-        const char *token = dpoi_token_text(t, added[0], &n_token);
-        if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && n_token > longest && n_token <= n &&
-            !memcmp(token, text, n_token)) {
-            longest = n_token;
+        dpoi_text token = dpoi_token_text(t, added[0]);
+        if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && token.n > longest && token.n <= n &&
+            !memcmp(token.bytes, text, token.n)) {
+            longest = token.n;
             *id = added[0];
         }
     }
@@ -4211,14 +5612,14 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
     if (!tokenizer->n_tokens)
         return dpoi_fail(context, "the model has no tokenizer: import it from a folder that holds "
                          "tokenizer.json, or vocab.json and merges.txt");
-    size_t bad = dpoi_utf8_check(text, n_bytes), n_before = out->n, n;
+    size_t bad = dpoi_utf8_check(text, n_bytes), n_before = out->n;
     if (bad < n_bytes)
         return dpoi_fail(context, "byte %zu of the text is not UTF-8: save it as UTF-8", bad + 1);
     dpoi_encoder e = { .context = context, .tokenizer = tokenizer, .out = out };
     for (size_t i = 0; i < tokenizer->n_added; i++) {
         const uint32_t *added = tokenizer->added + 2 * i;
         int stage = (added[1] & DPOI_ADDED_NORMALIZED) != 0;
-        e.starts_added[stage][(unsigned char)*dpoi_token_text(tokenizer, added[0], &n)] = 1;
+        e.starts_added[stage][(unsigned char)*dpoi_token_text(tokenizer, added[0]).bytes] = 1;
     }
     int failed = n_bytes && dpoi_encode_stage(&e, text, n_bytes, 0);
     if (failed) out->n = n_before;
@@ -4234,9 +5635,9 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
 DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
                                  const dpo_tokenizer *tokenizer, const uint32_t *ids, size_t n)
 {
-    for (size_t i = 0, n_token; i < n; i++) {
-        const char *token = dpoi_token_text(tokenizer, ids[i], &n_token);
-        if (dpoi_string_append(context, out, token, n_token)) return 1;
+    for (size_t i = 0; i < n; i++) {
+        dpoi_text token = dpoi_token_text(tokenizer, ids[i]);
+        if (dpoi_string_append(context, out, token.bytes, token.n)) return 1;
     }
     return 0;
 }
@@ -4293,7 +5694,6 @@ static int dpoi_json_number(dpoi_parser *p, double *number)
     *end = 0;
     *number = strtod(start, &read);
     *end = after;
-    if (point) *point = '.';
     return read == end && isfinite(*number) ? 0 :
            dpoi_json_fail(p, "the number before here cannot be represented");
 }
@@ -4337,10 +5737,9 @@ static int dpoi_json_string(dpoi_parser *p, size_t *start, size_t *n)
     if (!dpoi_json_take(p, '"')) return dpoi_json_fail(p, "a string in double quotes is expected");
     char *first = p->at, *out = first;
     while (*p->at != '"') {
-        if (p->at == text->bytes + text->n)
-            return dpoi_json_fail(p, "the text ends inside a string");
         if ((unsigned char)*p->at < 0x20)
-            return dpoi_json_fail(p, "a raw control character; write it as \\u00XX");
+            return dpoi_json_fail(p, p->at == text->bytes + text->n ?
+                "the text ends inside a string" : "a raw control character; write it as \\u00XX");
         char c = *p->at++;
         if (c != '\\') *out++ = c;
         else if (dpoi_json_escape(p, &out)) return 1;
@@ -4437,11 +5836,11 @@ DPO_API int dpo_json_quote(dpo_context *context, dpo_string *out, const char *s,
 {
     if (dpoi_string_append(context, out, "\"", 1)) return 1;
     for (size_t i = 0; i < n_bytes; i++) {
-        char escape[8];
-        int n = 0;
+        char escape[8] = { s[i] };
+        int n = 1;
         if (s[i] == '"' || s[i] == '\\') n = snprintf(escape, sizeof escape, "\\%c", s[i]);
         else if ((unsigned char)s[i] < 0x20) n = snprintf(escape, sizeof escape, "\\u%04x", s[i]);
-        if (dpoi_string_append(context, out, n ? escape : s + i, n ? (size_t)n : 1)) return 1;
+        if (dpoi_string_append(context, out, escape, (size_t)n)) return 1;
     }
     return dpoi_string_append(context, out, "\"", 1);
 }
@@ -4524,9 +5923,14 @@ DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader)
    Until the array has stopped growing, and so moving, examples are drafts of places in it. */
 
 typedef struct dpoi_draft {
-    size_t start, n_prompt, n_answers[2];       // where its tokens begin, and how many there are
+    size_t start, n[3];         // where its tokens begin; how many prompt and answers have
     size_t group, line;
 } dpoi_draft;
+
+/* The kinds of records, by the names of their fields: prompt, then answers or text. */
+enum { DPOI_PAIR, DPOI_TRANSCRIPTS, DPOI_COMPLETION, DPOI_TEXT };
+static const char *const dpoi_fields[][3] = { { "prompt", "chosen", "rejected" },
+    { NULL, "chosen", "rejected" }, { "prompt", "completion", NULL }, { NULL, "text", NULL } };
 
 typedef struct dpoi_loader {
     dpo_context *context;
@@ -4535,117 +5939,30 @@ typedef struct dpoi_loader {
     const dpo_data_options *options;
     uint32_t end_token;
     size_t n_branches;          // of every example
-    size_t room;                // tokens of prompt and answer together
-    dpoi_draft *drafts;         // [data->n]
-    size_t draft_capacity;
-    int once;                   // one example per distinct prompt
+    int kind;                   // of every record
+    dpoi_draft *drafts; size_t draft_capacity;  // [data->n]
 } dpoi_loader;
 
-static int dpoi_add_draft(dpoi_loader *l, dpoi_draft draft)
-{
-    size_t n = l->data->n + 1;
-    if (dpoi_reserve(l->context, &l->drafts, &l->draft_capacity, n, sizeof draft)) return 1;
-    l->drafts[l->data->n++] = draft;
-    return 0;
-}
-
-/* Adds the tokens of a text and an end token. */
-static int dpoi_add_text(dpoi_loader *l, dpo_string text)
-{
-    dpo_tokens *tokens = &l->data->tokens;
-    return dpo_tokenizer_encode(l->context, tokens, l->tokenizer, text.bytes, text.n) ||
-           dpoi_tokens_append(l->context, tokens, l->end_token);
-}
-
-/* Makes a draft of a prompt and the answers that are used, or drops and counts it. */
-static int dpoi_add_answers(dpoi_loader *l, dpo_string prompt, const dpo_string *answers,
-                            size_t line)
-{
-    dpo_tokens *tokens = &l->data->tokens;
-    dpoi_draft draft = { .start = tokens->n, .line = line };
-    size_t n_ends = 0, empty = 0;
-    if (dpo_tokenizer_encode(l->context, tokens, l->tokenizer, prompt.bytes, prompt.n)) return 1;
-    draft.n_prompt = tokens->n - draft.start;
-    for (size_t b = 0; b < l->n_branches; b++) {
-        size_t before = tokens->n;
-        if (dpoi_add_text(l, answers[b])) return 1;
-        draft.n_answers[b] = tokens->n - before;
-        empty += draft.n_answers[b] == 1;
-    }
-    for (size_t i = draft.start; i < tokens->n; i++) n_ends += tokens->ids[i] == l->end_token;
-    if (!empty && n_ends == l->n_branches) return dpoi_add_draft(l, draft);
-    ++*(empty ? &l->data->counts.empty_answers : &l->data->counts.end_token_inside);
-    tokens->n = draft.start;
-    return 0;
-}
-
-static int dpoi_add_document(dpoi_loader *l, dpo_string text)
-{
-    l->data->counts.bytes += text.n;
-    l->data->counts.empty_answers += text.n == 0;
-    return text.n && dpoi_add_text(l, text);
-}
-
-/* Lays the windows. The text of tokens behind the last one, if `limit` allows no more, is not
-   counted. */
-static int dpoi_add_windows(dpoi_loader *l)
-{
-    dpo_data *data = l->data;
-    size_t length = l->options->max_length, limit = l->options->limit, start = 0, n;
-    l->room = length + 1;
-    for (; start + 1 < data->tokens.n && (!limit || data->n < limit); start += length) {
-        n = DPOI_MIN(l->room, data->tokens.n - start);
-        if (dpoi_add_draft(l, (dpoi_draft){ .start = start, .n_answers = { n } })) return 1;
-    }
-    for (size_t i = start + 1; i < data->tokens.n; i++) {
-        dpoi_token_text(l->tokenizer, data->tokens.ids[i], &n);
-        if (data->tokens.ids[i] != l->end_token)
-            data->counts.bytes -= DPOI_MIN(n, data->counts.bytes);
-    }
-    return 0;
-}
-
-/* Splits HH's transcripts into prompt and answers, or counts why that cannot be done. */
-static int dpoi_split_transcripts(dpo_data_counts *counts, dpo_string *prompt, dpo_string *answers)
-{
-    static const char turn[] = "\n\nAssistant:";
-    size_t n_turn = sizeof turn - 1, n = answers[0].n;
-    while (n >= n_turn && memcmp(answers[0].bytes + n - n_turn, turn, n_turn)) n--;
-    size_t *reason = n < n_turn ? &counts->no_prompt : &counts->prompts_differ;
-    if (n < n_turn || answers[1].n < n || memcmp(answers[0].bytes, answers[1].bytes, n))
-        return ++*reason, 0;
-    *prompt = (dpo_string){ .bytes = answers[0].bytes, .n = n };
-    for (size_t b = 0; b < 2; b++)
-        answers[b] = (dpo_string){ .bytes = answers[b].bytes + n, .n = answers[b].n - n };
-    return 1;
-}
-
-/* The kinds of records, by the names of their fields: prompt, then answers or text. */
-enum { DPOI_PAIR, DPOI_TRANSCRIPTS, DPOI_COMPLETION, DPOI_TEXT };
-static const char *const dpoi_fields[][3] = { { "prompt", "chosen", "rejected" },
-    { NULL, "chosen", "rejected" }, { "prompt", "completion", NULL }, { NULL, "text", NULL } };
-
 /* Finds the first kind, from *kind to last, of which the record has all fields. */
-static int dpoi_read_record(dpo_context *context, dpo_string *fields, int *kind, int last,
+static int dpoi_read_record(dpo_context *context, dpoi_text *fields, int *kind, int last,
                             const dpo_jsonl *reader)
 {
+    const dpo_json *json = &reader->json;
     for (; *kind <= last; ++*kind) {
-        const char *odd = NULL;
-        int missing = 0;
-        for (size_t i = 0; i < 3; i++) {
-            const char *name = dpoi_fields[*kind][i];
-            const dpo_json *json = &reader->json;
-            fields[i] = (dpo_string){ 0 };
-            if (!name) continue;
-            const dpo_json_value *value = dpo_json_member(json, json->values, name);
-            if (!value) missing = 1;
-            else if (value->kind != DPO_JSON_STRING) odd = name;
-            else fields[i] = (dpo_string){ json->text.bytes + value->string, value->n_string, 0 };
+        const char *const *names = dpoi_fields[*kind], *odd = NULL;
+        size_t i;
+        for (i = 0; i < 3; i++) {
+            fields[i] = (dpoi_text){ NULL, 0 };
+            if (!names[i]) continue;
+            const dpo_json_value *value = dpo_json_member(json, json->values, names[i]);
+            if (!value) break;
+            if (value->kind != DPO_JSON_STRING) odd = names[i];
+            fields[i] = (dpoi_text){ json->text.bytes + value->string, value->n_string };
         }
-        if (!missing && odd)
-            return dpoi_fail(context, "%s: \"%s\" is not a string; convert lists of messages and "
-                             "other forms with `python3 convert.py data`", reader->where, odd);
-        if (!missing) return 0;
+        if (i < 3) continue;
+        if (!odd) return 0;
+        return dpoi_fail(context, "%s: \"%s\" is not a string; convert lists of messages and "
+                         "other forms with `python3 convert.py data`", reader->where, odd);
     }
     return dpoi_fail(context, "%s: a record of an unknown kind: preferences are read from "
                      "{\"prompt\",\"chosen\",\"rejected\"} or {\"chosen\",\"rejected\"}, SFT from "
@@ -4654,72 +5971,123 @@ static int dpoi_read_record(dpo_context *context, dpo_string *fields, int *kind,
                      reader->where);
 }
 
-static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader)
+/* Splits HH's transcripts into prompt and answers, or counts why that cannot be done. */
+static int dpoi_split_transcripts(dpo_data_counts *counts, dpoi_text *fields)
+{
+    static const char turn[] = "\n\nAssistant:";
+    size_t n_turn = sizeof turn - 1, n = fields[1].n;
+    while (n >= n_turn && memcmp(fields[1].bytes + n - n_turn, turn, n_turn)) n--;
+    size_t *reason = n < n_turn ? &counts->no_prompt : &counts->prompts_differ;
+    if (n < n_turn || fields[2].n < n || memcmp(fields[1].bytes, fields[2].bytes, n))
+        return ++*reason, 0;
+    fields[0] = (dpoi_text){ fields[1].bytes, n };
+    for (size_t i = 1; i < 3; i++)
+        fields[i] = (dpoi_text){ fields[i].bytes + n, fields[i].n - n };
+    return 1;
+}
+
+/* Makes a draft of a record's prompt and answers, or drops and counts it. Of text only the tokens
+   are added: its drafts are windows, and it may spell the end token. */
+static int dpoi_add_record(dpoi_loader *l, const dpoi_text *fields, size_t line)
+{
+    dpo_data_counts *counts = &l->data->counts;
+    dpo_tokens *tokens = &l->data->tokens;
+    dpoi_draft draft = { .start = tokens->n, .line = line };
+    size_t n_ends = 0, empty = 0, text = l->kind == DPOI_TEXT;
+    for (size_t i = 0; i <= l->n_branches; i++) {
+        size_t before = tokens->n;
+        if (dpo_tokenizer_encode(l->context, tokens, l->tokenizer, fields[i].bytes, fields[i].n) ||
+            (i > 0 && dpoi_tokens_append(l->context, tokens, l->end_token)))
+            return 1;
+        draft.n[i] = tokens->n - before;
+        empty += i > 0 && draft.n[i] == 1;
+    }
+    for (size_t i = draft.start; i < tokens->n; i++) n_ends += tokens->ids[i] == l->end_token;
+    if (empty || (n_ends > l->n_branches && !text)) {
+        ++*(empty ? &counts->empty_answers : &counts->end_token_inside);
+        tokens->n = draft.start;
+        return 0;
+    }
+    if (text) return counts->bytes += fields[1].n, 0;
+    if (dpoi_reserve(l->context, &l->drafts, &l->draft_capacity, l->data->n + 1, sizeof draft))
+        return 1;
+    l->drafts[l->data->n++] = draft;
+    return 0;
+}
+
+/* Reads all records, or a file of plain text as one document. */
+static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
 {
     dpo_data *data = l->data;
     const dpo_data_use use = l->options->use;
-    const int first = use == DPO_USE_TEXT ? DPOI_TEXT : DPOI_PAIR;
+    const int first = plain || use == DPO_USE_TEXT ? DPOI_TEXT : DPOI_PAIR;
     const int last = use == DPO_USE_PAIRS ? DPOI_TRANSCRIPTS : DPOI_TEXT;
     const size_t limit = l->options->limit, length = l->options->max_length;
-    int old_kind = first, found;
-    while (!limit || (old_kind == DPOI_TEXT ? data->tokens.n / length <= limit : data->n < limit)) {
-        dpo_string fields[3];
-        int kind = first, used = 1;
-        if (dpo_jsonl_next(l->context, reader, &found)) return 1;
+    l->kind = first;
+    while (!limit || (l->kind == DPOI_TEXT ? data->tokens.n / length <= limit : data->n < limit)) {
+        dpoi_text fields[3] = { { 0 } };
+        int kind = first, found;
+        if (plain ? dpoi_jsonl_read(l->context, reader, EOF, &found)
+                  : dpo_jsonl_next(l->context, reader, &found)) return 1;
         if (!found) break;
-        if (dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
-        if (data->counts.records++ && kind != old_kind)
+        if (plain) fields[1] = (dpoi_text){ reader->buffer.bytes, reader->buffer.n };
+        else if (dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
+        if (data->counts.records++ && kind != l->kind)
             return dpoi_fail(l->context, "%s: a record of another kind than those before: split "
                              "the file by kind", reader->where);
-        old_kind = kind;
-        if (kind == DPOI_TRANSCRIPTS)
-            used = dpoi_split_transcripts(&data->counts, &fields[0], &fields[1]);
-        if (kind == DPOI_TEXT ? dpoi_add_document(l, fields[1]) :
-            used && dpoi_add_answers(l, fields[0], &fields[1], reader->line))
-            return dpoi_fail_at(l->context, reader->where);
+        l->kind = kind;
+        if ((kind != DPOI_TRANSCRIPTS || dpoi_split_transcripts(&data->counts, fields)) &&
+            dpoi_add_record(l, fields, reader->line))
+            return dpoi_fail_at(l->context, plain ? reader->path : reader->where);
     }
-    l->once = use == DPO_USE_SFT && old_kind <= DPOI_TRANSCRIPTS;
-    return old_kind == DPOI_TEXT ? dpoi_add_windows(l) : 0;
+    return 0;
 }
 
-/* A file of plain text is one document. */
-static int dpoi_load_plain_text(dpoi_loader *l, dpo_jsonl *reader)
+/* Makes the drafts of text. If `limit` cuts it short, the bytes behind the last are not counted. */
+static int dpoi_add_windows(dpoi_loader *l)
 {
-    int found;
-    if (dpoi_jsonl_read(l->context, reader, EOF, &found)) return 1;
-    l->data->counts.records = (size_t)found;
-    if (dpoi_add_document(l, reader->buffer))
-        return dpoi_fail_at(l->context, reader->path);
-    return dpoi_add_windows(l);
+    dpo_data *data = l->data;
+    const uint32_t *ids = data->tokens.ids;
+    const size_t length = l->options->max_length, n_tokens = data->tokens.n;
+    data->n = (n_tokens + length - 2) / length;     // the first token is predicted by none
+    if (l->options->limit) data->n = DPOI_MIN(data->n, l->options->limit);
+    if (dpoi_alloc(l->context, &l->drafts, data->n, sizeof *l->drafts)) return 1;
+    for (size_t i = 0; i < data->n; i++)
+        l->drafts[i] = (dpoi_draft){ .start = i * length,
+                                     .n = { 0, DPOI_MIN(length + 1, n_tokens - i * length) } };
+    for (size_t i = data->n * length + 1; i < n_tokens; i++)
+        if (ids[i] != l->end_token)
+            data->counts.bytes -= DPOI_MIN(dpoi_token_text(l->tokenizer, ids[i]).n,
+                                           data->counts.bytes);
+    return 0;
 }
 
 /* Numbers the distinct prompts in the order of the file; a hash table leads from the 64-bit hash of
-   a prompt, which stands for it, to its first draft. With l->once each prompt keeps one draft, in
-   the first one's place, with the last one's answer. Drafts without a prompt are all distinct. */
+   a prompt, which stands for it, to its number. SFT on pairs keeps one draft per prompt, in the
+   first one's place, with the last one's answer. Drafts without a prompt are all distinct. */
 static int dpoi_group_drafts(dpoi_loader *l)
 {
     dpo_data *data = l->data;
-    dpoi_draft *drafts = l->drafts;
     const uint32_t *ids = data->tokens.ids;
-    size_t n_slots = 1, n_kept = 0;
-    dpoi_key *slots;            // hash, draft + 1; or 0, 0
+    const int once = l->options->use == DPO_USE_SFT && l->kind <= DPOI_TRANSCRIPTS;
+    size_t n_slots = 1;
+    dpoi_key *slots;            // hash, group + 1; or 0, 0
     while (n_slots < 2 * data->n) n_slots *= 2;
     if (dpoi_alloc_zeroed(l->context, &slots, n_slots, sizeof *slots)) return 1;
     for (size_t i = 0; i < data->n; i++) {
-        dpoi_draft draft = drafts[i];
-        uint64_t hash = draft.n_prompt == 0 ? dpoi_scatter(i) :
-            dpoi_hash(DPOI_HASH_START, ids + draft.start, draft.n_prompt * sizeof *ids);
+        dpoi_draft draft = l->drafts[i];
+        uint64_t hash = draft.n[0] == 0 ? dpoi_scatter(i) :
+            dpo_hash(DPO_HASH_START, ids + draft.start, draft.n[0] * sizeof *ids);
         size_t slot = hash & (n_slots - 1);
         while (slots[slot].second && slots[slot].first != hash) slot = (slot + 1) & (n_slots - 1);
-        if (!slots[slot].second) slots[slot] = (dpoi_key){ hash, n_kept + 1 };
-        size_t first = slots[slot].second - 1, to = l->once ? first : n_kept;
-        draft.group = first < n_kept ? drafts[first].group : data->n_groups++;
-        data->counts.repeated_prompts += to < n_kept;
-        n_kept += to == n_kept;
-        drafts[to] = draft;
+        if (!slots[slot].second) slots[slot] = (dpoi_key){ hash, ++data->n_groups };
+        draft.group = slots[slot].second - 1;
+        l->drafts[once ? draft.group : i] = draft;
     }
-    data->n = n_kept;
     dpoi_free(l->context, slots);
+    if (!once) return 0;
+    data->counts.repeated_prompts = data->n - data->n_groups;
+    data->n = data->n_groups;
     return 0;
 }
 
@@ -4729,7 +6097,7 @@ static int dpoi_finish_data(dpoi_loader *l, const char *path)
     dpo_data *data = l->data;
     dpo_data_counts *counts = &data->counts;
     const dpo_data_options *options = l->options;
-    const size_t nb = l->n_branches, room = l->room;
+    const size_t nb = l->n_branches, room = options->max_length + (l->kind == DPOI_TEXT);
     if (counts->records == 0) return dpoi_fail(l->context, "%s: no records in it", path);
     if (data->n == 0)
         return dpoi_fail(l->context, "%s: none of %zu records can be used: in %zu the prompts "
@@ -4740,28 +6108,28 @@ static int dpoi_finish_data(dpoi_loader *l, const char *path)
         dpoi_alloc(l->context, &data->examples, data->n, sizeof *data->examples) ||
         dpoi_alloc(l->context, &data->branches, data->n * nb, sizeof *data->branches))
         return 1;
-    uint64_t hash = dpoi_hash(DPOI_HASH_START, &data->n, sizeof data->n);
+    uint64_t hash = dpo_hash(DPO_HASH_START, &data->n, sizeof data->n);
     for (size_t i = 0; i < data->n; i++) {
         const dpoi_draft *draft = &l->drafts[i];
         const uint32_t *tokens = data->tokens.ids + draft->start;
         dpo_branch *branches = data->branches + i * nb;
-        size_t n = draft->n_prompt;
-        if (n + DPOI_MAX(draft->n_answers[0], draft->n_answers[1]) > room)
+        size_t n = draft->n[0];
+        if (n + DPOI_MAX(draft->n[1], draft->n[2]) > room)
             n = DPOI_MIN(n, options->max_prompt_length);
         data->examples[i] = (dpo_example){ .n_prompt = n, .branches = branches, .n_branches = nb,
-            .prompt = tokens + (options->keep_start ? 0 : draft->n_prompt - n),
+            .prompt = tokens + (options->keep_start ? 0 : draft->n[0] - n),
             .group = draft->group, .line = draft->line };
-        counts->cut_prompts += n < draft->n_prompt;
+        counts->cut_prompts += n < draft->n[0];
         size_t shape[] = { n, draft->group, nb };
-        hash = dpoi_hash(hash, shape, sizeof shape);
-        hash = dpoi_hash(hash, data->examples[i].prompt, n * sizeof *tokens);
-        tokens += draft->n_prompt;
-        for (size_t b = 0; b < nb; tokens += draft->n_answers[b++]) {
-            size_t kept = DPOI_MIN(draft->n_answers[b], room - n);
+        hash = dpo_hash(hash, shape, sizeof shape);
+        hash = dpo_hash(hash, data->examples[i].prompt, n * sizeof *tokens);
+        for (size_t b = 0; b < nb; b++) {
+            size_t kept = DPOI_MIN(draft->n[b + 1], room - n);
+            tokens += draft->n[b];
             branches[b] = (dpo_branch){ .tokens = tokens, .n = kept, .first_scored = n == 0 };
-            counts->cut_answers += kept < draft->n_answers[b];
-            hash = dpoi_hash(hash, &kept, sizeof kept);
-            hash = dpoi_hash(hash, tokens, kept * sizeof *tokens);
+            counts->cut_answers += kept < draft->n[b + 1];
+            hash = dpo_hash(hash, &kept, sizeof kept);
+            hash = dpo_hash(hash, tokens, kept * sizeof *tokens);
         }
         counts->ties += nb == 2 && branches[0].n == branches[1].n &&
                         !memcmp(branches[0].tokens, branches[1].tokens,
@@ -4787,15 +6155,14 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
                          "model needs a tokenizer, and eos_token_id in config.json", end_token,
                          tokenizer->n_tokens);
     dpoi_loader l = { .context = context, .data = data, .tokenizer = tokenizer, .options = options,
-        .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1,
-        .room = length };
+        .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
     const char *dot = strrchr(path, '.');       // some call JSON lines .json
-    int records = options->use == DPO_USE_PAIRS ||
-                  (dot && (!strcmp(dot, ".jsonl") || !strcmp(dot, ".json")));
+    int plain = options->use != DPO_USE_PAIRS &&
+                !(dot && (!strcmp(dot, ".jsonl") || !strcmp(dot, ".json")));
     dpo_jsonl reader;
     int failed = dpo_jsonl_open(context, &reader, path) ||
-                 (records ? dpoi_load_records : dpoi_load_plain_text)(&l, &reader) ||
-                 dpoi_finish_data(&l, path);
+                 dpoi_load_records(&l, &reader, plain) ||
+                 (l.kind == DPOI_TEXT && dpoi_add_windows(&l)) || dpoi_finish_data(&l, path);
     dpo_jsonl_close(context, &reader);
     dpoi_free(context, l.drafts);
     if (failed) dpo_data_free(context, data);
@@ -4838,6 +6205,7 @@ DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max
     while (taken < n && (rows += dpo_example_rows(&examples[taken])) <= max_rows) taken++;
     return DPOI_MAX(taken, DPOI_MIN(n, (size_t)1));
 }
+
 /* ================================================================================================
    10. GENERATION
 
@@ -4891,7 +6259,8 @@ static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tok
     size_t C = model->config.d_model;
     dpoi_embed_rows(model);
     for (size_t l = 0; l < model->config.n_layers; l++) {
-        dpoi_block_forward(model, l, 0, NULL);
+        dpoi_activations a = dpoi_activations_of(model, l, 0);
+        dpoi_block_forward(model, l, &a, NULL);
         for (size_t p = 0; p < n; p++)
             dpoi_cache_store(cache, w->qkv + p * 3 * C, dpoi_heads_of(&model->config), l, p);
     }
@@ -4908,7 +6277,10 @@ static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
     w->token[0] = token;
     w->position[0] = (uint32_t)cache->n;
     dpoi_embed_rows(model);
-    for (size_t l = 0; l < model->config.n_layers; l++) dpoi_block_forward(model, l, 0, cache);
+    for (size_t l = 0; l < model->config.n_layers; l++) {
+        dpoi_activations a = dpoi_activations_of(model, l, 0);
+        dpoi_block_forward(model, l, &a, cache);
+    }
     cache->n++;
     dpoi_next_logits(model, cache, w->x);
 }

@@ -26,11 +26,11 @@ static const tool_command commands[] = {
 /* ---- settings -------------------------------------------------------------------------------- */
 
 typedef struct settings {
-    const char *model, *reference, *data, *prompt, *out;
-    int json, no_verify, loss_type, truncation;
+    const char *model, *adapter, *reference, *versus, *data, *prompt, *out;
+    int json, no_verify, loss_type, truncation, dtype;
     double beta, label_smoothing, temperature, top_p;
     size_t max_length, max_prompt_length, limit, micro_tokens, max_new_tokens, top_k, seed, threads;
-    size_t max_memory;
+    size_t max_memory, skip;
     text_list stops;
 } settings;
 
@@ -39,8 +39,12 @@ typedef struct settings {
 static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
 {
     const option table[] = {
-        TEXT(ALL, 'm', "model", &s->model, "FILE", 1, "model file or run directory"),
+        TEXT(ALL, 'm', "model", &s->model, "FILE", 1, "model or adapter file, or run directory"),
+        TEXT(ALL, 0, "adapter", &s->adapter, "FILE", 0, "adapter over the model"),
         TEXT(PREFS, 'r', "reference", &s->reference, "FILE", 1, "reference model"),
+        TEXT(PREFS, 0, "versus", &s->versus, "FILE", 0,
+            "second policy: also prints how much better the first is, with the paired error"),
+        CHOICE(ALL, "dtype", &s->dtype, "fp32|bf16", "precision of weights and products"),
         TEXT(DATA | GENERATE, 'd', "data", &s->data, "FILE", bit != GENERATE,
             bit == GENERATE ? "prompts; none: standard input, to its end"
             : bit == LOSS ? "text, or JSON lines of {\"text\"}" : "pairs, JSON lines"),
@@ -58,6 +62,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         CHOICE(PREFS, "truncation", &s->truncation, "keep_end|keep_start",
             "which part of a prompt to keep"),
         COUNT(DATA | GENERATE, "limit", &s->limit, 0, 1e15, "read this many examples; 0: all"),
+        COUNT(PREFS, "skip", &s->skip, 0, 1e15,
+            "leave out this many first, as those that best.bin was chosen by"),
         COUNT(DATA, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(DATA, "json", &s->json, "print results as JSON"),
@@ -80,14 +86,20 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
 
 /* ---- prefs and loss -------------------------------------------------------------------------- */
 
+static dpo_model_options model_options(const settings *s)
+{
+    return (dpo_model_options){.no_verify = s->no_verify, .dtype = s->dtype ? DPO_BF16 : DPO_F32,
+                               .frozen = 1};
+}
+
 /* Loads a model, scores all branches and lets the model go: two never share the memory. */
-static void score(dpo_context *context, const settings *s, const char *path, const dpo_data *data,
+static void score(dpo_context *context, const settings *s, const source *from, const dpo_data *data,
                   dpo_score *scores)
 {
-    enum { PIECE = 64 };
+    enum { PIECE = SCORE_PIECE };
     dpo_model model;
     size_t n_branches = data->examples[0].n_branches;
-    check(context, dpo_model_load(context, &model, path, !s->no_verify));
+    load_model(context, &model, from, model_options(s));
     progress bar = progress_start("scoring");
     for (size_t i = 0; i < data->n; i += PIECE) {
         size_t n = data->n - i < PIECE ? data->n - i : PIECE;
@@ -96,40 +108,41 @@ static void score(dpo_context *context, const settings *s, const char *path, con
         for (size_t j = i * n_branches; j < (i + n) * n_branches; j++)
             if (!isfinite(scores[j].logp))
                 fail("%s is damaged: it gives the example at line %zu a log-probability of %g",
-                     path, data->examples[j / n_branches].line, scores[j].logp);
+                     from->path, data->examples[j / n_branches].line, scores[j].logp);
         progress_show(&bar, i + n, data->n, "examples");
     }
     clear_bar();
     dpo_model_free(&model);
 }
 
-/* Opens the model for its configuration, loads the data, and sees whether both fit the memory. */
-static void load(dpo_context *context, const settings *s, dpo_data *data, dpo_data_use use)
+/* Opens the models for their configurations, loads the data, and sees whether each fits beside them
+   into the memory. models[0] is the policy, with its tokenizer. */
+static void load(dpo_context *context, const settings *s, source *models, size_t n, dpo_data *data,
+                 dpo_data_use use)
 {
-    dpo_file file, other;
-    dpo_config config, other_config;
-    dpo_tokenizer tokenizer, other_tokenizer;
-    dpo_plan_options plan = {.n_threads = context->n_threads};
-    open_model(context, &file, &config, &tokenizer, s->model);
-    size_t longest = config.context_length;     // that both models can read
-    if (s->reference) {
-        open_model(context, &other, &other_config, &other_tokenizer, s->reference);
-        check_same_tokenizer(&file, s->model, &other, s->reference);
-        dpo_tokenizer_free(context, &other_tokenizer);
-        dpo_file_close(context, &other);
-        if (other_config.context_length < longest) longest = other_config.context_length;
+    const char *const paths[] = {s->model, s->reference, s->versus};
+    size_t longest = SIZE_MAX;      // that all models can read
+    for (size_t i = 0; i < n; i++) {
+        open_model(context, &models[i], paths[i], i ? NULL : s->adapter);
+        check_same_tokenizer(&models[0], &models[i]);
+        size_t length = models[i].config.context_length;
+        if (length < longest) longest = length;
     }
     if (s->max_length && s->max_length < longest) longest = s->max_length;
     else if (s->max_length > longest) say("note    --max-length becomes %zu, the context", longest);
-    load_data(context, data, s->data, &tokenizer, &config, (dpo_data_options){
+    load_data(context, data, s->data, &models[0].tokenizer, &models[0].config, (dpo_data_options){
         .use = use, .max_length = longest, .max_prompt_length = s->max_prompt_length,
-        .keep_start = s->truncation, .limit = s->limit});
-    dpo_tokenizer_free(context, &tokenizer);
-    dpo_file_close(context, &file);
-    plan_data(&plan, data, s->micro_tokens);
-    check_memory(context, &config, &plan, 0, s->max_memory, 0, LESS_MEMORY);
-    if (s->reference)
-        check_memory(context, &other_config, &plan, 0, s->max_memory, 0, LESS_MEMORY);
+        .keep_start = s->truncation, .limit = s->limit ? s->limit + s->skip : 0});
+    if (s->skip >= data->n) fail("--skip %zu leaves none of %zu pairs", s->skip, data->n);
+    data->n -= s->skip;
+    memmove(data->examples, data->examples + s->skip, data->n * sizeof *data->examples);
+    for (size_t i = 0; i < n; i++) {
+        dpo_plan_options plan = {.n_threads = context->n_threads, .model = model_options(s),
+                                 .file = &models[i].file, .lora = models[i].lora};
+        plan_scoring(&plan, data, s->micro_tokens);
+        check_memory(context, &models[i].config, &plan, 0, s->max_memory, 0, LESS_MEMORY);
+        close_model(context, &models[i]);
+    }
 }
 
 /* A row of the results; counts have 0 decimals. */
@@ -171,33 +184,71 @@ static void write_pairs(const char *path, const dpo_data *data, const dpo_score 
     free(temporary);
 }
 
+/* Two policies on the same pairs: the mean difference of their hits, whose error is smaller than
+   the two accuracies' errors say, since easy and hard pairs are the same for both. */
+static void compare_policies(dpo_context *context, const settings *s, const source *versus,
+                             const dpo_data *data, const double *margins, const double *reference,
+                             dpo_score *scores, const dpo_loss_options *loss, result rows[3])
+{
+    dpo_metrics m;
+    double *other = allocate(data->n, sizeof *other), mean, error;
+    score(context, s, versus, data, scores);
+    check(context, dpo_metrics_compute(context, &m, other, data->examples, scores, reference,
+                                       data->n, loss));
+    for (size_t i = 0; i < data->n; i++) other[i] = (margins[i] > 0) - (other[i] > 0);
+    check(context, dpo_mean_error(context, &mean, &error, other, data->examples, data->n));
+    rows[0] = (result){"versus_accuracies", m.accuracy, 4};
+    rows[1] = (result){"accuracies_difference", mean, 4};
+    rows[2] = (result){"difference_se", error, 4};
+    free(other);
+}
+
+/* Distinct prompts among the pairs that are evaluated. */
+static double count_prompts(const dpo_data *data)
+{
+    char *seen = allocate(data->n_groups, 1);
+    double n = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        n += !seen[data->examples[i].group];
+        seen[data->examples[i].group] = 1;
+    }
+    free(seen);
+    return n;
+}
+
 static void evaluate_prefs(dpo_context *context, const settings *s)
 {
+    static source models[3];
     dpo_data data;
     dpo_metrics m;
     const dpo_loss_options loss = {(dpo_loss_kind)s->loss_type, s->beta, s->label_smoothing};
     if (s->out) check_can_make(s->out);
-    load(context, s, &data, DPO_USE_PAIRS);
+    load(context, s, models, s->versus ? 3 : 2, &data, DPO_USE_PAIRS);
     dpo_score *scores = allocate(2 * data.n, sizeof *scores);
     double *reference = allocate(2 * data.n, sizeof *reference), values[N_METRICS];
-    score(context, s, s->reference, &data, scores);
+    double *margins = allocate(data.n, sizeof *margins);
+    score(context, s, &models[1], &data, scores);
     for (size_t i = 0; i < 2 * data.n; i++) reference[i] = scores[i].logp;
-    score(context, s, s->model, &data, scores);
-    check(context, dpo_metrics_compute(context, &m, NULL, data.examples, scores, reference, data.n,
-                                       &loss));
+    score(context, s, &models[0], &data, scores);
+    check(context, dpo_metrics_compute(context, &m, margins, data.examples, scores, reference,
+                                       data.n, &loss));
     metric_values(values, &m);
-    const result rows[] = {
-        {"pairs", (double)m.n, 0}, {"prompts", (double)data.n_groups, 0},
+    if (s->out) write_pairs(s->out, &data, scores, reference, s->beta);
+    result rows[14] = {
+        {"pairs", (double)m.n, 0}, {"prompts", count_prompts(&data), 0},
         {"ties", (double)m.ties, 0}, {metric_names[0], values[0], 4},
         {metric_names[1], values[1], 4}, {metric_names[2], values[2], 4},
         {metric_names[3], values[3], 4}, {metric_names[4], values[4], 4},
         {metric_names[5], values[5], 4}, {metric_names[6], values[6], 4},
         {"rewards/accuracies_se", m.accuracy_error, 4},
     };
-    print_results(rows, sizeof rows / sizeof *rows, s->json);
-    if (s->out) write_pairs(s->out, &data, scores, reference, s->beta);
+    if (s->versus)
+        compare_policies(context, s, &models[2], &data, margins, reference, scores, &loss,
+                         rows + 11);
+    print_results(rows, s->versus ? 14 : 11, s->json);
     free(scores);
     free(reference);
+    free(margins);
     dpo_data_free(context, &data);
 }
 
@@ -205,9 +256,10 @@ static void evaluate_loss(dpo_context *context, const settings *s)
 {
     dpo_data data;
     double nats = 0, n = 0;
-    load(context, s, &data, DPO_USE_TEXT);
+    static source model;
+    load(context, s, &model, 1, &data, DPO_USE_TEXT);
     dpo_score *scores = allocate(data.n, sizeof *scores);
-    score(context, s, s->model, &data, scores);
+    score(context, s, &model, &data, scores);
     for (size_t i = 0; i < data.n; i++) {
         nats -= scores[i].logp;
         n += (double)scores[i].n_scored;
@@ -261,35 +313,31 @@ static void read_prompts(dpo_context *context, const settings *s, prompts *p,
 
 /* Reads the prompts (of chat, where p is NULL, any may come), sees whether the longest of them with
    its answer fits the memory, and loads the model. */
-static void load_model(dpo_context *context, const settings *s, dpo_model *model, prompts *p)
+static void load_speaker(dpo_context *context, const settings *s, dpo_model *model, prompts *p)
 {
-    dpo_file file;
-    dpo_config config;
-    dpo_tokenizer tokenizer;
-    open_model(context, &file, &config, &tokenizer, s->model);
-    if (p && s->prompt) add_prompt(context, p, &tokenizer, s->prompt, strlen(s->prompt));
-    else if (p) read_prompts(context, s, p, &tokenizer);
+    static source from;
+    const dpo_config *config = &from.config;
+    open_model(context, &from, s->model, s->adapter);
+    if (p && s->prompt) add_prompt(context, p, &from.tokenizer, s->prompt, strlen(s->prompt));
+    else if (p) read_prompts(context, s, p, &from.tokenizer);
     for (size_t i = 0; p && i < p->n; i++)
-        if (!p->all[i].tokens.n && config.eos_id < 0)
+        if (!p->all[i].tokens.n && config->eos_id < 0)
             fail("prompt %zu is empty, and needs an end token in its place, which the model does "
                  "not name", i + 1);
-    dpo_tokenizer_free(context, &tokenizer);
-    dpo_file_close(context, &file);
-    size_t context_length = config.context_length;
+    size_t context_length = config->context_length;
     size_t longest = p ? p->longest : s->max_length ? s->max_length : context_length;
     if (longest < 1) longest = 1;
     if (longest > context_length) longest = context_length;
     size_t positions = context_length - longest < s->max_new_tokens ? context_length
                                                                     : longest + s->max_new_tokens;
     dpo_plan_options plan = {.max_rows = longest, .max_scored = 1, .max_span = longest,
-                             .n_threads = context->n_threads};
-    // Every position's keys and values, and its share in every head; a logit and a rank per token.
-    size_t cache = (2 * config.n_layers * config.d_model + config.n_heads) * positions * 4 +
-                   12 * config.vocab_size;
-    check_memory(context, &config, &plan, cache, s->max_memory, 0,
+                             .max_positions = positions, .n_threads = context->n_threads,
+                             .model = model_options(s), .file = &from.file, .lora = from.lora};
+    check_memory(context, config, &plan, 0, s->max_memory, 0,
                  p ? "lower --max-new-tokens, shorten the prompts, or take a smaller model"
                    : "lower --max-length or --max-new-tokens, or take a smaller model");
-    check(context, dpo_model_load(context, model, s->model, !s->no_verify));
+    close_model(context, &from);
+    load_model(context, model, &from, model_options(s));
 }
 
 static dpo_sampling sampling_of(const settings *s)
@@ -337,7 +385,7 @@ static void generate(dpo_context *context, const settings *s)
     dpo_model model;
     prompts p = {0};
     if (s->prompt && s->data) usage_fail("--prompt and --data exclude each other");
-    load_model(context, s, &model, &p);
+    load_speaker(context, s, &model, &p);
     dpo_sampling sampling = sampling_of(s);
     for (size_t i = 0; i < p.n; i++) {
         // Every prompt of a file has its own numbers.
@@ -366,7 +414,7 @@ static void chat(dpo_context *context, const settings *s)
     dpo_string answer = {0};
     char *line = NULL, *transcript = allocate(1, 1);
     size_t capacity = 0, used = 0;
-    load_model(context, s, &model, NULL);
+    load_speaker(context, s, &model, NULL);
     dpo_sampling sampling = sampling_of(s);
     sampling.stops = stops;
     sampling.n_stops = 1;
@@ -426,8 +474,6 @@ int main(int argc, char **argv)
     tool_name = names[c - commands];
     if (bit & (LOSS | CHAT)) s.max_length = 0;
     parse_options(argc, argv, c, bit, options, list_options(options, &s, bit));
-    s.model = model_path(s.model);
-    if (s.reference) s.reference = model_path(s.reference);
     if (s.prompt) s.prompt = unescape(s.prompt);
     for (size_t i = 0; i < s.stops.n; i++) {
         if (!*s.stops.texts[i]) usage_fail("--stop must not be empty");

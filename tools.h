@@ -354,17 +354,35 @@ static inline char *temporary_path(const char *path)
     return temporary;
 }
 
-/* Where a run directory is given for a model file, its model.bin is meant. */
-static inline const char *model_path(const char *path)
+static inline int is_directory(const char *path)
 {
     struct stat status;
-    int directory = stat(path, &status) == 0 && S_ISDIR(status.st_mode);
-    if (!directory) return path;
-    char *inside = path_join(path, "model.bin");
-    if (stat(inside, &status))
-        fail("%s: no model.bin in this directory; a Hugging Face checkpoint is made one by "
-             "`python3 convert.py import %s model.bin`", path, path);
-    return inside;
+    return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
+}
+
+/* The file in a run directory, or NULL. */
+static inline char *run_file(const char *directory, const char *name)
+{
+    char *path = path_join(directory, name);
+    if (path_exists(path)) return path;
+    free(path);
+    return NULL;
+}
+
+/* What an argument of a command line names: the word after --name or its letter, also as
+   --name=word; NULL without one. For what must be known before options are read. */
+static inline const char *given_value(int argc, char **argv, const char *name, char letter)
+{
+    size_t n = strlen(name);
+    for (int i = 2; i < argc; i++) {
+        const char *word = argv[i];
+        if (word[0] == '-' && word[1] == letter && letter)
+            return word[2] ? word + 2 : i + 1 < argc ? argv[i + 1] : "";
+        if (strncmp(word, "--", 2) || strncmp(word + 2, name, n)) continue;
+        if (word[2 + n] == '=') return word + 3 + n;
+        if (!word[2 + n]) return i + 1 < argc ? argv[i + 1] : "";
+    }
+    return NULL;
 }
 
 static inline FILE *create_file(const char *path)
@@ -392,6 +410,17 @@ static inline void check_can_make(const char *path)
 
 /* A table. With a target it is written under a temporary path and renamed when it is complete. */
 typedef struct csv { FILE *file; const char *path, *target; int cells; } csv;
+
+/* Opens a file of an interrupted run again, without what was written after `bytes`. */
+static inline FILE *reopen_file(const char *path, size_t bytes)
+{
+    struct stat status;
+    if (stat(path, &status) || (size_t)status.st_size < bytes)
+        fail("%s is missing or shorter than when the run was interrupted", path);
+    FILE *file = truncate(path, (off_t)bytes) ? NULL : fopen(path, "a");
+    if (!file) fail("cannot continue %s: %s", path, strerror(errno));
+    return file;
+}
 
 static inline csv csv_create(const char *path, const char *target)
 {
@@ -461,6 +490,18 @@ static inline size_t available_memory(void)
     return bytes < most ? bytes : most;
 }
 
+/* The most memory that this process has had so far, in bytes; 0 if the machine does not say. */
+static inline size_t peak_memory(void)
+{
+    char line[128];
+    size_t kilobytes = 0;
+    FILE *file = fopen("/proc/self/status", "r");
+    while (file && !kilobytes && fgets(line, sizeof line, file))
+        sscanf(line, "VmHWM: %zu", &kilobytes);
+    if (file) fclose(file);
+    return kilobytes * 1024;
+}
+
 static inline double now(void)
 {
     struct timespec t;
@@ -470,54 +511,47 @@ static inline double now(void)
 
 /* ---- what both programs print ---------------------------------------------------------------- */
 
-/* The rows of micro-batches and examples decide about activations and attention's scratch. */
-static inline void plan_data(dpo_plan_options *plan, const dpo_data *data, size_t micro_tokens)
+/* Long scoring goes by so many examples, to show how far it is. */
+enum { SCORE_PIECE = 64 };
+
+static inline void plan_scoring(dpo_plan_options *plan, const dpo_data *data, size_t micro_tokens)
 {
-    size_t total = 0, longest = 1;
-    for (size_t i = 0; i < data->n; i++) {
-        const dpo_example *e = &data->examples[i];
-        size_t rows = dpo_example_rows(e);
-        total += rows;
-        if (rows > longest) longest = rows;
-        for (size_t b = 0; b < e->n_branches; b++)
-            if (e->n_prompt + e->branches[b].n > plan->max_span)
-                plan->max_span = e->n_prompt + e->branches[b].n;
-    }
-    size_t most = total < micro_tokens ? total : micro_tokens;
-    if (longest > most) most = longest;
-    if (most > plan->max_rows) plan->max_rows = most;
-    plan->max_scored = plan->max_rows;
+    for (size_t i = 0; i < data->n; i += SCORE_PIECE)
+        dpo_plan_passes(plan, data->examples + i,
+                        data->n - i < SCORE_PIECE ? data->n - i : SCORE_PIECE, micro_tokens, 0);
 }
 
-#define LESS_MEMORY "lower --micro-tokens or --max-length, or take a smaller model"
+#define LESS_MEMORY "lower --micro-tokens or --max-length, use --dtype bf16, or a smaller model"
 
-/* Prints the plan (with `show`) and refuses what does not fit; returns the weights' bytes. `other`
-   is what neither the plan nor the context knows of. max_memory 0: what the machine has. `advice`
-   says how to need less. */
-static inline size_t check_memory(dpo_context *context, const dpo_config *config,
-                                  const dpo_plan_options *plan, size_t other, size_t max_memory,
-                                  int show, const char *advice)
+/* Prints the plan (with `show`) and refuses what does not fit. `other` is what neither the plan nor
+   the context knows of. max_memory 0: what the machine has. `advice` says how to need less. */
+static inline dpo_memory check_memory(dpo_context *context, const dpo_config *config,
+                                      const dpo_plan_options *plan, size_t other,
+                                      size_t max_memory, int show, const char *advice)
 {
     dpo_memory m;
     check(context, dpo_memory_plan(context, &m, config, plan));
-    size_t data = context->heap_bytes + other, total = m.total + data;
+    size_t data = context->heap_bytes + other;
+    m.heap += data;
+    m.total += data;
     size_t free_bytes = available_memory();
     size_t limit = max_memory ? max_memory : free_bytes;
     const struct { const char *name; size_t bytes; } rows[] = {
         {"weights", m.weights}, {"gradients", m.gradients}, {"optimizer", m.optimizer},
-        {"activations", m.activations}, {"head", m.head}, {"scratch", m.scratch}, {"data", data},
+        {"activations", m.activations}, {"head", m.head}, {"samples", m.cache},
+        {"scratch", m.scratch}, {"data", data}, {"mapped file", m.mapped},
     };
     if (show) {
-        say("memory  %10.1f MB of %.1f MB %s", 1e-6 * (double)total, 1e-6 * (double)limit,
+        say("memory  %10.1f MB of %.1f MB %s", 1e-6 * (double)m.total, 1e-6 * (double)limit,
             max_memory ? "allowed" : "available");
         for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
-            say("  %-12s%10.1f MB", rows[i].name, 1e-6 * (double)rows[i].bytes);
+            if (rows[i].bytes) say("  %-12s%10.1f MB", rows[i].name, 1e-6 * (double)rows[i].bytes);
     }
-    if (limit && total > limit)
-        fail("needs %.1f MB of memory, and %.1f MB are %s; %s%s", 1e-6 * (double)total,
+    if (limit && m.total > limit)
+        fail("needs %.1f MB of memory, and %.1f MB are %s; %s%s", 1e-6 * (double)m.total,
              1e-6 * (double)limit, max_memory ? "allowed by --max-memory" : "available", advice,
              max_memory ? "" : " (--max-memory overrules what the machine says)");
-    return m.weights;
+    return m;
 }
 
 /* What was read, and why some of it was not: no record disappears silently. */
@@ -545,36 +579,126 @@ static inline void print_counts(const char *path, const dpo_data *data, const ch
     if (!data->n) fail("%s: nothing in it can be used", path);
 }
 
-/* Opens a model file for its configuration and tokenizer, which say what the weights will need. */
-static inline void open_model(dpo_context *context, dpo_file *file, dpo_config *config,
-                              dpo_tokenizer *tokenizer, const char *path)
+/* A model as the command line names it: a model file, or an adapter over one. */
+typedef struct source {
+    const char *path;           // of the model file
+    const char *adapter;        // or NULL
+    uint64_t adapter_identity;  // 0 without
+    dpo_lora lora;              // lora.r 0 without
+    dpo_file file;              // the model's, while it is open
+    dpo_config config;
+    dpo_tokenizer tokenizer;
+} source;
+
+/* Whether a file is an adapter: a container of that kind. */
+static inline int is_adapter(const char *path)
 {
+    uint32_t head[4] = {0};     // magic, version, kind
+    FILE *file = fopen(path, "rb");
+    if (!file) return 0;
+    size_t n = fread(head, sizeof *head, 4, file);
+    fclose(file);
+    return n == 4 && !memcmp(head, "dpo.h", 5) && head[3] == DPO_FILE_ADAPTER;
+}
+
+/* Finds out what `path` means: a model file, an adapter over the base that it was made for, or a
+   run directory with one of the two. */
+static inline void find_model(dpo_context *context, source *s, const char *path,
+                              const char *adapter)
+{
+    *s = (source){.path = path, .adapter = adapter};
+    if (is_directory(path)) {
+        s->path = run_file(path, "model.bin");
+        if (!s->path) s->path = run_file(path, "adapter.bin");
+        const char *state = run_file(path, "state.bin");
+        if (!s->path && state)
+            fail("%s holds an unfinished run, which has no model yet; go on with it (--resume), or "
+                 "name its best.bin", path);
+        if (state)
+            say("note    %s holds an unfinished run: its model is as old as its last interrupt",
+                path);
+        if (!s->path)
+            fail("%s: neither model.bin nor adapter.bin in this directory; a Hugging Face "
+                 "checkpoint is made one by `python3 convert.py import %s model.bin`", path, path);
+    }
+    if (adapter && is_directory(adapter)) {
+        s->adapter = run_file(adapter, "adapter.bin");
+        if (!s->adapter) fail("%s: no adapter.bin in this directory", adapter);
+    }
+    if (is_adapter(s->path)) {
+        if (adapter) fail("%s is an adapter itself, so --adapter cannot go over it", s->path);
+        s->adapter = s->path;
+    }
+    if (!s->adapter) return;
+    dpo_file file;
+    check(context, dpo_file_open(context, &file, s->adapter, DPO_FILE_ADAPTER, 0));
+    check(context, dpo_lora_read(context, &s->lora, &file));
+    s->adapter_identity = file.identity;
+    dpo_file_close(context, &file);
+    if (s->path != s->adapter) return;
+    s->path = s->lora.base;
+    if (!path_exists(s->path))
+        fail("%s: its base model was %s, which is not there now; name it by -m BASE --adapter %s",
+             s->adapter, *s->path ? s->path : "at a path too long to keep", s->adapter);
+}
+
+/* Opens what find_model found, for its configuration and tokenizer, which say what it will need. */
+static inline void open_found(dpo_context *context, source *s)
+{
+    check(context, dpo_file_open(context, &s->file, s->path, DPO_FILE_MODEL, 0));
+    if (s->adapter)
+        check(context, dpo_lora_check_base(context, &s->lora, s->adapter, s->file.identity));
+    check(context, dpo_config_load(context, &s->config, &s->file));
+    check(context, dpo_tokenizer_load(context, &s->tokenizer, &s->file));
+    if (!s->tokenizer.n_tokens)
+        fail("%s has no tokenizer; import it from a folder that has one", s->path);
     dpo_plan_options plan = {.n_threads = 1};
     dpo_memory memory;
-    check(context, dpo_file_open(context, file, path, DPO_FILE_MODEL, 0));
-    check(context, dpo_config_load(context, config, file));
-    check(context, dpo_tokenizer_load(context, tokenizer, file));
-    if (!tokenizer->n_tokens)
-        fail("%s has no tokenizer; import it from a folder that has one", path);
-    check(context, dpo_memory_plan(context, &memory, config, &plan));
+    const dpo_config *c = &s->config;
+    check(context, dpo_memory_plan(context, &memory, c, &plan));
     say("model   %s: %s, %zu layers, width %zu, %zu heads, vocabulary %zu, context %zu, "
-        "%.2f M parameters, %016llx", path,
-        config->architecture == DPO_BTLM ? "btlm" : "gpt_neox", config->n_layers, config->d_model,
-        config->n_heads, config->vocab_size, config->context_length,
-        1e-6 * (double)memory.weights / sizeof(float), (unsigned long long)file->identity);
+        "%.2f M parameters, %016llx", s->path, c->architecture == DPO_BTLM ? "btlm" : "gpt_neox",
+        c->n_layers, c->d_model, c->n_heads, c->vocab_size, c->context_length,
+        1e-6 * (double)memory.params, (unsigned long long)s->file.identity);
+    if (s->adapter)
+        say("adapter %s: r %zu, alpha %g%s, on %s, %016llx", s->adapter, s->lora.r, s->lora.alpha,
+            s->lora.rslora ? " (rslora)" : "", s->lora.targets,
+            (unsigned long long)s->adapter_identity);
+}
+
+static inline void open_model(dpo_context *context, source *s, const char *path,
+                              const char *adapter)
+{
+    find_model(context, s, path, adapter);
+    open_found(context, s);
+}
+
+static inline void close_model(dpo_context *context, source *s)
+{
+    dpo_tokenizer_free(context, &s->tokenizer);
+    dpo_file_close(context, &s->file);
+}
+
+/* Loads an opened or found model with its adapter, to be used as it is. */
+static inline void load_model(dpo_context *context, dpo_model *model, const source *s,
+                              dpo_model_options options)
+{
+    options.frozen = 1;
+    check(context, dpo_model_load(context, model, s->path, &options));
+    if (s->adapter) check(context, dpo_lora_load(model, s->adapter));
 }
 
 /* Two models can be compared on the same tokens only. */
-static inline void check_same_tokenizer(const dpo_file *a, const char *a_path, const dpo_file *b,
-                                        const char *b_path)
+static inline void check_same_tokenizer(const source *a, const source *b)
 {
     static const char *const parts[] = {"tokenizer/token_ends", "tokenizer/token_bytes",
                                         "tokenizer/merges", "tokenizer/added"};
     for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) {
-        const dpo_entry *x = dpo_file_find(a, parts[i]), *y = dpo_file_find(b, parts[i]);
+        const dpo_entry *x = dpo_file_find(&a->file, parts[i]);
+        const dpo_entry *y = dpo_file_find(&b->file, parts[i]);
         if (!x && !y) continue;
         if (!x || !y || x->bytes != y->bytes || memcmp(x->data, y->data, x->bytes))
-            fail("%s and %s have different tokenizers", a_path, b_path);
+            fail("%s and %s have different tokenizers", a->path, b->path);
     }
 }
 
@@ -622,16 +746,21 @@ static inline void metric_values(double values[N_METRICS], const dpo_metrics *m)
 
 /* ---- progress: a bar on a terminal, lines elsewhere ------------------------------------------ */
 
-typedef struct progress { const char *label; double start, last; size_t twentieths; } progress;
+typedef struct progress {
+    const char *label;
+    double start, last;
+    size_t before, twentieths;      // done before the start
+} progress;
 
 static inline progress progress_start(const char *label)
 {
-    return (progress){label, now(), now(), 0};
+    return (progress){.label = label, .start = now(), .last = now()};
 }
 
 static inline void progress_show(progress *p, size_t done, size_t total, const char *details)
 {
-    double t = now(), left = done ? (t - p->start) / (double)done * (double)(total - done) : 0;
+    size_t here = done - p->before;
+    double t = now(), left = here ? (t - p->start) / (double)here * (double)(total - done) : 0;
     size_t s = (size_t)(left + 0.5), filled = 24 * done / total;
     int terminal = isatty(STDERR_FILENO);
     // A bar ten times a second; lines every half minute, or every second with a twentieth done.

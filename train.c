@@ -2,18 +2,24 @@
 
        ./train init --preset tiny -o tiny.bin                    random weights
        ./train sft -m tiny.bin -d text.txt -o runs/sft           supervised fine-tuning, pretraining
-       ./train dpo -m runs/sft/model.bin -d prefs.jsonl -o runs/dpo
+       ./train dpo -m runs/sft -d prefs.jsonl -o runs/dpo        on pairs, all weights
+       ./train dpo -m runs/sft -d prefs.jsonl -o runs/lora --lora --dtype bf16    or an adapter only
+       ./train merge -m runs/lora -o merged.bin                  folds the adapter into its model
+       ./train plan                                              what fits into which memory
 
-   Every option has a default, which `./train dpo --help` prints. A run directory gets config.json
-   (everything to repeat the run), log.csv (a row per update), eval.csv, reference.bin (the
-   reference's log-probabilities) and, at the end, model.bin. */
+   Every option has a default, which `./train dpo --help` prints (`./train dpo --lora --help` those
+   of adapters). A run directory gets config.json (everything to repeat the run), log.csv (a row per
+   update), eval.csv, reference.bin (the reference's log-probabilities), state.bin (to resume from),
+   best.bin (the best of the evaluations) and, at the end, model.bin or adapter.bin. */
 #define DPO_IMPLEMENTATION
 #include "dpo.h"
 #include "tools.h"
+#include <dirent.h>
 #include <signal.h>
 #include <sys/statvfs.h>
 
-enum { INIT = 1, SFT = 2, DPO = 4, TRAIN = SFT | DPO, ALL = INIT | TRAIN };
+enum { INIT = 1, SFT = 2, DPO = 4, MERGE = 8, PLAN = 16, TRAIN = SFT | DPO, FROM = TRAIN | MERGE,
+       MAKE = INIT | FROM, ALL = MAKE | PLAN };
 
 static const tool_command commands[] = {
     {"init", "init -o MODEL [options]", "Make a model with random weights."},
@@ -21,13 +27,17 @@ static const tool_command commands[] = {
      "Supervised fine-tuning on answers; on plain text, pretraining."},
     {"dpo", "dpo -m MODEL -d FILE -o DIR [options]",
      "Direct preference optimization on pairs of a chosen and a rejected answer."},
+    {"merge", "merge -m MODEL -o MODEL [options]",
+     "Fold an adapter into its model, or store a model in another precision."},
+    {"plan", "plan [options]", "Print the memory that DPO takes, for all sizes and settings."},
 };
 
 /* ---- settings -------------------------------------------------------------------------------- */
 
 /* Choices stand in the order of the library's enumerations. */
 typedef struct settings {
-    const char *model, *data, *eval_data, *output, *reference, *reference_cache, *tokenizer;
+    const char *model, *adapter, *data, *eval_data, *output, *reference, *reference_cache;
+    const char *tokenizer, *lora_targets;
     int preset, architecture, position, activation, parallel_residual, tied_head;
     size_t d_model, n_layers, n_heads, d_ff, context_length, vocab_size;
     int loss_type, sft_loss, truncation, optimizer, schedule, no_verify;
@@ -36,49 +46,74 @@ typedef struct settings {
     double epochs, learning_rate, warmup_ratio, adam_beta1, adam_beta2, adam_epsilon, rmsprop_alpha;
     double weight_decay, max_grad_norm;
     size_t eval_examples, eval_steps, samples, seed, threads, micro_tokens, max_memory;
+    int dtype, stochastic_rounding, recompute, lora, rslora, resume;
+    size_t lora_r, save_steps, patience;
+    double lora_alpha, lora_dropout, save_minutes, min_delta;
 } settings;
 
-static settings default_settings(unsigned bit)
+/* Fewer numbers learn at a higher rate, so defaults depend on whether an adapter is trained. */
+static settings default_settings(unsigned bit, int lora)
 {
     return (settings){
         .architecture = -1, .position = -1, .activation = -1, .parallel_residual = -1,
         .tied_head = -1,
         .beta = 0.1, .max_length = 512, .max_prompt_length = 256, .batch_size = 64, .epochs = 1,
-        .learning_rate = bit == DPO ? 1e-6 : 2e-5,
+        .learning_rate = bit == DPO ? (lora ? 5e-5 : 1e-6) : lora ? 2e-4 : 2e-5,
         .schedule = bit == DPO ? DPO_CONSTANT : DPO_COSINE,
         .warmup_ratio = bit == DPO ? 0.1 : 0.03, .warmup_max = bit == DPO ? 150 : 0,
         .adam_beta1 = 0.9, .adam_beta2 = 0.999, .adam_epsilon = 1e-8, .rmsprop_alpha = 0.99,
         .max_grad_norm = 1, .eval_examples = 256, .micro_tokens = 2048,
+        .lora_r = 16, .lora_alpha = 32, .lora_targets = "all-linear", .save_minutes = 30,
     };
 }
 
 #define PRESETS "tiny|pythia-14m|pythia-31m|pythia-70m|pythia-160m|pythia-410m|pythia-1b|" \
-                "pythia-1.4b|pythia-2.8b|btlm-3b"
+                "pythia-1.4b|pythia-2.8b|pythia-6.9b|pythia-12b|btlm-3b"
 static const struct preset {
+    const char *name;
     dpo_architecture architecture;
     size_t n_layers, d_model, n_heads, d_ff, context_length, vocab_size;
 } presets[] = {
-    {DPO_GPT_NEOX, 2, 64, 4, 256, 512, 0},
-    {DPO_GPT_NEOX, 6, 128, 4, 512, 2048, 50304},
-    {DPO_GPT_NEOX, 6, 256, 8, 1024, 2048, 50304},
-    {DPO_GPT_NEOX, 6, 512, 8, 2048, 2048, 50304},
-    {DPO_GPT_NEOX, 12, 768, 12, 3072, 2048, 50304},
-    {DPO_GPT_NEOX, 24, 1024, 16, 4096, 2048, 50304},
-    {DPO_GPT_NEOX, 16, 2048, 8, 8192, 2048, 50304},
-    {DPO_GPT_NEOX, 24, 2048, 16, 8192, 2048, 50304},
-    {DPO_GPT_NEOX, 32, 2560, 32, 10240, 2048, 50304},
-    {DPO_BTLM, 32, 2560, 32, 6826, 8192, 50257},
+    {"tiny", DPO_GPT_NEOX, 2, 64, 4, 256, 512, 0},
+    {"pythia-14m", DPO_GPT_NEOX, 6, 128, 4, 512, 2048, 50304},
+    {"pythia-31m", DPO_GPT_NEOX, 6, 256, 8, 1024, 2048, 50304},
+    {"pythia-70m", DPO_GPT_NEOX, 6, 512, 8, 2048, 2048, 50304},
+    {"pythia-160m", DPO_GPT_NEOX, 12, 768, 12, 3072, 2048, 50304},
+    {"pythia-410m", DPO_GPT_NEOX, 24, 1024, 16, 4096, 2048, 50304},
+    {"pythia-1b", DPO_GPT_NEOX, 16, 2048, 8, 8192, 2048, 50304},
+    {"pythia-1.4b", DPO_GPT_NEOX, 24, 2048, 16, 8192, 2048, 50304},
+    {"pythia-2.8b", DPO_GPT_NEOX, 32, 2560, 32, 10240, 2048, 50304},
+    {"pythia-6.9b", DPO_GPT_NEOX, 32, 4096, 32, 16384, 2048, 50432},
+    {"pythia-12b", DPO_GPT_NEOX, 36, 5120, 40, 20480, 2048, 50688},
+    {"btlm-3b", DPO_BTLM, 32, 2560, 32, 6826, 8192, 50257},
 };
 
-#define N_OPTIONS 64
+#define N_OPTIONS 80
 /* Fills in the table of all options, whose values live in s; returns how many there are. */
 static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
 {
     const option table[] = {
-        TEXT(TRAIN, 'm', "model", &s->model, "FILE", 1, "model to start from"),
+        TEXT(FROM, 'm', "model", &s->model, "FILE", 1,
+            "model to start from: its file, an adapter, or a run directory"),
+        TEXT(FROM, 0, "adapter", &s->adapter, "FILE", 0,
+            bit == MERGE ? "adapter to fold into it" : "adapter over the model, to train further"),
         TEXT(TRAIN, 'd', "data", &s->data, "FILE", 1, "training data, JSON lines or text"),
-        TEXT(ALL, 'o', "output", &s->output, bit == INIT ? "FILE" : "DIR", 1,
-            bit == INIT ? "model to make" : "run directory to make"),
+        TEXT(MAKE, 'o', "output", &s->output, bit & TRAIN ? "DIR" : "FILE", 1,
+            bit & TRAIN ? "run directory to make" : "model to make"),
+        CHOICE(MAKE, "dtype", &s->dtype, "fp32|bf16", bit & TRAIN
+            ? "precision of weights, products and kept activations"
+            : "precision of the matrices in the file"),
+        FLAG(TRAIN, "stochastic-rounding", &s->stochastic_rounding,
+            "bf16 without fp32 masters: weights and gradients rounded by chance"),
+        FLAG(TRAIN | PLAN, "gradient-checkpointing", &s->recompute,
+            "compute blocks again in the backward: less memory, a third more time"),
+        FLAG(TRAIN, "lora", &s->lora, "train an adapter, leaving the model as it is"),
+        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1e5, "rank of the adapter"),
+        REAL(TRAIN, "lora-alpha", &s->lora_alpha, 1e-6, 1e6, "it counts alpha / r times"),
+        FLAG(TRAIN, "use-rslora", &s->rslora, "it counts alpha / sqrt(r) times"),
+        REAL(TRAIN, "lora-dropout", &s->lora_dropout, 0, 0.99, "of the adapter's inputs"),
+        TEXT(TRAIN, 0, "lora-target-modules", &s->lora_targets, "NAMES", 0,
+            "layers to adapt: names with commas between, as PEFT matches them"),
         CHOICE(INIT, "preset", &s->preset, PRESETS, "sizes to start from"),
         CHOICE(INIT, "arch", &s->architecture, "gpt_neox|btlm", "not the preset's"),
         COUNT(INIT, "n-layers", &s->n_layers, 0, 1e4, "0: the preset's"),
@@ -118,7 +153,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(TRAIN, "warmup-max", &s->warmup_max, 0, 1e12,
             "most updates that warmup-ratio may mean; 0: any"),
         COUNT(TRAIN, "warmup-steps", &s->warmup_steps, 0, 1e12, "updates; 0: by the ratio"),
-        CHOICE(TRAIN, "optim", &s->optimizer, "adamw|rmsprop", "optimizer"),
+        CHOICE(TRAIN | PLAN, "optim", &s->optimizer, "adamw|rmsprop", "optimizer"),
         REAL(TRAIN, "adam-beta1", &s->adam_beta1, 0, 0.999999, "decay of AdamW's mean"),
         REAL(TRAIN, "adam-beta2", &s->adam_beta2, 0, 0.99999999, "decay of its mean square"),
         REAL(TRAIN, "adam-epsilon", &s->adam_epsilon, 1e-20, 1, "of either optimizer"),
@@ -126,7 +161,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "decay of RMSprop's mean square"),
         REAL(TRAIN, "weight-decay", &s->weight_decay, 0, 1e3, "on matrices only"),
         REAL(TRAIN, "max-grad-norm", &s->max_grad_norm, 0, 1e9, "clip gradients; 0: off"),
-        COUNT(TRAIN, "max-length", &s->max_length, 2, 1e7,
+        COUNT(TRAIN | PLAN, "max-length", &s->max_length, 2, 1e7,
             "tokens of prompt and answer, or of a window of text"),
         COUNT(TRAIN, "max-prompt-length", &s->max_prompt_length, 1, 1e7,
             "tokens of a prompt when the two do not fit"),
@@ -137,12 +172,22 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(TRAIN, "eval-examples", &s->eval_examples, 1, 1e15, "of it, the first"),
         COUNT(TRAIN, "eval-steps", &s->eval_steps, 0, 1e12,
             "updates between evaluations; 0: 1/20 of the run"),
+        COUNT(TRAIN, "patience", &s->patience, 0, 1e9,
+            "stop after this many evaluations without a better one; 0: off"),
+        REAL(TRAIN, "min-delta", &s->min_delta, 0, 1e9,
+            "for --patience: better is more than this above the last that was"),
         COUNT(TRAIN, "sample", &s->samples, 0, 1e6, "prompts to answer at each evaluation"),
-        COUNT(ALL, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
-        COUNT(TRAIN, "micro-tokens", &s->micro_tokens, 1, 1e7,
+        REAL(TRAIN, "save-minutes", &s->save_minutes, 0, 1e6,
+            "between saves of the run's state; 0: not by time"),
+        COUNT(TRAIN, "save-steps", &s->save_steps, 0, 1e12,
+            "updates between saves of the run's state; 0: only by time"),
+        FLAG(TRAIN, "resume", &s->resume,
+            "go on with the interrupted run in -o, by its config.json"),
+        COUNT(MAKE, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
+        COUNT(TRAIN | PLAN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
-        FLAG(TRAIN, "no-verify", &s->no_verify, "do not check the model's checksums"),
-        BYTES(ALL, "max-memory", &s->max_memory,
+        FLAG(FROM, "no-verify", &s->no_verify, "do not check the model's checksums"),
+        BYTES(MAKE & ~(unsigned)MERGE, "max-memory", &s->max_memory,
             "refuse to take more, as 8G; 0: what the machine has"),
         COUNT(ALL, "threads", &s->threads, 0, 1024, "0: one per core; results are the same"),
     };
@@ -167,14 +212,11 @@ static dpo_config make_config(dpo_context *context, const settings *s)
     c.d_ff = s->d_ff ? s->d_ff : p->d_ff * c.d_model / p->d_model;
     c.context_length = s->context_length ? s->context_length : p->context_length;
 
-    dpo_tokenizer tokenizer;
-    dpo_file file = {0};
-    dpo_config source;
-    if (s->tokenizer) open_model(context, &file, &source, &tokenizer, s->tokenizer);
-    else check(context, dpo_tokenizer_init_bytes(context, &tokenizer));
-    size_t n_tokens = tokenizer.n_tokens;
-    dpo_tokenizer_free(context, &tokenizer);
-    dpo_file_close(context, &file);
+    source other = {0};
+    if (s->tokenizer) open_model(context, &other, s->tokenizer, NULL);
+    else check(context, dpo_tokenizer_init_bytes(context, &other.tokenizer));
+    size_t n_tokens = other.tokenizer.n_tokens;
+    close_model(context, &other);
     c.vocab_size = s->tokenizer && p->vocab_size > n_tokens ? p->vocab_size : n_tokens;
     if (s->vocab_size && s->vocab_size < n_tokens)
         fail("--vocab-size %zu is too small for %zu tokens", s->vocab_size, n_tokens);
@@ -190,53 +232,129 @@ static dpo_config make_config(dpo_context *context, const settings *s)
     else if (!c.rotary_dims) c.rotary_dims = c.d_model / c.n_heads / 4 * 2;
     c.bos_id = c.eos_id = (int64_t)n_tokens - 1;    // the byte tokenizer's <|endoftext|>
     if (s->tokenizer) {
-        c.bos_id = source.bos_id;
-        c.eos_id = source.eos_id;
+        c.bos_id = other.config.bos_id;
+        c.eos_id = other.config.eos_id;
     }
     check(context, dpo_config_check(context, &c));
     return c;
 }
 
+static const dpo_dtype dtypes[] = {DPO_F32, DPO_BF16};
+
 static void init_model(dpo_context *context, const settings *s)
 {
     check_can_make(s->output);
     dpo_config config = make_config(context, s);
-    dpo_plan_options plan = {.n_threads = context->n_threads};
+    const dpo_dtype dtype = dtypes[s->dtype];
+    dpo_plan_options plan = {.n_threads = context->n_threads,
+                             .model = {.dtype = dtype, .stochastic = 1}};
     check_memory(context, &config, &plan, 0, s->max_memory, 0, "make a smaller model");
     dpo_model model;
-    check(context, dpo_model_init(context, &model, &config, s->tokenizer, s->seed));
-    check(context, dpo_model_save(&model, s->output));
+    check(context, dpo_model_init(context, &model, &config, s->tokenizer, s->seed, &plan.model));
+    check(context, dpo_model_save(&model, s->output, dtype));
     say("made    %s: %.2f M parameters, vocabulary %zu", s->output, 1e-6 * (double)model.n_params,
         config.vocab_size);
     dpo_model_free(&model);
 }
 
+/* ---- merge ----------------------------------------------------------------------------------- */
+
+/* Tensor by tensor, from the mapped file: takes little more memory than the largest tensor. */
+static void merge_model(dpo_context *context, const settings *s)
+{
+    static source from;
+    dpo_model model;
+    check_can_make(s->output);
+    open_model(context, &from, s->model, s->adapter);
+    close_model(context, &from);
+    load_model(context, &model, &from, (dpo_model_options){.no_verify = s->no_verify, .stored = 1});
+    check(context, dpo_model_save(&model, s->output, dtypes[s->dtype]));
+    say("made    %s: %s%s in %s", s->output, from.path, from.adapter ? " with its adapter" : "",
+        s->dtype ? "bf16" : "fp32");
+    dpo_model_free(&model);
+}
+
+/* ---- plan ------------------------------------------------------------------------------------ */
+
+/* Each size and setting by the plan that a run would print, with micro-batches as large as they may
+   get, and every row of them scored. */
+static void print_plans(dpo_context *context, const settings *s)
+{
+    const struct { const char *name; dpo_model_options model; int lora; } columns[] = {
+        {"fp32", {0}, 0}, {"bf16", {.dtype = DPO_BF16}, 0},
+        {"bf16, stochastic", {.dtype = DPO_BF16, .stochastic = 1}, 0},
+        {"LoRA, fp32", {.frozen = 1}, 1}, {"LoRA, bf16", {.dtype = DPO_BF16, .frozen = 1}, 1},
+    };
+    enum { N = sizeof columns / sizeof *columns };
+    printf("GB for DPO%s, micro-batches of %zu tokens, %s, LoRA's r %zu\n%-14s %10s",
+           s->recompute ? " with --gradient-checkpointing" : "", s->micro_tokens,
+           s->optimizer == DPO_ADAMW ? "AdamW" : "RMSprop", s->lora_r, "size", "parameters");
+    for (size_t j = 0; j < N; j++) printf(" %17s", columns[j].name);
+    for (size_t i = 1; i < sizeof presets / sizeof *presets; i++) {
+        const struct preset *p = &presets[i];
+        dpo_config config = {.d_model = p->d_model, .n_layers = p->n_layers, .n_heads = p->n_heads,
+            .d_ff = p->d_ff, .context_length = p->context_length, .vocab_size = p->vocab_size};
+        dpo_config_default(&config, p->architecture);
+        for (size_t j = 0; j < N; j++) {
+            dpo_memory memory;
+            dpo_plan_options plan = {.model = columns[j].model, .train = 1,
+                .lora = {.r = columns[j].lora ? s->lora_r : 0, .alpha = 1, .targets = "all-linear"},
+                .optimizer = (dpo_optimizer_kind)s->optimizer, .max_rows = s->micro_tokens,
+                .kept_rows = s->micro_tokens, .max_scored = s->micro_tokens,
+                .max_span = s->max_length, .n_threads = context->n_threads};
+            plan.model.recompute = s->recompute;
+            int impossible = dpo_memory_plan(context, &memory, &config, &plan);  // r > width
+            if (!j) printf("\n%-14s %8.1f M", p->name, 1e-6 * (double)memory.params);
+            if (impossible) printf(" %17s", "-");
+            else printf(" %17.2f", 1e-9 * (double)memory.total);
+        }
+    }
+    putchar('\n');
+    finish_stdout();
+}
+
 /* ---- a training run -------------------------------------------------------------------------- */
+
+/* How far a run is: what state.bin holds besides weights and optimizer. */
+typedef struct position {
+    size_t step, examples, tokens;
+    double seconds;
+    size_t log_bytes, eval_bytes, samples_bytes;    // lengths of the files then
+    dpo_metrics first_eval, last_eval, best;        // best.n 0: none yet
+    size_t last_eval_step, best_step, evaluations;
+    size_t waited;                                  // evaluations without a better one ...
+    double to_beat;                                 // ... than this by --min-delta
+} position;
 
 typedef struct run {
     const settings *s;
     unsigned bit;               // SFT or DPO
     dpo_context *context;
-    dpo_config config;
+    source source, reference_source;
+    dpo_lora lora;              // lora.r 0: all weights are trained
     dpo_model model;
     dpo_optimizer optimizer;
     dpo_loss_options loss;
     dpo_data data, eval;        // eval.n is 0 without --eval-data
     size_t n_branches;          // of every example: 2 for dpo, 1 for sft
     double *reference;          // [2 data.n, then 2 eval.n] reference log-probabilities; dpo only
-    uint64_t reference_identity, reference_file_identity;
-    size_t *order;              // [data.n] this epoch's order
+    int reference_cached;       // they were read from a file
+    size_t *order;              // [data.n] the order of epoch `order_of`
+    size_t order_of;
     dpo_example *batch;         // [batch_size] the update's examples ...
     double *batch_reference;    // [2 batch_size] and their reference
     dpo_score *scores;          // [the larger of batch and eval, times n_branches]
     double *dlogp;              // [2 batch_size]
     size_t n_metrics;           // columns in the logs: all for dpo, the loss for sft
-    size_t steps, warmup, step, examples, tokens;
-    dpo_metrics first_eval, last_eval;
-    size_t last_eval_step;
+    size_t steps, warmup;
+    position at;
+    double started;             // clock at the start, less what earlier parts of the run took
+    double saved;               // clock when the state was saved last
+    dpo_memory memory;          // the plan
     csv log, eval_log;
     FILE *samples;
-    const char *reference_path, *model_path, *samples_path;
+    const char *config_path, *reference_path, *result_path, *best_path, *state_path, *samples_path;
+    uint64_t identity;          // of config.json: tells runs apart
     int failed;                 // an update came out not finite
 } run;
 
@@ -269,29 +387,61 @@ static size_t count_scored(const dpo_example *e)
     return b->n - (b->first_scored ? b->first_scored : e->n_prompt == 0);
 }
 
-static void load_examples(run *r, dpo_data *data, const char *path, const dpo_tokenizer *tokenizer,
-                          size_t limit)
+static void load_examples(run *r, dpo_data *data, const char *path, size_t limit)
 {
     const settings *s = r->s;
-    load_data(r->context, data, path, tokenizer, &r->config, (dpo_data_options){
+    load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, (dpo_data_options){
         .use = r->bit == DPO ? DPO_USE_PAIRS : DPO_USE_SFT, .max_length = s->max_length,
         .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = limit});
 }
 
+static dpo_model_options model_options(const run *r)
+{
+    return (dpo_model_options){.no_verify = r->s->no_verify, .dtype = dtypes[r->s->dtype],
+        .frozen = r->lora.r > 0, .stochastic = r->s->stochastic_rounding,
+        .recompute = r->s->recompute};
+}
+
 /* ---- the run directory ----------------------------------------------------------------------- */
 
-static void check_directory(const char *directory)
+static const char *const run_files[] = {
+    "config.json", "log.csv", "eval.csv", "samples.jsonl", "reference.bin", "model.bin",
+    "adapter.bin", "best.bin", "state.bin",
+};
+enum { N_RUN_FILES = sizeof run_files / sizeof *run_files };
+
+/* A run that was killed while it wrote leaves a part of a file under a temporary name. */
+static void remove_temporaries(const char *directory)
 {
-    static const char *const ours[] = {
-        "config.json", "log.csv", "eval.csv", "samples.jsonl", "reference.bin", "model.bin",
-        "adapter.bin", "best.bin", "state.bin",
-    };
-    for (size_t i = 0; i < sizeof ours / sizeof *ours; i++) {
-        char *path = path_join(directory, ours[i]);
-        if (path_exists(path))
-            fail("%s holds another run (%s); choose another -o", directory, ours[i]);
-        free(path);
+    DIR *stream = opendir(directory);
+    for (struct dirent *entry; stream && (entry = readdir(stream));)
+        for (size_t i = 0; i < N_RUN_FILES; i++) {
+            size_t n = strlen(run_files[i]);
+            if (strncmp(entry->d_name, run_files[i], n) || strncmp(entry->d_name + n, ".tmp-", 5))
+                continue;
+            char *path = path_join(directory, entry->d_name);
+            remove(path);
+            free(path);
+        }
+    if (stream) closedir(stream);
+}
+
+static void check_directory(const run *r)
+{
+    const char *directory = r->s->output;
+    if (r->s->resume) {
+        if (path_exists(r->state_path)) {
+            remove_temporaries(directory);
+            return;
+        }
+        fail("%s cannot be resumed: it has no state.bin%s", directory,
+             path_exists(r->result_path) ? ", because the run is complete"
+             : "; begin anew with another -o (its reference.bin serves as --reference-cache)");
     }
+    for (size_t i = 0; i < N_RUN_FILES; i++)
+        if (run_file(directory, run_files[i]))
+            fail("%s holds another run (%s); choose another -o%s", directory, run_files[i],
+                 path_exists(r->state_path) ? ", or go on with that one by --resume" : "");
 }
 
 static void make_directories(const char *path)
@@ -302,68 +452,201 @@ static void make_directories(const char *path)
         if (mkdir(copy, 0777) && errno != EEXIST) fail("cannot make %s: %s", copy, strerror(errno));
         *slash = '/';
     }
-    struct stat status;
-    if (stat(path, &status) || !S_ISDIR(status.st_mode)) fail("%s is not a directory", path);
+    if (!is_directory(path)) fail("%s is not a directory", path);
     free(copy);
 }
 
-static void check_disk(const run *r, double bytes)
+/* The run's files at the worst moment: the best model beside its successor, and two states. */
+static void check_disk(const run *r, size_t result)
 {
+    const settings *s = r->s;
     struct statvfs disk;
-    if (statvfs(r->s->output, &disk)) return;
+    if (statvfs(s->output, &disk)) return;
+    int states = s->save_steps || s->save_minutes > 0 ? 2 : 1;
+    double bytes = (double)result * (r->eval.n ? 3 : 1) +
+                   (double)states * (double)r->memory.state_file +
+                   16.0 * (double)(r->data.n + r->eval.n);
     double free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
-    say("disk    %10.1f MB of %.1f MB free", 1e-6 * bytes, 1e-6 * free_bytes);
-    if (bytes > free_bytes) fail("%s: the disk has too little room for the run", r->s->output);
+    say("disk    %10.1f MB of %.1f MB free: result %.1f MB%s, state %.1f MB (while the run lasts)",
+        1e-6 * bytes, 1e-6 * free_bytes, 1e-6 * (double)result, r->eval.n ? " and best.bin" : "",
+        1e-6 * (double)r->memory.state_file);
+    if (bytes > free_bytes && !s->resume)
+        fail("%s: the disk has too little room for the run", s->output);
 }
 
-/* Everything needed to repeat the run: every option, and what its files held. */
-static void write_config(const run *r, const option *options, size_t n_options)
+/* Options that change neither results nor the run's files. Paths are free, since fingerprints of
+   what they lead to are compared too: a run may have been moved. */
+static int is_free(const char *name)
 {
-    char *path = path_join(r->s->output, "config.json"), number[32];
-    FILE *file = create_file(path);
+    static const char *const names[] = {"threads", "max-memory", "no-verify", "resume",
+                                        "save-steps", "save-minutes", "reference-cache", "output",
+                                        "model", "adapter", "reference", "data", "eval-data"};
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if (!strcmp(names[i], name)) return 1;
+    return 0;
+}
+
+static void write_option(dpo_context *context, FILE *file, const option *o)
+{
+    char number[32];
+    int length;
+    const char *text;
+    switch (o->kind) {
+    case OPTION_SIZE: case OPTION_BYTES: fprintf(file, "%zu", *(size_t *)o->value); break;
+    case OPTION_REAL: fputs(real_text(number, *(double *)o->value), file); break;
+    case OPTION_FLAG: fputs(*(int *)o->value ? "true" : "false", file); break;
+    case OPTION_CHOICE:
+        text = choice_text(o->argument, *(int *)o->value, &length);
+        fprintf(file, "\"%.*s\"", length, text);
+        break;
+    default:
+        text = *(const char **)o->value;
+        if (text) write_quoted(context, file, text, strlen(text));
+        else fputs("null", file);
+    }
+}
+
+/* Everything needed to repeat the run: every option, and what its files held. One member a line. */
+static void describe_run(const run *r, FILE *file, const option *options, size_t n_options)
+{
     fprintf(file, "{\n  \"command\": \"%s\",\n  \"options\": {", r->bit == DPO ? "dpo" : "sft");
     const char *separator = "";
     for (const option *o = options; o < options + n_options; o++) {
         if (!(o->commands & r->bit)) continue;
         fprintf(file, "%s\n    \"%s\": ", separator, o->name);
         separator = ",";
-        int length;
-        const char *text;
-        switch (o->kind) {
-        case OPTION_SIZE: case OPTION_BYTES: fprintf(file, "%zu", *(size_t *)o->value); break;
-        case OPTION_REAL: fputs(real_text(number, *(double *)o->value), file); break;
-        case OPTION_FLAG: fputs(*(int *)o->value ? "true" : "false", file); break;
-        case OPTION_CHOICE:
-            text = choice_text(o->argument, *(int *)o->value, &length);
-            fprintf(file, "\"%.*s\"", length, text);
-            break;
-        default:
-            text = *(const char **)o->value;
-            if (text) write_quoted(r->context, file, text, strlen(text));
-            else fputs("null", file);
-        }
+        write_option(r->context, file, o);
     }
-    fprintf(file, "\n  },\n"
-            "  \"model_identity\": \"%016llx\",\n  \"reference_identity\": \"%016llx\",\n"
-            "  \"reference_file_identity\": \"%016llx\",\n"
-            "  \"data_hash\": \"%016llx\",\n  \"eval_data_hash\": \"%016llx\",\n"
-            "  \"parameters\": %zu,\n  \"examples\": %zu,\n  \"prompts\": %zu,\n"
-            "  \"eval_examples\": %zu,\n  \"steps\": %zu,\n  \"warmup_steps\": %zu,\n"
-            "  \"compiler\": ",
-            (unsigned long long)r->model.identity, (unsigned long long)r->reference_identity,
-            (unsigned long long)r->reference_file_identity, (unsigned long long)r->data.hash,
-            (unsigned long long)r->eval.hash, r->model.n_params, r->data.n, r->data.n_groups,
-            r->eval.n, r->steps, r->warmup);
+    const struct { const char *name; uint64_t value; } identities[] = {
+        {"model_identity", r->source.file.identity},
+        {"adapter_identity", r->source.adapter_identity},
+        {"reference_identity", r->reference_source.file.identity},
+        {"reference_adapter_identity", r->reference_source.adapter_identity},
+        {"data_hash", r->data.hash}, {"eval_data_hash", r->eval.hash},
+    };
+    const struct { const char *name; size_t value; } counts[] = {
+        {"parameters", r->memory.params}, {"trained_parameters", r->memory.trainable},
+        {"examples", r->data.n}, {"prompts", r->data.n_groups}, {"eval_examples", r->eval.n},
+        {"steps", r->steps}, {"warmup_steps", r->warmup},
+    };
+    fputs("\n  },\n", file);
+    for (size_t i = 0; i < sizeof identities / sizeof *identities; i++)
+        fprintf(file, "  \"%s\": \"%016llx\",\n", identities[i].name,
+                (unsigned long long)identities[i].value);
+    for (size_t i = 0; i < sizeof counts / sizeof *counts; i++)
+        fprintf(file, "  \"%s\": %zu,\n", counts[i].name, counts[i].value);
+    fputs("  \"compiler\": ", file);
     write_quoted(r->context, file, __VERSION__, strlen(__VERSION__));
     fputs("\n}\n", file);
-    close_file(file, path);
-    free(path);
+}
+
+static char *read_text(const char *path)
+{
+    struct stat status;
+    FILE *file = fopen(path, "rb");
+    if (!file || fstat(fileno(file), &status)) fail("%s: %s", path, strerror(errno));
+    size_t n = (size_t)status.st_size;
+    char *text = allocate(n + 1, 1);
+    if (fread(text, 1, n, file) != n) fail("%s cannot be read", path);
+    fclose(file);
+    return text;
+}
+
+/* What a line of config.json, `"name": value,`, says of a name; its length in *length. */
+static const char *line_value(const char *line, int *length)
+{
+    size_t n = strcspn(line, "\n"), start = strcspn(line, ":") + 2;
+    if (n && line[n - 1] == ',') n--;
+    *length = start < n ? (int)(n - start) : 0;
+    return line + start;
+}
+
+/* Compares two descriptions line by line; a line is one member, so the first that differs names
+   what is different. */
+static void check_same_run(const run *r, const char *then, const char *now_text)
+{
+    while (*then && *now_text) {
+        size_t n = strcspn(then, "\n"), m = strcspn(now_text, "\n");
+        int indentation = 0, before, after;
+        char name[64] = "";
+        sscanf(then, " %n\"%63[^\"]", &indentation, name);
+        int same = n == m && !memcmp(then, now_text, n);
+        if (!same && !strcmp(name, "compiler")) {
+            say("note    the run was begun by another build: its last bits may differ");
+        } else if (!same && !is_free(name)) {
+            const char *old = line_value(then, &before), *new = line_value(now_text, &after);
+            fail("%s cannot go on: %s%s was %.*s there, and is %.*s now; only threads, memory, "
+                 "paths and the times of saving may change, for all else begin another run",
+                 r->s->output, indentation == 4 ? "--" : "", name, before, old, after, new);
+        }
+        then += n + (then[n] == '\n');
+        now_text += m + (now_text[m] == '\n');
+    }
+}
+
+/* Writes config.json, or compares it with this run when that goes on. */
+static void settle_config(run *r, const option *options, size_t n_options)
+{
+    char *text = NULL;
+    size_t n = 0;
+    FILE *memory = open_memstream(&text, &n);
+    if (!memory) fail("out of memory");
+    describe_run(r, memory, options, n_options);
+    fclose(memory);
+    if (r->s->resume) {
+        char *then = read_text(r->config_path);
+        check_same_run(r, then, text);
+        r->identity = dpo_hash(DPO_HASH_START, then, strlen(then));
+        free(then);
+    } else {
+        FILE *file = create_file(r->config_path);
+        fwrite(text, 1, n, file);
+        close_file(file, r->config_path);
+        r->identity = dpo_hash(DPO_HASH_START, text, n);
+    }
+    free(text);
+}
+
+/* Gives every option the value that config.json says a run had. */
+static void read_config(const char *directory, unsigned bit, const option *options,
+                        size_t n_options)
+{
+    dpo_context context;
+    dpo_json json = {0};
+    const char *path = run_file(directory, "config.json");
+    if (!path) fail("%s cannot be resumed: it has no config.json", directory);
+    char *text = read_text(path);
+    check(&context, dpo_context_init(&context, 1));
+    check(&context, dpo_json_parse(&context, &json, text, strlen(text), path));
+    const dpo_json_value *command = dpo_json_member(&json, json.values, "command");
+    const dpo_json_value *all = dpo_json_member(&json, json.values, "options");
+    const char *name = bit == DPO ? "dpo" : "sft";
+    if (!all || !command || command->kind != DPO_JSON_STRING || command->n_string != 3 ||
+        memcmp(json.text.bytes + command->string, name, 3))
+        fail("%s is no run of ./train %s", directory, name);
+    for (const option *o = options; o < options + n_options; o++) {
+        const dpo_json_value *value = dpo_json_member(&json, all, o->name);
+        if (!(o->commands & bit) || !value || value->kind == DPO_JSON_NULL) continue;
+        char number[32], *copy = allocate(value->n_string + 1, 1);
+        if (value->kind == DPO_JSON_STRING)
+            memcpy(copy, json.text.bytes + value->string, value->n_string);
+        if (o->kind == OPTION_FLAG) *(int *)o->value = value->number != 0;
+        else if (o->kind == OPTION_SIZE || o->kind == OPTION_BYTES)
+            *(size_t *)o->value = (size_t)value->number;
+        else if (value->kind == DPO_JSON_STRING) parse_value(o, copy);
+        else parse_value(o, real_text(number, value->number));
+    }
+    dpo_json_free(&context, &json);
+    dpo_context_free(&context);
+    free(text);
 }
 
 static csv create_log(const run *r, const char *name, const char *before, const char *prefix,
-                      const char *after)
+                      const char *after, size_t bytes)
 {
-    csv log = csv_create(path_join(r->s->output, name), NULL);
+    char *path = path_join(r->s->output, name);
+    if (r->s->resume) return (csv){reopen_file(path, bytes), path, NULL, 0};
+    csv log = csv_create(path, NULL);
     csv_cell(&log, "%s", before);
     for (size_t i = 0; i < r->n_metrics; i++) csv_cell(&log, "%s%s", prefix, metric_names[i]);
     if (*after) csv_cell(&log, "%s", after);
@@ -371,29 +654,78 @@ static csv create_log(const run *r, const char *name, const char *before, const 
     return log;
 }
 
+/* Logs of a run that goes on lose what was written after its last state. */
 static void create_logs(run *r)
 {
     r->log = create_log(r, "log.csv", "step,examples,tokens,epoch,learning_rate", "",
-                        "grad_norm,tokens_per_second,seconds");
+                        "grad_norm,tokens_per_second,seconds", r->at.log_bytes);
     if (r->eval.n)
         r->eval_log = create_log(r, "eval.csv", "step,examples,tokens", "eval_",
-                                 r->bit == DPO ? "eval_ties,eval_rewards/accuracies_se" : "");
+                                 r->bit == DPO ? "eval_ties,eval_rewards/accuracies_se" : "",
+                                 r->at.eval_bytes);
     if (!r->s->samples) return;
     r->samples_path = path_join(r->s->output, "samples.jsonl");
-    r->samples = create_file(r->samples_path);
+    r->samples = r->s->resume ? reopen_file(r->samples_path, r->at.samples_bytes)
+                              : create_file(r->samples_path);
+}
+
+/* The length of a log, all of which is on the disk before a state says that it is. */
+static size_t synced_bytes(FILE *file, const char *path)
+{
+    struct stat status;
+    if (!file) return 0;
+    if (fflush(file) || fsync(fileno(file)) || fstat(fileno(file), &status))
+        fail("cannot write %s: %s", path, strerror(errno));
+    return (size_t)status.st_size;
+}
+
+/* state.bin takes the place of the one before at once, or not at all: whenever the run is killed,
+   a whole state is there. */
+static void save_state(run *r)
+{
+    r->at.seconds = now() - r->started;
+    r->at.log_bytes = synced_bytes(r->log.file, r->log.path);
+    r->at.eval_bytes = synced_bytes(r->eval_log.file, r->eval_log.path);
+    r->at.samples_bytes = synced_bytes(r->samples, r->samples_path);
+    check(r->context, dpo_state_save(&r->model, &r->optimizer, r->state_path, r->identity, &r->at,
+                                     sizeof r->at));
+    r->saved = now();
+}
+
+static void load_state(run *r)
+{
+    dpo_string notes = {0};
+    check(r->context, dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes));
+    if (notes.n != sizeof r->at) fail("%s is of another version of this program", r->state_path);
+    memcpy(&r->at, notes.bytes, sizeof r->at);
+    dpo_string_free(r->context, &notes);
+    say("resumed after update %zu of %zu", r->at.step, r->steps);
+}
+
+/* The model or adapter as it is now. */
+static void save_result(run *r, const char *path)
+{
+    char *base = realpath(r->source.path, NULL);
+    if (r->lora.r)
+        check(r->context, dpo_lora_save(&r->model, path, base ? base : r->source.path));
+    else
+        check(r->context, dpo_model_save(&r->model, path, r->s->stochastic_rounding ? DPO_BF16
+                                                                                    : DPO_F32));
+    free(base);
 }
 
 /* ---- updates --------------------------------------------------------------------------------- */
 
-/* Gathers the next update's examples, shuffling at the start of every pass over the data. The last
+/* Gathers the next update's examples; each pass over the data has its own order. The last
    batch of a pass is smaller; its mean is over what it has. */
 static size_t start_batch(run *r)
 {
     size_t per_epoch = (r->data.n + r->s->batch_size - 1) / r->s->batch_size;
-    size_t epoch = r->step / per_epoch, start = r->step % per_epoch * r->s->batch_size, n;
-    if (start == 0)
+    size_t epoch = r->at.step / per_epoch, start = r->at.step % per_epoch * r->s->batch_size, n;
+    if (epoch != r->order_of)
         check(r->context, dpo_data_shuffle(r->context, r->order, &r->data,
                                            dpo_random_u64(r->s->seed, epoch, 0)));
+    r->order_of = epoch;
     for (n = 0; n < r->s->batch_size && start + n < r->data.n; n++) {
         size_t i = r->order[start + n];
         r->batch[n] = r->data.examples[i];
@@ -414,11 +746,12 @@ static void stop_not_finite(run *r, const char *what, const dpo_example *example
                                    shown ? ", " : " at lines ", examples[shown].line);
     if (shown && shown < n)
         snprintf(lines + length, sizeof lines - length, " and %zu more", n - shown);
-    if (!r->step)
+    if (!r->at.step)
         fail("update 1 was not made and no model saved: %s; its examples: %zu of %s%s", what, n,
              r->s->data, lines);
     say("%s: update %zu was not made: %s; its examples: %zu of %s%s; the run ends with the "
-        "model as update %zu left it", tool_name, r->step + 1, what, n, r->s->data, lines, r->step);
+        "model as update %zu left it", tool_name, r->at.step + 1, what, n, r->s->data, lines,
+        r->at.step);
     r->failed = 1;
 }
 
@@ -469,22 +802,22 @@ static void update(run *r, size_t n, double learning_rate, dpo_metrics *metrics,
                                               r->batch_reference, n, &r->loss));
     check(r->context, dpo_optimizer_step(&r->model, &r->optimizer, learning_rate,
                                          dpo_clip_scale(*norm, s->max_grad_norm)));
-    r->step++;
-    r->examples += n;
-    for (size_t i = 0; i < n; i++) r->tokens += count_tokens(&r->batch[i]);
+    r->at.step++;
+    r->at.examples += n;
+    for (size_t i = 0; i < n; i++) r->at.tokens += count_tokens(&r->batch[i]);
 }
 
 /* ---- the reference --------------------------------------------------------------------------- */
 
 /* Summed log-probabilities of every branch under the model, in pieces so that progress shows. */
-static void score_reference(run *r, double *logp, const dpo_data *data)
+static void score_reference(run *r, dpo_model *model, double *logp, const dpo_data *data)
 {
-    enum { PIECE = 64 };
+    enum { PIECE = SCORE_PIECE };
     dpo_score scores[2 * PIECE];
     progress bar = progress_start("reference");
     for (size_t i = 0; i < data->n && !interrupted; i += PIECE) {
         size_t n = data->n - i < PIECE ? data->n - i : PIECE;
-        check(r->context, dpo_score_examples(&r->model, scores, data->examples + i, n,
+        check(r->context, dpo_score_examples(model, scores, data->examples + i, n,
                                              r->s->micro_tokens));
         for (size_t j = 0; j < 2 * n; j++) {
             logp[2 * i + j] = scores[j].logp;
@@ -498,15 +831,16 @@ static void score_reference(run *r, double *logp, const dpo_data *data)
     if (interrupted) fail("stopped before the first update; nothing was saved");
 }
 
-/* Before the first update the policy is the reference, so the first micro-batch, computed in
-   another order and grouping than the reference was, must give margins of exactly 0. */
+/* Before the first update the policy is the reference, so the first examples, computed in another
+   order and grouping than the reference was, must give margins of exactly 0. */
 static void self_check(run *r, int cached)
 {
     const double beta = r->s->beta;
     const double expected = r->loss.kind == DPO_LOSS_SIGMOID ? log(2)
                           : r->loss.kind == DPO_LOSS_HINGE ? 1 : 1 / (4 * beta * beta);
     size_t n = start_batch(r);
-    dpo_batch batch = {r->batch, dpo_micro_batch(r->batch, n, r->s->micro_tokens)};
+    const size_t tokens = r->s->micro_tokens < 256 ? r->s->micro_tokens : 256;  // a moment's work
+    dpo_batch batch = {r->batch, dpo_micro_batch(r->batch, n, tokens)};
     for (size_t i = 0, j = batch.n - 1; i < j; i++, j--) {
         dpo_example swap = r->batch[i];
         r->batch[i] = r->batch[j];
@@ -526,41 +860,73 @@ static void self_check(run *r, int cached)
     }
 }
 
-/* Loads the policy, and the reference's log-probabilities from the cache if it exists, or else
-   from the reference model, which is in memory before the policy and never beside it. The run
-   directory gets its own copy: 16 bytes a pair. */
-static void load_models(run *r, uint64_t policy_identity)
+/* The model that is trained, as training begins. */
+static void load_policy(run *r)
+{
+    dpo_model_options options = model_options(r);
+    check(r->context, dpo_model_load(r->context, &r->model, r->source.path, &options));
+    r->model.noise_seed = r->s->seed;
+    if (r->source.adapter) check(r->context, dpo_lora_load(&r->model, r->source.adapter));
+    else if (r->lora.r) check(r->context, dpo_lora_init(&r->model, &r->lora, r->s->seed));
+}
+
+static dpo_reference_key reference_key(const run *r)
 {
     const settings *s = r->s;
-    const char *cache = s->reference_cache;
-    size_t n = 2 * (r->data.n + r->eval.n);
-    uint64_t key = dpo_random_u64(r->data.hash, r->eval.hash, 0);   // of both data sets
-    int cached = cache && path_exists(cache), loaded = 0;
-    if (cached) {
-        check(r->context, dpo_reference_load(r->context, cache, r->reference_identity, key,
-                                             r->reference, n));
-        say("reference log-probabilities read from %s", cache);
-    } else if (r->bit == DPO) {
-        loaded = r->reference_identity == policy_identity;
-        check(r->context, dpo_model_load(r->context, &r->model, loaded ? s->model : s->reference,
-                                         !s->no_verify));
-        score_reference(r, r->reference, &r->data);
-        score_reference(r, r->reference + 2 * r->data.n, &r->eval);
-        if (!loaded) dpo_model_free(&r->model);
+    const source *from = &r->reference_source;
+    size_t cut[] = {s->max_length, s->max_prompt_length, (size_t)s->truncation};
+    return (dpo_reference_key){.model = from->file.identity, .adapter = from->adapter_identity,
+        .dtype = (uint64_t)dtypes[s->dtype],
+        .truncation = dpo_hash(DPO_HASH_START, cut, sizeof cut),
+        .data = dpo_random_u64(r->data.hash, r->eval.hash, 0)};     // of both data sets
+}
+
+/* Gets the reference's log-probabilities from a cache, if there is one. */
+static void read_reference(run *r)
+{
+    const char *cache = r->s->resume ? r->reference_path : r->s->reference_cache;
+    const dpo_reference_key key = reference_key(r);
+    r->reference_cached = cache && path_exists(cache);
+    if (!r->reference_cached && r->s->resume)
+        fail("%s cannot be resumed: its reference.bin is missing", r->s->output);
+    if (!r->reference_cached) return;
+    check(r->context, dpo_reference_load(r->context, cache, &key, r->reference,
+                                         2 * (r->data.n + r->eval.n)));
+    say("reference log-probabilities read from %s", cache);
+}
+
+/* Loads the policy; if no cache had them, computes the reference's log-probabilities: by the policy
+   before its first update, or by another model, which is in memory before the policy and never
+   beside it. The run directory gets its own copy: 16 bytes a pair. */
+static void load_reference(run *r)
+{
+    const settings *s = r->s;
+    const source *from = &r->reference_source;
+    const int cached = r->reference_cached;
+    int same = from->file.identity == r->source.file.identity &&
+               from->adapter_identity == r->source.adapter_identity;
+    say("reference: %s%s%s, %s", from->path, from->adapter ? " with adapter " : "",
+        from->adapter ? from->adapter : "",
+        same ? "the model that training starts from" : "as --reference says");
+    dpo_model other, *scorer = same ? &r->model : &other;
+    if (!same && !cached) load_model(r->context, &other, from, model_options(r));
+    if (same || cached) load_policy(r);
+    if (!cached) {
+        score_reference(r, scorer, r->reference, &r->data);
+        score_reference(r, scorer, r->reference + 2 * r->data.n, &r->eval);
     }
-    if (!loaded)
-        check(r->context, dpo_model_load(r->context, &r->model, s->model, !s->no_verify));
-    if (r->bit == DPO && r->reference_identity == policy_identity) self_check(r, cached);
-    if (r->bit != DPO) return;
-    const char *const paths[] = {cache, r->reference_path};
+    if (!same && !cached) {
+        dpo_model_free(&other);
+        load_policy(r);
+    }
+    if (s->resume) return;
+    if (same) self_check(r, cached);
+    const char *const paths[] = {s->reference_cache, r->reference_path};
+    const dpo_reference_key key = reference_key(r);
     for (int i = 0; i < 2; i++)
         if (paths[i] && !path_exists(paths[i]))
-            check(r->context, dpo_reference_save(r->context, paths[i], r->reference_identity, key,
-                                                 r->reference, n));
-    dpo_file file;
-    check(r->context, dpo_file_open(r->context, &file, r->reference_path, DPO_FILE_REFERENCE, 0));
-    r->reference_file_identity = file.identity;
-    dpo_file_close(r->context, &file);
+            check(r->context, dpo_reference_save(r->context, paths[i], &key, r->reference,
+                                                 2 * (r->data.n + r->eval.n)));
 }
 
 /* ---- evaluation ------------------------------------------------------------------------------ */
@@ -572,20 +938,30 @@ static void log_metrics(const run *r, csv *log, const dpo_metrics *m)
     for (size_t i = 0; i < r->n_metrics; i++) csv_cell(log, "%.9g", values[i]);
 }
 
-/* Greedy answers to the first prompts, to be read beside the numbers. Text without prompts lends
-   its first tokens. */
+/* The prompt of sample i, or NULL. Text without prompts lends its first tokens. */
+static const uint32_t *sample_prompt(const run *r, size_t i, size_t *n)
+{
+    const dpo_data *data = r->eval.n ? &r->eval : &r->data;
+    if (i >= r->s->samples || i >= data->n) return NULL;
+    const dpo_example *e = &data->examples[i];
+    const dpo_branch *b = &e->branches[0];
+    *n = e->n_prompt ? e->n_prompt : b->n < 16 ? b->n : 16;
+    return e->n_prompt ? e->prompt : b->tokens;
+}
+
+enum { SAMPLE_TOKENS = 64 };
+
+/* Greedy answers to the first prompts, to be read beside the numbers. */
 static void write_samples(run *r)
 {
     static const char *const stops[] = {"\n\nHuman:"};
-    const dpo_sampling sampling = {.max_new_tokens = 64, .top_p = 1, .stops = stops, .n_stops = 1};
-    const dpo_data *data = r->eval.n ? &r->eval : &r->data;
+    const dpo_sampling sampling = {.max_new_tokens = SAMPLE_TOKENS, .top_p = 1, .stops = stops,
+                                   .n_stops = 1};
     const dpo_tokenizer *tokenizer = &r->model.tokenizer;
-    for (size_t i = 0; i < r->s->samples && i < data->n; i++) {
-        const dpo_example *e = &data->examples[i];
-        const dpo_branch *b = &e->branches[0];
+    const uint32_t *tokens;
+    size_t n;
+    for (size_t i = 0; (tokens = sample_prompt(r, i, &n)); i++) {
         dpo_string prompt = {0}, answer = {0};
-        const uint32_t *tokens = e->n_prompt ? e->prompt : b->tokens;
-        size_t n = e->n_prompt ? e->n_prompt : b->n < 16 ? b->n : 16;
         check(r->context, dpo_tokenizer_decode(r->context, &prompt, tokenizer, tokens, n));
         check(r->context, dpo_generate(&r->model, &answer, tokens, n, &sampling, NULL, NULL));
         check(r->context, dpo_string_make_valid(r->context, &prompt));
@@ -594,7 +970,7 @@ static void write_samples(run *r)
         while (tail > 0 && prompt.bytes[prompt.n - tail] == '\n') tail--;
         say("--- sample %zu\n%s%.*s|%.*s", i + 1, tail < prompt.n ? "..." : "", (int)tail,
             prompt.bytes + prompt.n - tail, (int)answer.n, answer.n ? answer.bytes : "");
-        fprintf(r->samples, "{\"step\": %zu, \"prompt\": ", r->step);
+        fprintf(r->samples, "{\"step\": %zu, \"prompt\": ", r->at.step);
         write_quoted(r->context, r->samples, prompt.bytes, prompt.n);
         fputs(", \"completion\": ", r->samples);
         write_quoted(r->context, r->samples, answer.bytes, answer.n);
@@ -605,9 +981,37 @@ static void write_samples(run *r)
     if (fflush(r->samples)) fail("cannot write %s: %s", r->samples_path, strerror(errno));
 }
 
+/* What makes one evaluation better than another: accuracy, or for sft a lower loss. */
+static double merit(const run *r, const dpo_metrics *m)
+{
+    return r->bit == DPO ? m->accuracy : -m->loss;
+}
+
+/* Keeps the model as it is now if no earlier evaluation was as good. The model of step 0 is never
+   best: all its pairs are ties, and it is there already. */
+static void keep_best(run *r)
+{
+    position *at = &r->at;
+    const double now_merit = merit(r, &at->last_eval);
+    at->waited++;
+    if (!at->evaluations++ || now_merit - at->to_beat > r->s->min_delta) {
+        at->waited = 0;
+        at->to_beat = now_merit;
+    }
+    if (at->best.n && !(now_merit > merit(r, &at->best))) return;
+    at->best = at->last_eval;
+    at->best_step = at->step;
+    save_result(r, r->best_path);
+}
+
+static int out_of_patience(const run *r)
+{
+    return r->s->patience && r->at.waited >= r->s->patience;
+}
+
 static void evaluate(run *r)
 {
-    dpo_metrics *m = &r->last_eval;
+    dpo_metrics *m = &r->at.last_eval;
     if (r->s->samples) write_samples(r);
     if (!r->eval.n) return;
     check(r->context, dpo_score_examples(&r->model, r->scores, r->eval.examples, r->eval.n,
@@ -615,7 +1019,7 @@ static void evaluate(run *r)
     if (r->bit == DPO) {
         check(r->context, dpo_metrics_compute(r->context, m, NULL, r->eval.examples, r->scores,
                                               r->reference + 2 * r->data.n, r->eval.n, &r->loss));
-        say("step %zu: eval loss %.4f, accuracy %.3f +- %.3f, margin %.4f, %zu ties", r->step,
+        say("step %zu: eval loss %.4f, accuracy %.3f +- %.3f, margin %.4f, %zu ties", r->at.step,
             m->loss, m->accuracy, m->accuracy_error, m->margin, m->ties);
     } else {
         double logp = 0, scored = 0;
@@ -625,76 +1029,91 @@ static void evaluate(run *r)
         }
         int sum = r->s->sft_loss;       // the loss is what training minimises
         *m = (dpo_metrics){.n = r->eval.n, .loss = -logp / (sum ? (double)r->eval.n : scored)};
-        say("step %zu: eval loss %.4f nats per %s, perplexity %.2f", r->step, m->loss,
+        say("step %zu: eval loss %.4f nats per %s, perplexity %.2f", r->at.step, m->loss,
             sum ? "answer" : "token", exp(-logp / scored));
     }
     if (!isfinite(m->loss))
         fail("the evaluation after update %zu gives a loss of %g, so no model was saved; a lower "
-             "--learning-rate may help", r->step, m->loss);
-    csv_cell(&r->eval_log, "%zu,%zu,%zu", r->step, r->examples, r->tokens);
+             "--learning-rate may help", r->at.step, m->loss);
+    csv_cell(&r->eval_log, "%zu,%zu,%zu", r->at.step, r->at.examples, r->at.tokens);
     log_metrics(r, &r->eval_log, m);
     if (r->bit == DPO) csv_cell(&r->eval_log, "%zu,%.9g", m->ties, m->accuracy_error);
     csv_end_row(&r->eval_log);
-    if (r->step == 0) r->first_eval = *m;
-    r->last_eval_step = r->step;
+    r->at.last_eval_step = r->at.step;
+    if (r->at.step == 0) r->at.first_eval = *m;
+    else keep_best(r);
 }
 
 /* ---- the loop -------------------------------------------------------------------------------- */
+
+/* Whether it is time to write the run's state. */
+static int state_is_due(const run *r)
+{
+    const settings *s = r->s;
+    return (s->save_steps && r->at.step % s->save_steps == 0) ||
+           (s->save_minutes > 0 && now() - r->saved >= 60 * s->save_minutes);
+}
 
 static void train(run *r)
 {
     const settings *s = r->s;
     size_t eval_steps = s->eval_steps ? s->eval_steps : (r->steps + 19) / 20;
-    double start = now();
     progress bar = progress_start(r->bit == DPO ? "dpo" : "sft");
-    evaluate(r);
-    while (r->step < r->steps && !interrupted) {
+    bar.before = r->at.step;
+    r->started = now() - r->at.seconds;
+    r->saved = now();
+    if (!s->resume) evaluate(r);
+    while (r->at.step < r->steps && !interrupted && !out_of_patience(r)) {
         double began = now(), norm, rate = s->learning_rate *
-            dpo_schedule_factor((dpo_schedule)s->schedule, r->step, r->steps, r->warmup);
-        size_t before = r->tokens;
+            dpo_schedule_factor((dpo_schedule)s->schedule, r->at.step, r->steps, r->warmup);
+        size_t before = r->at.tokens;
         dpo_metrics m;
         update(r, start_batch(r), rate, &m, &norm);
         if (r->failed) break;
-        double speed = (double)(r->tokens - before) / (now() - began);
-        csv_cell(&r->log, "%zu,%zu,%zu,%.6f,%.9g", r->step, r->examples, r->tokens,
-                 (double)r->examples / (double)r->data.n, rate);
+        double speed = (double)(r->at.tokens - before) / (now() - began);
+        csv_cell(&r->log, "%zu,%zu,%zu,%.6f,%.9g", r->at.step, r->at.examples, r->at.tokens,
+                 (double)r->at.examples / (double)r->data.n, rate);
         log_metrics(r, &r->log, &m);
-        csv_cell(&r->log, "%.9g,%.1f,%.3f", norm, speed, now() - start);
+        csv_cell(&r->log, "%.9g,%.1f,%.3f", norm, speed, now() - r->started);
         csv_end_row(&r->log);
         char details[96], accuracy[32] = "";
         if (r->bit == DPO) snprintf(accuracy, sizeof accuracy, " accuracy %.3f", m.accuracy);
         snprintf(details, sizeof details, "loss %.4f%s %.0f tokens/s", m.loss, accuracy, speed);
-        progress_show(&bar, r->step, r->steps, details);
-        if (r->step % eval_steps == 0 || r->step == r->steps) evaluate(r);
+        progress_show(&bar, r->at.step, r->steps, details);
+        if (r->at.step % eval_steps == 0 || r->at.step == r->steps) evaluate(r);
+        if (state_is_due(r)) save_state(r);
     }
     clear_bar();
-}
-
-static void save(run *r)
-{
-    for (size_t i = 0; i < r->model.n_params; i++)
-        if (!isfinite(r->model.params[i]))
-            fail("update %zu left weights that are not finite, so no model was saved; a lower "
-                 "--learning-rate may help", r->step);
-    check(r->context, dpo_model_save(&r->model, r->model_path));
+    if (interrupted) save_state(r);
 }
 
 static void print_results(const run *r)
 {
-    double first[N_METRICS], last[N_METRICS];
-    metric_values(first, &r->first_eval);
-    metric_values(last, &r->last_eval);
-    if (r->eval.n) {
-        printf("%-24s %12s %7s%5zu\n", "step", "0", "", r->last_eval_step);
+    double first[N_METRICS], last[N_METRICS], best[N_METRICS];
+    const position *at = &r->at;
+    metric_values(first, &at->first_eval);
+    metric_values(last, &at->last_eval);
+    metric_values(best, &at->best);
+    if (at->best.n) {
+        printf("%-24s %12s %7s%5zu %7s%5zu\n", "step", "0", "", at->last_eval_step, "best",
+               at->best_step);
         for (size_t i = 0; i < r->n_metrics; i++)
-            printf("eval_%-19s %12.4f %12.4f\n", metric_names[i], first[i], last[i]);
+            printf("eval_%-19s %12.4f %12.4f %12.4f\n", metric_names[i], first[i], last[i],
+                   best[i]);
         if (r->bit == DPO)
-            printf("eval_%-19s %12.4f %12.4f\neval_%-19s %12zu %12zu\n", "rewards/accuracies_se",
-                   r->first_eval.accuracy_error, r->last_eval.accuracy_error, "ties",
-                   r->first_eval.ties, r->last_eval.ties);
+            printf("eval_%-19s %12.4f %12.4f %12.4f\neval_%-19s %12zu %12zu %12zu\n",
+                   "rewards/accuracies_se", at->first_eval.accuracy_error,
+                   at->last_eval.accuracy_error, at->best.accuracy_error, "ties",
+                   at->first_eval.ties, at->last_eval.ties, at->best.ties);
     }
-    printf("%zu of %zu updates, %zu examples, %zu tokens; model saved: %s\n", r->step, r->steps,
-           r->examples, r->tokens, r->model_path);
+    if (at->best.n)
+        printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
+               "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
+               at->best_step, r->bit == DPO ? "accuracy" : "loss",
+               r->bit == DPO ? at->best.accuracy : at->best.loss,
+               out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+    printf("%zu of %zu updates, %zu examples, %zu tokens; %s saved: %s\n", at->step, r->steps,
+           at->examples, at->tokens, r->lora.r ? "adapter" : "model", r->result_path);
 }
 
 static void plan_steps(run *r)
@@ -722,106 +1141,227 @@ static void allocate_buffers(run *r)
     r->batch_reference = allocate(2 * batch, sizeof *r->batch_reference);
 }
 
-/* Reads all that can be wrong (files, data, memory) before anything large or lasting is made. */
-static uint64_t prepare(run *r)
+/* What an adapter that is trained looks like; one that is trained further stays as it is. */
+static void plan_adapter(run *r)
 {
     const settings *s = r->s;
-    dpo_file file, other;
-    dpo_config other_config = {0};
-    dpo_tokenizer tokenizer, other_tokenizer;
-    check_directory(s->output);
-    open_model(r->context, &file, &r->config, &tokenizer, s->model);
-    uint64_t identity = r->reference_identity = file.identity;
-    size_t carried = 0;     // tokenizer and original files, which the saved model holds as well
-    for (size_t i = 0; i < file.n_entries; i++)
-        if (strchr(file.entries[i].name, '/')) carried += file.entries[i].bytes;
-    if (s->reference) {
-        open_model(r->context, &other, &other_config, &other_tokenizer, s->reference);
-        check_same_tokenizer(&file, s->model, &other, s->reference);
-        r->reference_identity = other.identity;
-        dpo_tokenizer_free(r->context, &other_tokenizer);
-        dpo_file_close(r->context, &other);
+    if (s->stochastic_rounding && (s->lora || r->source.adapter))
+        usage_fail("--stochastic-rounding is for training all weights, not an adapter");
+    if (r->source.adapter) {
+        r->lora = r->source.lora;
+        return;
     }
-    load_examples(r, &r->data, s->data, &tokenizer, s->limit);
-    if (s->eval_data) load_examples(r, &r->eval, s->eval_data, &tokenizer, s->eval_examples);
-    else say("note    no --eval-data: nothing held out is evaluated");
-    dpo_tokenizer_free(r->context, &tokenizer);
-    dpo_file_close(r->context, &file);
-    dpo_plan_options plan = {.train = 1, .optimizer = (dpo_optimizer_kind)s->optimizer,
-                             .n_threads = r->context->n_threads};
-    plan_data(&plan, &r->data, s->micro_tokens);
-    plan_data(&plan, &r->eval, s->micro_tokens);
-    plan_steps(r);
+    if (!s->lora) return;
+    r->lora = (dpo_lora){.r = s->lora_r, .alpha = s->lora_alpha, .rslora = s->rslora,
+                         .dropout = s->lora_dropout};
+    if (strlen(s->lora_targets) >= sizeof r->lora.targets)
+        usage_fail("--lora-target-modules is longer than %zu bytes", sizeof r->lora.targets - 1);
+    strcpy(r->lora.targets, s->lora_targets);
+}
+
+/* The order of the examples is known, so the largest micro-batch of the run is known too; of runs
+   beyond all reason it is bounded. */
+static void plan_updates(run *r, dpo_plan_options *plan)
+{
+    const size_t most = 100000;
+    for (; r->at.step < r->steps && r->at.step < most; r->at.step++)
+        dpo_plan_passes(plan, r->batch, start_batch(r), r->s->micro_tokens, 1);
+    size_t *const bounds[] = {&plan->max_rows, &plan->max_scored, &plan->kept_rows};
+    for (size_t i = 0; r->steps > most && i < 3; i++)
+        if (*bounds[i] < r->s->micro_tokens) *bounds[i] = r->s->micro_tokens;
+    r->at.step = 0;
+}
+
+static void plan_memory(run *r)
+{
+    const settings *s = r->s;
+    dpo_plan_options plan = {.model = model_options(r), .file = &r->source.file, .lora = r->lora,
+        .train = 1, .optimizer = (dpo_optimizer_kind)s->optimizer,
+        .n_threads = r->context->n_threads};
+    dpo_plan_passes(&plan, r->eval.examples, r->eval.n, s->micro_tokens, 0);
+    if (r->bit == DPO) plan_scoring(&plan, &r->data, s->micro_tokens);
+    if (r->bit == DPO) plan_scoring(&plan, &r->eval, s->micro_tokens);
+    plan_updates(r, &plan);
+    size_t longest;
+    for (size_t i = 0; sample_prompt(r, i, &longest); i++)
+        if (longest + SAMPLE_TOKENS > plan.max_positions)
+            plan.max_positions = longest + SAMPLE_TOKENS;
     size_t reference = 2 * (r->data.n + r->eval.n) * sizeof(double);
-    size_t weights = check_memory(r->context, &r->config, &plan, reference, s->max_memory, 1,
-                                  LESS_MEMORY);
+    const char *advice = "lower --micro-tokens or --max-length, use --lora, --dtype bf16, "
+                         "--gradient-checkpointing or --stochastic-rounding, or a smaller model";
+    r->memory = check_memory(r->context, &r->source.config, &plan, reference, s->max_memory, 1,
+                             advice);
+    say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
+        1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
+    if (!s->reference) return;
     plan.train = 0;
-    if (s->reference)
-        check_memory(r->context, &other_config, &plan, reference, s->max_memory, 0, LESS_MEMORY);
+    plan.kept_rows = plan.max_positions = 0;
+    plan.file = &r->reference_source.file;
+    plan.lora = r->reference_source.lora;
+    plan.model.frozen = 1;
+    check_memory(r->context, &r->reference_source.config, &plan, reference, s->max_memory, 0,
+                 advice);
+}
+
+/* What the result takes on disk: an adapter, or the model with tokenizer and original files. */
+static size_t result_bytes(const run *r)
+{
+    if (r->lora.r) return r->memory.trainable * sizeof(float);
+    size_t bytes = r->memory.params * (r->s->stochastic_rounding ? 2 : 4);
+    for (size_t i = 0; i < r->source.file.n_entries; i++)
+        if (strchr(r->source.file.entries[i].name, '/')) bytes += r->source.file.entries[i].bytes;
+    return bytes;
+}
+
+/* Reads all that can be wrong (files, data, memory) before anything large or lasting is made. */
+static void prepare(run *r, const option *options, size_t n_options)
+{
+    const settings *s = r->s;
+    check_directory(r);
+    open_found(r->context, &r->source);
+    r->reference_source = r->source;
+    if (s->reference) {
+        open_model(r->context, &r->reference_source, s->reference, NULL);
+        check_same_tokenizer(&r->source, &r->reference_source);
+    }
+    load_examples(r, &r->data, s->data, s->limit);
+    if (s->eval_data) load_examples(r, &r->eval, s->eval_data, s->eval_examples);
+    else say("note    no --eval-data: nothing held out is evaluated, so there is no best.bin");
+    plan_adapter(r);
+    plan_steps(r);
+    allocate_buffers(r);
+    plan_memory(r);
+    if (s->resume) settle_config(r, options, n_options);
+    if (r->bit == DPO) read_reference(r);
     make_directories(s->output);
-    check_can_make(r->model_path);
-    if (s->reference_cache && !path_exists(s->reference_cache)) check_can_make(s->reference_cache);
-    check_disk(r, (double)(weights + reference + carried));
-    return identity;
+    if (!s->resume) check_can_make(r->result_path);
+    if (!s->resume && s->reference_cache && !path_exists(s->reference_cache))
+        check_can_make(s->reference_cache);
+    check_disk(r, result_bytes(r));
+}
+
+static void check_options(const settings *s)
+{
+    if (s->label_smoothing > 0 && s->loss_type != DPO_LOSS_SIGMOID)
+        usage_fail("--label-smoothing goes with --loss-type sigmoid only");
+    if (s->stochastic_rounding && !s->dtype)
+        usage_fail("--stochastic-rounding goes with --dtype bf16");
+    if (s->min_delta > 0 && !s->patience) usage_fail("--min-delta goes with --patience");
+    if (s->patience && !s->eval_data) usage_fail("--patience needs --eval-data");
+    if (s->eval_steps && !s->eval_data && !s->samples)
+        usage_fail("--eval-steps needs --eval-data or --sample");
 }
 
 /* Returns the exit status. */
-static int run_training(dpo_context *context, const settings *s, unsigned bit,
+static int run_training(dpo_context *context, settings *s, unsigned bit,
                         const option *options, size_t n_options)
 {
     static run r;   // lives as long as the program
-    r = (run){.s = s, .bit = bit, .context = context,
+    r = (run){.s = s, .bit = bit, .context = context, .order_of = SIZE_MAX,
               .n_branches = bit == DPO ? 2 : 1, .n_metrics = bit == DPO ? N_METRICS : 1,
               .loss = {(dpo_loss_kind)s->loss_type, s->beta, s->label_smoothing}};
-    if (s->label_smoothing > 0 && s->loss_type != DPO_LOSS_SIGMOID)
-        usage_fail("--label-smoothing goes with --loss-type sigmoid only");
+    check_options(s);
     catch_signals();
-    r.model_path = path_join(s->output, "model.bin");
+    find_model(context, &r.source, s->model, s->adapter);
+    if (r.source.adapter && s->lora)
+        usage_fail("%s is an adapter, which is trained further without --lora; to put a new one "
+                   "over it, merge it into its model first (./train merge)", r.source.adapter);
+    if (r.source.adapter) {     // config.json says what is trained
+        s->lora_r = r.source.lora.r;
+        s->lora_alpha = r.source.lora.alpha;
+        s->rslora = r.source.lora.rslora;
+        s->lora_dropout = r.source.lora.dropout;
+        s->lora_targets = r.source.lora.targets;
+    }
+    r.result_path = path_join(s->output, s->lora || r.source.adapter ? "adapter.bin" : "model.bin");
+    r.best_path = path_join(s->output, "best.bin");
+    r.state_path = path_join(s->output, "state.bin");
+    r.config_path = path_join(s->output, "config.json");
     r.reference_path = path_join(s->output, "reference.bin");
-    uint64_t identity = prepare(&r);
-    allocate_buffers(&r);
-    load_models(&r, identity);
-    write_config(&r, options, n_options);
-    create_logs(&r);
+    prepare(&r, options, n_options);
+    if (bit == DPO) load_reference(&r);
+    else load_policy(&r);
+    if (!s->resume) settle_config(&r, options, n_options);
+    close_model(context, &r.source);
+    if (s->reference) close_model(context, &r.reference_source);
     check(context, dpo_optimizer_init(&r.model, &r.optimizer, (dpo_optimizer_kind)s->optimizer));
     r.optimizer.beta1 = s->adam_beta1;
     r.optimizer.beta2 = s->optimizer == DPO_RMSPROP ? s->rmsprop_alpha : s->adam_beta2;
     r.optimizer.epsilon = s->adam_epsilon;
     r.optimizer.weight_decay = s->weight_decay;
+    if (s->resume) load_state(&r);
+    create_logs(&r);
     train(&r);
-    save(&r);
+    const int stopped = interrupted;    // a signal from here on finds the run complete
+    save_result(&r, r.result_path);
     csv_close(&r.log);
     if (r.eval.n) csv_close(&r.eval_log);
     if (r.samples) close_file(r.samples, r.samples_path);
+    if (!stopped && !r.failed) remove(r.state_path);    // nothing is left to go on with
     print_results(&r);
     finish_stdout();
-    if (interrupted) say("interrupted: the model is as update %zu left it", r.step);
+    say("memory  planned %.1f MB (%.1f MB of it mapped), at most %.1f MB were resident",
+        1e-6 * (double)r.memory.total, 1e-6 * (double)r.memory.mapped,
+        1e-6 * (double)peak_memory());
+    if (stopped)
+        say("interrupted: the %s is as update %zu left it; go on by ./train %s --resume -o %s",
+            r.lora.r ? "adapter" : "model", r.at.step, bit == DPO ? "dpo" : "sft", s->output);
     dpo_optimizer_free(&r.model, &r.optimizer);
     dpo_model_free(&r.model);
     dpo_data_free(context, &r.data);
     dpo_data_free(context, &r.eval);
-    return r.failed ? 1 : interrupted ? 128 + interrupted : 0;
+    return r.failed ? 1 : stopped ? 128 + stopped : 0;
+}
+
+/* Whether the command line asks for an adapter: --lora, --adapter, or a model that is one. */
+static int trains_adapter(int argc, char **argv)
+{
+    const char *model = given_value(argc, argv, "model", 'm');
+    if (given_value(argc, argv, "lora", 0) || given_value(argc, argv, "adapter", 0)) return 1;
+    if (!model) return 0;
+    if (!is_directory(model)) return is_adapter(model);
+    return !run_file(model, "model.bin") && run_file(model, "adapter.bin");
+}
+
+/* Options of an adapter are for one that is made here. */
+static void check_lora_options(int argc, char **argv, const settings *s)
+{
+    static const char *const names[] = {"lora-r", "lora-alpha", "use-rslora", "lora-dropout",
+                                        "lora-target-modules"};
+    int continues = trains_adapter(argc, argv) && (!s->lora || s->adapter);
+    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
+        if ((!s->lora || continues) && given_value(argc, argv, names[i], 0))
+            usage_fail(continues ? "--%s: the adapter that is trained further has its own"
+                                 : "--%s goes with --lora", names[i]);
 }
 
 int main(int argc, char **argv)
 {
     static const size_t n_commands = sizeof commands / sizeof *commands;
+    static const char *const names[] = {"train init", "train sft", "train dpo", "train merge",
+                                        "train plan"};
     unsigned bit;
     tool_name = "train";
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     static settings s;
-    s = default_settings(bit);
+    s = default_settings(bit, trains_adapter(argc, argv));
     option options[N_OPTIONS];
     size_t n_options = list_options(options, &s, bit);
-    tool_name = bit == INIT ? "train init" : bit == SFT ? "train sft" : "train dpo";
+    tool_name = names[c - commands];
+    const char *output = given_value(argc, argv, "output", 'o');
+    const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
+    if (resumes && !output) usage_fail("--resume needs -o DIR, the run to go on with");
+    if (resumes)
+        read_config(output, bit, options, n_options);
     parse_options(argc, argv, c, bit, options, n_options);
-    s.model = s.model ? model_path(s.model) : NULL;
-    s.reference = s.reference ? model_path(s.reference) : NULL;
+    if (bit & TRAIN) check_lora_options(argc, argv, &s);
 
     dpo_context context;
     check(&context, dpo_context_init(&context, (int)s.threads));
     int status = 0;
     if (bit == INIT) init_model(&context, &s);
+    else if (bit == MERGE) merge_model(&context, &s);
+    else if (bit == PLAN) print_plans(&context, &s);
     else status = run_training(&context, &s, bit, options, n_options);
     dpo_context_free(&context);
     return status;

@@ -1,10 +1,15 @@
 #!/bin/sh
 # make demo: a tiny model learns to talk, kindly and rudely by turns, and then to be kind.
 #
-#   sh demo/run.sh [SEED]        everything it makes lies in build/demo
+#   sh demo/run.sh [SEED]           everything it makes lies in build/demo
+#   sh demo/run.sh [SEED] --lora    trains an adapter of the model instead of all its weights
 set -e
 cd "$(dirname "$0")/.."
+lora=
+rate=5e-5
+case "$*" in *--lora*) lora=--lora; rate=3e-4;; esac
 seed=${1:-1}
+[ "$seed" != --lora ] || seed=${2:-1}
 out=build/demo
 python=${PYTHON:-python3}
 # On a busy machine threads that spin while they wait cost more than threads that sleep.
@@ -29,7 +34,9 @@ say "2. A model with random weights reads it until it talks like that"
 say "3. DPO: the kind answer is preferred; watch rewards/accuracies on questions it never trains on"
 ./train dpo -m "$out/sft" -d "$out/pairs.jsonl" --eval-data "$out/dev.jsonl" -o "$out/dpo" \
         --max-length 200 --max-prompt-length 100 --batch-size 16 --epochs 3 \
-        --learning-rate 5e-5 --eval-steps 3 --seed "$seed"
+        --learning-rate "$rate" --eval-steps 3 --seed "$seed" $lora
+[ -z "$lora" ] || printf 'the adapter has %d bytes, the model %d\n' \
+    "$(wc -c < "$out/dpo/adapter.bin")" "$(wc -c < "$out/sft/model.bin")"
 
 say "4. The held-out questions, asked eight times each, before and after"
 for repeat in 1 2 3 4 5 6 7 8; do

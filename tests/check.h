@@ -159,7 +159,7 @@ static dpo_model check_load(dpo_context *context, const char *name)
     char path[256];
     dpo_model model;
     snprintf(path, sizeof path, "tests/fixtures/%s.model.bin", name);
-    check_must(dpo_model_load(context, &model, path, 1), context);
+    check_must(dpo_model_load(context, &model, path, NULL), context);
     return model;
 }
 
@@ -180,7 +180,7 @@ static dpo_model check_make_model(dpo_context *context, dpo_architecture archite
     dpo_model model;
     dpo_config_default(&config, architecture);
     config.embedding_scale = 2.0;
-    check_must(dpo_model_init(context, &model, &config, NULL, 1), context);
+    check_must(dpo_model_init(context, &model, &config, NULL, 1, NULL), context);
     for (size_t i = 0; i < model.n_tensors; i++)
         if (model.tensors[i].trainable)
             check_fill(model.tensors[i].data, model.tensors[i].n, 2 / sqrt((double)d_model), i);

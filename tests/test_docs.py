@@ -5,7 +5,8 @@
 
 The program in dpo.h's manual is compiled and run; the README shows the same one. The interface part
 compiles as strict C11, and as C++ where there is a C++ compiler. The manual's table of contents names
-the parts as their headings do. The README names every option of the programs that it uses.
+the parts as their headings do. The README names every option of the programs that it uses. The list
+of mutants follows the code.
 """
 import json
 import os
@@ -16,6 +17,8 @@ import sys
 import tempfile
 import textwrap
 import unittest
+
+import mutate
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 CC = os.environ.get("CC") or next(c for c in ("gcc", "clang", "cc") if shutil.which(c))
@@ -79,6 +82,14 @@ class Manual(unittest.TestCase):
         for name in ("dpo.h", "train.c", "eval.c", "tools.h", "convert.py"):
             for number, line in enumerate(read(name).splitlines(), 1):
                 self.assertLessEqual(len(line), 100, f"{name}:{number}")
+
+
+class Mutants(unittest.TestCase):
+    def test_follow_the_code(self):
+        """make mutate takes a quarter of an hour to say so."""
+        mutants, errors = mutate.make_mutants(read("dpo.h"), "")
+        self.assertEqual(errors, [])
+        self.assertIn(f"in {len(mutants)} ways", read("README.md"))
 
 
 class Readme(unittest.TestCase):

@@ -64,10 +64,10 @@ static void seal(image *file)
     for (size_t i = 0; i < header.n_entries; i++) {
         dpoi_file_record record = get_record(file, i);
         if (record.offset <= file->n && record.bytes <= file->n - record.offset)
-            record.crc = dpoi_crc(&crc, file->bytes + record.offset, record.bytes);
+            record.crc = dpoi_crc(&crc, 0, file->bytes + record.offset, record.bytes);
         set_record(file, i, &record);
     }
-    header.table_crc = dpoi_crc(&crc, file->bytes + sizeof header, table);
+    header.table_crc = dpoi_crc(&crc, 0, file->bytes + sizeof header, table);
     memcpy(file->bytes, &header, sizeof header);
 }
 
@@ -85,7 +85,7 @@ static int loads(const char *what, int verify)
     dpo_model model;
     size_t heap = context.heap_bytes;
     context.error[0] = 0;
-    if (dpo_model_load(&context, &model, path, verify)) {
+    if (dpo_model_load(&context, &model, path, &(dpo_model_options){ .no_verify = !verify })) {
         check(strstr(context.error, path) && context.heap_bytes == heap, "%s: the message does not name "
               "the file, or %zu bytes leak: %s", what, context.heap_bytes - heap, context.error);
         return 0;
@@ -512,11 +512,13 @@ static void test_chance(const dpo_file *file, size_t trials, uint64_t seed)
 
 /* ---- reference caches -------------------------------------------------------------------------------- */
 
+static const dpo_reference_key cache_key = { 1, 3, DPO_F32, 2, 4 };
+
 static void cache_refused(const char *words, const char *what)
 {
     double logp[4] = { 7, 7, 7, 7 };
     size_t heap = context.heap_bytes;
-    check(dpo_reference_load(&context, path, 1, 2, logp, 3), "%s: accepted", what);
+    check(dpo_reference_load(&context, path, &cache_key, logp, 3), "%s: accepted", what);
     check(strstr(context.error, path) && strstr(context.error, words), "%s: the message does not say "
           "\"%s\": %s", what, words, context.error);
     check(logp[0] == 7 && logp[3] == 7 && context.heap_bytes == heap, "%s: it left something", what);
@@ -525,21 +527,28 @@ static void cache_refused(const char *words, const char *what)
 static void test_reference(const dpo_file *model)
 {
     double logp[6] = { -1, -2, -3, -4, -5, -6 };
-    uint64_t key[2] = { 1, 2 };
+    uint64_t key[5];
+    memcpy(key, &cache_key, sizeof key);
     cache_refused("No such file", "a missing cache");
-    check_must(dpo_reference_save(&context, path, 9, 2, logp, 3), &context);
-    cache_refused("another reference model", "another model's cache");
-    check_must(dpo_reference_save(&context, path, 1, 9, logp, 3), &context);
-    cache_refused("other data", "other data's cache");
-    check_must(dpo_reference_save(&context, path, 1, 2, logp, 2), &context);
+    static const char *const differ[] = { "another reference model", "another adapter",
+        "another precision", "other data", "another truncation" };
+    for (size_t i = 0; i < 5; i++) {
+        dpo_reference_key other;
+        key[i]++;
+        memcpy(&other, key, sizeof other);
+        key[i]--;
+        check_must(dpo_reference_save(&context, path, &other, logp, 3), &context);
+        cache_refused(differ[i], differ[i]);
+    }
+    check_must(dpo_reference_save(&context, path, &cache_key, logp, 2), &context);
     cache_refused("number of answers", "a cache of fewer answers");
     write_bytes(model->map, model->bytes);
-    cache_refused("a model where a reference cache is expected", "a model as cache");
+    cache_refused("the kind \"model\"; \"reference cache\" is expected", "a model as cache");
     const dpo_entry good[] = {
-        { .name = "key", .dtype = DPO_U64, .n_dims = 1, .shape = { 2, 1 }, .data = key, .bytes = 16 },
+        { .name = "key", .dtype = DPO_U64, .n_dims = 1, .shape = { 5, 1 }, .data = key, .bytes = 40 },
         { .name = "logp", .dtype = DPO_F64, .n_dims = 1, .shape = { 3, 1 }, .data = logp, .bytes = 24 } };
     const struct { const char *what; int entry; dpo_entry is; } bad[] = {
-        { "no key", 0, { .name = "kez", .dtype = DPO_U64, .n_dims = 1, .shape = { 2, 1 }, .data = key,
+        { "no key", 0, { .name = "kez", .dtype = DPO_U64, .n_dims = 1, .shape = { 5, 1 }, .data = key,
                          .bytes = 16 } },
         { "a key of one number", 0, { .name = "key", .dtype = DPO_U64, .n_dims = 1, .shape = { 1, 1 },
                                       .data = key, .bytes = 8 } },
@@ -571,7 +580,7 @@ static size_t files_in_directory(void)
 static void not_written(dpo_model *model, const char *to, const char *what)
 {
     size_t heap = context.heap_bytes, files = files_in_directory();
-    check(dpo_model_save(model, to), "%s: it was written", what);
+    check(dpo_model_save(model, to, DPO_F32), "%s: it was written", what);
     check(strstr(context.error, to) != NULL, "%s: the message does not name the file: %s", what,
           context.error);
     check(context.heap_bytes == heap && files_in_directory() == files, "%s: something is left", what);
@@ -588,7 +597,7 @@ static void test_writing(const dpo_file *file)
     check_path(other, "missing/model.bin");
     not_written(&model, other, "a missing directory");
     memset(long_path, 'x', sizeof long_path - 1);
-    check(dpo_model_save(&model, long_path), "a long path: written");
+    check(dpo_model_save(&model, long_path, DPO_F32), "a long path: written");
     check_path(other, "directory");
     if (mkdir(other, 0700)) perror(other);
     not_written(&model, other, "a directory as target");
@@ -605,7 +614,7 @@ static void test_writing(const dpo_file *file)
     not_written(&model, other, "a full disk");
     not_written(&model, path, "a full disk, over another file");
     double logp[1000] = { 0 };
-    check(dpo_reference_save(&context, path, 1, 2, logp, 1000) && strstr(context.error, path),
+    check(dpo_reference_save(&context, path, &cache_key, logp, 1000) && strstr(context.error, path),
           "a reference cache on a full disk");
     setrlimit(RLIMIT_FSIZE, &limit);
     check(files_in_directory() == 1, "a full disk leaves files");
@@ -614,14 +623,14 @@ static void test_writing(const dpo_file *file)
     check(stream && fread(text, 1, sizeof text, stream) == 9 && !memcmp(text, "untouched", 9),
           "a failed write changed the file that was there");
     if (stream) fclose(stream);
-    check(!dpo_model_save(&model, path) && loads("written", 1), "the disk has room again: %s",
+    check(!dpo_model_save(&model, path, DPO_F32) && loads("written", 1), "the disk has room again: %s",
           context.error);
     // a saved model may replace the file that it came from and still has mapped
     dpo_model same;
     write_bytes(file->map, file->bytes);
-    check_must(dpo_model_load(&context, &same, path, 1), &context);
-    check(!dpo_model_save(&same, path) && loads("saved over itself", 1), "saving a model over its own "
-          "file: %s", context.error);
+    check_must(dpo_model_load(&context, &same, path, NULL), &context);
+    check(!dpo_model_save(&same, path, DPO_F32) && loads("saved over itself", 1),
+          "saving a model over its own file: %s", context.error);
     dpo_model_free(&same);
     dpo_model_free(&model);
 }
@@ -645,7 +654,7 @@ static int live(dpo_context *own, const char *data_path, const char *model_path)
     dpo_loss_options loss = { DPO_LOSS_SIGMOID, 0.1, 0 };
     dpo_plan_options planned = { .max_rows = 9, .max_scored = 9, .max_span = 9, .n_threads = 1 };
     int failed = dpo_context_init(own, 1);
-    if (!failed) failed = dpo_model_load(own, &model, "tests/fixtures/tokenizer.model.bin", 1);
+    if (!failed) failed = dpo_model_load(own, &model, "tests/fixtures/tokenizer.model.bin", NULL);
     int loaded = !failed;
     if (!failed) failed = dpo_data_load(own, &data, data_path, &model.tokenizer, 0, &options);
     if (!failed) scores = calloc(2 * data.n, sizeof *scores);
@@ -654,12 +663,13 @@ static int live(dpo_context *own, const char *data_path, const char *model_path)
              dpo_memory_plan(own, &plan, &model.config, &planned) ||
              dpo_score_examples(&model, scores, data.examples, data.n, 20) ||
              dpo_metrics_compute(own, &metrics, NULL, data.examples, scores, logp, data.n, &loss) ||
-             dpo_reference_save(own, data_path, 1, 2, logp, 2 * data.n) ||
-             dpo_reference_load(own, data_path, 1, 2, logp, 2 * data.n) ||
+             dpo_reference_save(own, data_path, &cache_key, logp, 2 * data.n) ||
+             dpo_reference_load(own, data_path, &cache_key, logp, 2 * data.n) ||
              dpo_model_zero_grad(&model) || dpo_forward(&model, scores, &batch, 1) ||
              dpo_backward(&model, &batch, dlogp) || dpo_grad_norm(&model, &norm) ||
              dpo_optimizer_init(&model, &adam, DPO_ADAMW) ||
-             dpo_optimizer_step(&model, &adam, 1e-3, 1) || dpo_model_save(&model, model_path) ||
+             dpo_optimizer_step(&model, &adam, 1e-3, 1) ||
+             dpo_model_save(&model, model_path, DPO_F32) ||
              dpo_generate(&model, &out, data.examples->prompt, 3, &sampling, NULL, NULL);
     if (loaded) {
         dpo_optimizer_free(&model, &adam);
@@ -668,9 +678,9 @@ static int live(dpo_context *own, const char *data_path, const char *model_path)
     dpo_config config = { .vocab_size = 260, .context_length = 8, .d_model = 8, .n_layers = 1,
                           .n_heads = 1 };
     dpo_config_default(&config, DPO_BTLM);
-    failed = failed || dpo_model_init(own, &model, &config, NULL, 1);
+    failed = failed || dpo_model_init(own, &model, &config, NULL, 1, NULL);
     if (!failed) {
-        failed = dpo_model_save(&model, model_path);
+        failed = dpo_model_save(&model, model_path, DPO_F32);
         dpo_model_free(&model);
     }
     dpo_data_free(own, &data);

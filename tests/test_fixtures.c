@@ -184,13 +184,13 @@ int main(void)
         snprintf(path, sizeof path, "tests/fixtures/%s.expect.bin", check_models[i]);
         check_must(dpo_file_open(&context, &expect, path, DPO_FILE_TEST, 1), &context);
         snprintf(path, sizeof path, "tests/fixtures/%s.model.bin", check_models[i]);
-        check_must(dpo_model_load(&context, &model, path, 1), &context);
+        check_must(dpo_model_load(&context, &model, path, NULL), &context);
         test_logits(&model, &expect, check_models[i]);
         test_gradients(&model, &expect, check_models[i]);
         test_dpo(&model, &expect, check_models[i]);
         dpo_model_free(&model);
         if (dpo_file_find(&expect, "sft/settings")) {
-            check_must(dpo_model_load(&context, &model, path, 1), &context);
+            check_must(dpo_model_load(&context, &model, path, NULL), &context);
             test_sft(&model, &expect, check_models[i]);
             dpo_model_free(&model);
         }

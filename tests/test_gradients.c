@@ -112,7 +112,7 @@ static void take_one_off(float *dx, size_t n)
 enum { TOKENS = 6, POSITIONS = 4 };
 static const uint32_t token[R] = { 3, 1, 3, 5, 0 }, position[R] = { 0, 1, 2, 0, 1 };
 
-typedef struct embedding { float *y; const float *u, *E, *P; float scale; } embedding;
+typedef struct embedding { float *y; const float *u; dpo_tensor *E, *P; float scale; } embedding;
 static double embedding_value(const void *arguments)
 {
     const embedding *a = arguments;
@@ -123,7 +123,8 @@ static double embedding_value(const void *arguments)
 static void test_embedding(int learned)
 {
     float y[R * C], u[R * C], E[TOKENS * C], dE[TOKENS * C], P[POSITIONS * C], dP[POSITIONS * C];
-    embedding a = { y, u, E, learned ? P : NULL, 1.7f };
+    dpo_tensor tokens = { .dtype = DPO_F32, .data = E }, positions = { .dtype = DPO_F32, .data = P };
+    embedding a = { y, u, &tokens, learned ? &positions : NULL, 1.7f };
     check_fill(u, R * C, 1, 1);
     check_fill(E, TOKENS * C, 1, 2);
     check_fill(P, POSITIONS * C, 1, 3);
@@ -187,9 +188,9 @@ static void test_linear(dpo_layout layout, int accumulate)
     float y[LINEAR_ROWS * OUT], u[LINEAR_ROWS * OUT], x[LINEAR_ROWS * IN], dx[LINEAR_ROWS * IN];
     float b[OUT], db[OUT];
     size_t conv1d = layout == DPO_CONV1D;
-    dpo_tensor weight = { .layout = layout, .n_dims = 2, .n = IN * OUT, .data = W, .grad = dW,
-                          .shape = { conv1d ? IN : OUT, conv1d ? OUT : IN } };
-    dpo_tensor bias = { .n_dims = 1, .shape = { OUT, 1 }, .n = OUT, .data = b, .grad = db };
+    dpo_tensor weight = { .layout = layout, .dtype = DPO_F32, .grad_dtype = DPO_F32, .n_dims = 2,
+                          .n = IN * OUT, .data = W, .grad = dW, .shape = { conv1d ? IN : OUT, conv1d ? OUT : IN } };
+    dpo_tensor bias = { .dtype = DPO_F32, .n_dims = 1, .shape = { OUT, 1 }, .n = OUT, .data = b, .grad = db };
     linear a = { y, u, x, &weight, &bias, accumulate };
     check_fill(u, LINEAR_ROWS * OUT, 1, 1);
     check_fill(x, LINEAR_ROWS * IN, 1, 2);
@@ -266,8 +267,8 @@ static void test_attention(dpoi_heads heads, const float *slopes, const char *na
     static float y[ROWS * WIDTH], u[ROWS * WIDTH], lse[ROWS * HEADS], qkv[ROWS * ROW],
                  dqkv[ROWS * ROW];
     attention a = { y, lse, u, qkv, { .heads = heads, .scale = 0.7f, .slopes = slopes, .spans = spans,
-                                      .first_span = first_span, .n_examples = 2 } };
-    check_must(dpoi_context_reserve_strips(&context, dpoi_strip_size(LONGEST)), &context);
+                                      .as = DPO_F32, .first_span = first_span, .n_examples = 2 } };
+    check_must(dpoi_context_reserve(&context, dpoi_strip_size(LONGEST), 0), &context);
     check_fill(u, ROWS * WIDTH, 1, 1);
     check_fill(qkv, ROWS * ROW, 1, 2);
     attention_value(&a);
@@ -315,14 +316,14 @@ static const size_t first_target[SCORED + 1] = { 0, 3, 4, 5, 6, TARGETS };
 static const double dlogp[BRANCHES] = { 0.7, -1.3, 0.4 };
 
 typedef struct head {
-    const float *h; const dpo_tensor *W; double *log_sum; uint32_t *argmax; float *logits;
+    const float *h; const dpo_tensor *W; double *log_sum; uint32_t *argmax; float *logits, *mean;
 } head;
 static double head_value(const void *arguments)
 {
     const head *a = arguments;
     float most[SCORED], target_logit[TARGETS];
-    dpoi_head_forward(&context, a->log_sum, a->argmax, target_logit, a->logits, a->h, a->W, 1.6f,
-                      targets, first_target, most, SCORED);
+    dpoi_head_forward(&context, a->log_sum, a->argmax, target_logit, a->mean, a->logits, a->h, a->W,
+                      1.6f, targets, first_target, most, SCORED);
     double value = 0.0;
     for (size_t t = 0; t < TARGETS; t++)
         value += dlogp[targets[t].branch] * (target_logit[t] - a->log_sum[targets[t].scored]);
@@ -335,7 +336,7 @@ static void check_head(const head *a, double size)
     for (size_t s = 0; s < SCORED; s++) {
         double logit[VOCABULARY], most = -INFINITY, sum = 0.0;
         for (size_t v = 0; v < VOCABULARY; v++) {
-            logit[v] = 1.6 * dot(a->h + s * NARROW, a->W->data + v * NARROW, NARROW);
+            logit[v] = 1.6 * dot(a->h + s * NARROW, (const float *)a->W->data + v * NARROW, NARROW);
             most = DPOI_MAX(most, logit[v]);
         }
         for (size_t v = 0; v < VOCABULARY; v++) sum += exp(logit[v] - most);
@@ -348,12 +349,12 @@ static void check_head(const head *a, double size)
 static void test_head(void)
 {
     static float W[VOCABULARY * NARROW], dW[VOCABULARY * NARROW], logits[SCORED * DPOI_CHUNK];
-    float h[SCORED * NARROW], dh[SCORED * NARROW];
+    float h[SCORED * NARROW], dh[SCORED * NARROW], frozen[SCORED * NARROW];
     double log_sum[SCORED];
     uint32_t argmax[SCORED];
     dpo_tensor weight = { .layout = DPO_LINEAR, .n_dims = 2, .shape = { VOCABULARY, NARROW },
-                          .n = VOCABULARY * NARROW, .data = W, .grad = dW };
-    head a = { h, &weight, log_sum, argmax, logits };
+                          .dtype = DPO_F32, .grad_dtype = DPO_F32, .n = VOCABULARY * NARROW, .data = W, .grad = dW };
+    head a = { h, &weight, log_sum, argmax, logits, NULL };
     check_fill(h, SCORED * NARROW, 1, 1);
     check_fill(W, VOCABULARY * NARROW, 1, 2);
     head_value(&a);
@@ -366,6 +367,14 @@ static void test_head(void)
     input inputs[] = { { "h", h, dh, SCORED * NARROW, 0, 0, 0 },
                        { "W", W, dW, VOCABULARY * NARROW, 0, 0, 0 } };
     compare_layer("head", head_value, &a, inputs, 2);
+    set_all(frozen, SCORED * NARROW, NAN);
+    a.mean = frozen;
+    head_value(&a);
+    check_head(&a, 10);
+    dpoi_head_backward_frozen(&context, frozen, dlogp, &weight, 1.6f, targets, first_target, SCORED);
+    a.mean = NULL;
+    inputs[0].dx = frozen;
+    compare_layer("frozen head", head_value, &a, inputs, 1);
     for (size_t i = 0; i < SCORED * NARROW; i++) h[i] *= 100;
     head_value(&a);
     check_head(&a, 1000);
@@ -442,10 +451,11 @@ static void smoothen(dpo_model *model)
 {
     for (size_t l = 0; l < model->config.n_layers; l++) {
         const dpoi_block_weights *block = &model->weights->blocks[l];
-        for (size_t i = 0; i < block->qkv_w->n; i++) block->qkv_w->data[i] *= 0.5f;
+        float *qkv_w = block->qkv_w->data, *up_w = block->up_w->data, *up_b = block->up_b->data;
+        for (size_t i = 0; i < block->qkv_w->n; i++) qkv_w[i] *= 0.5f;
         if (model->config.activation != DPO_RELU) continue;
-        for (size_t i = 0; i < block->up_w->n; i++) block->up_w->data[i] *= 0.5f;
-        for (size_t i = 0; i < block->up_b->n; i++) block->up_b->data[i] = i % 2 ? 3.0f : -3.0f;
+        for (size_t i = 0; i < block->up_w->n; i++) up_w[i] *= 0.5f;
+        for (size_t i = 0; i < block->up_b->n; i++) up_b[i] = i % 2 ? 3.0f : -3.0f;
     }
 }
 

@@ -54,8 +54,8 @@ static void test_crc(void)
     unsigned char bytes[100];
     dpoi_crc_table table;
     dpoi_crc_fill(&table);
-    check(dpoi_crc(&table, known, 9) == 0xCBF43926u, "CRC-32 of %s is %08x", known,
-          dpoi_crc(&table, known, 9));
+    check(dpoi_crc(&table, 0, known, 9) == 0xCBF43926u, "CRC-32 of %s is %08x", known,
+          dpoi_crc(&table, 0, known, 9));
     for (size_t i = 0; i < sizeof bytes; i++) bytes[i] = (unsigned char)dpo_random_u64(1, 1, i);
     for (size_t from = 0; from < 9; from++)
         for (size_t n = 0; n < 40; n += 3) { // bit by bit
@@ -64,7 +64,7 @@ static void test_crc(void)
                 uint32_t bit = (crc ^ (uint32_t)(bytes[from + i / 8] >> (i % 8))) & 1;
                 crc = (crc >> 1) ^ (bit ? 0xEDB88320u : 0);
             }
-            check(dpoi_crc(&table, bytes + from, n) == (crc ^ 0xFFFFFFFFu), "CRC-32 of %zu bytes", n);
+            check(dpoi_crc(&table, 0, bytes + from, n) == (crc ^ 0xFFFFFFFFu), "CRC-32 of %zu bytes", n);
         }
 }
 
@@ -158,15 +158,15 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k, int a_
         memcpy(again, c, m * ldc * sizeof *c);
         for (size_t l = 0; l < n; l++) row[l] = c[i * ldc + l];
         for (size_t l = 0; l < m; l++) column[l] = c[l * ldc + j];
-        dpoi_matmul(&context, c, ldc, A, B, m, n, k, accumulate);
-        dpoi_matmul_reference(truth, ldc, A, B, m, n, k, accumulate);
+        dpoi_matmul(&context, c, ldc, A, B, m, n, k, accumulate, DPO_F32);
+        dpoi_matmul_reference(truth, ldc, A, B, m, n, k, accumulate, DPO_F32);
         double worst = 0.0, size = sqrt((double)k + 1);
         for (size_t l = 0; l < m * ldc; l++) worst = DPOI_MAX(worst, fabs((double)c[l] - truth[l]) / size);
         check(worst < 1e-5, "product %zu x %zu x %zu, stored %d %d, added %d: off by %.1e of a term", m, n,
               k, a_across, b_across, accumulate, worst);
-        dpoi_matmul(many, again, ldc, A, B, m, n, k, accumulate);
-        dpoi_matmul(&context, row, n, dpoi_submatrix(A, i, 0), B, 1, n, k, accumulate);
-        dpoi_matmul(&context, column, 1, A, dpoi_submatrix(B, 0, j), m, 1, k, accumulate);
+        dpoi_matmul(many, again, ldc, A, B, m, n, k, accumulate, DPO_F32);
+        dpoi_matmul(&context, row, n, dpoi_submatrix(A, i, 0), B, 1, n, k, accumulate, DPO_F32);
+        dpoi_matmul(&context, column, 1, A, dpoi_submatrix(B, 0, j), m, 1, k, accumulate, DPO_F32);
         int same = !memcmp(c, again, m * ldc * sizeof *c) && !memcmp(c + i * ldc, row, n * sizeof *c);
         for (size_t l = 0; l < m; l++) same &= c[l * ldc + j] == column[l];
         check(same, "product %zu x %zu x %zu, stored %d %d, added %d: threads, a row or a column alone "
@@ -250,7 +250,7 @@ static void compare_gradients(const dpo_model *model, const float *a, const floa
 {
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
-        size_t at = (size_t)(tensor->grad - model->grads);
+        size_t at = tensor->offset;
         if (!tensor->trainable) continue;
         double distance = check_distance(a + at, b + at, tensor->n);
         check(distance < 2e-5, "%s: gradient of %s %s differs by %.1e", name, tensor->name, what,
@@ -427,6 +427,51 @@ static void test_threads(dpo_architecture architecture)
     free(one);
 }
 
+/* ---- profile --------------------------------------------------------------------------------------- */
+
+/* Of one update: operations counted from the weights' shapes and the batch, and times that are never
+   more than the clock's and, as every moment of a pass is somebody's, little less. */
+static void test_profile(dpo_architecture architecture)
+{
+    dpo_model model = check_make_model(&context, architecture, 40, 2);
+    check_batch b = check_make_batch(long_shapes, EXAMPLES, model.config.vocab_size, 2);
+    dpo_optimizer adam;
+    dpo_score scores[MOST];
+    dpo_profile profile = { 0 };
+    double dlogp[MOST] = { 0.1 }, norm, rows = 0, matrices = 0, seconds = 0;
+    struct timespec start, end;
+    check_must(dpo_optimizer_init(&model, &adam, DPO_ADAMW), &context);
+    context.profile = &profile;
+    clock_gettime(CLOCK_MONOTONIC, &start);
+    check_must(dpo_model_zero_grad(&model) || dpo_forward(&model, scores, &b.batch, 1) ||
+               dpo_backward(&model, &b.batch, dlogp) || dpo_grad_norm(&model, &norm) ||
+               dpo_optimizer_step(&model, &adam, 1e-3, 1), &context);
+    clock_gettime(CLOCK_MONOTONIC, &end);
+    context.profile = NULL;
+    for (size_t e = 0; e < b.batch.n; e++) rows += (double)dpo_example_rows(&b.examples[e]);
+    for (size_t i = 0; i < model.n_tensors; i++)
+        if (model.tensors[i].layout != DPO_PLAIN && &model.tensors[i] != model.weights->head)
+            matrices += (double)model.tensors[i].n;
+    matrices -= (double)model.weights->embedding->n *
+                (model.weights->embedding != model.weights->head &&
+                 model.weights->embedding->layout != DPO_PLAIN);
+    double linear = 2 * rows * matrices, head = profile.flops[DPO_TIME_HEAD];
+    check(profile.flops[DPO_TIME_LINEAR] == linear && profile.flops[DPO_TIME_LINEAR_BACK] == 2 * linear,
+          "%g and %g operations of linear layers, not %g and twice that", profile.flops[DPO_TIME_LINEAR],
+          profile.flops[DPO_TIME_LINEAR_BACK], linear);
+    check(head > 0 && profile.flops[DPO_TIME_HEAD_BACK] == 3 * head, "the head's operations");
+    for (int i = 0; i < DPO_N_OPERATIONS; i++) {
+        seconds += profile.seconds[i];
+        check(profile.seconds[i] >= 0 && (profile.flops[i] == 0 || profile.bytes[i] == 0),
+              "operation %d: time or work", i);
+    }
+    double wall = (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+    check(seconds <= wall && seconds > 0.5 * wall, "%g s of %g s are accounted for", seconds, wall);
+    dpo_optimizer_free(&model, &adam);
+    check_free_batch(&b);
+    dpo_model_free(&model);
+}
+
 /* ---- optimizer, schedule, metrics --------------------------------------------------------------------- */
 
 /* Three updates against the formulas in fp64, with constants that leave no term unseen. */
@@ -445,19 +490,20 @@ static void test_optimizer(dpo_optimizer_kind kind)
     optimizer.weight_decay = decay;
     size_t n = model.n_trainable;
     double *p = malloc(n * sizeof *p), *m = calloc(n, sizeof *m), *v = calloc(n, sizeof *v);
-    float slope = model.weights->slopes->data[0];
-    for (size_t i = 0; i < n; i++) p[i] = model.params[i];
+    float slope = dpoi_weight_at(model.weights->slopes, 0);
+    float *params = model.params, *grads = model.grads;
+    for (size_t i = 0; i < n; i++) p[i] = params[i];
     for (int step = 1; step <= 3; step++) {
-        check_fill(model.grads, n, 0.1, (uint64_t)step);
-        model.grads[0] = 0.0f;
+        check_fill(grads, n, 0.1, (uint64_t)step);
+        grads[0] = 0.0f;
         for (size_t k = 0; k < model.n_tensors; k++) {
             const dpo_tensor *tensor = &model.tensors[k];
             if (!tensor->trainable) continue;
             int matrix = tensor->n_dims == 2;
             double rate = lr * (tensor->layout == DPO_CONV1D ? model.config.mup_width_scale : 1.0);
             check(tensor->decays == matrix, "%s decays: %d", tensor->name, tensor->decays);
-            for (size_t i = (size_t)(tensor->data - model.params), j = 0; j < tensor->n; i++, j++) {
-                double g = scale * model.grads[i];
+            for (size_t i = tensor->offset, j = 0; j < tensor->n; i++, j++) {
+                double g = scale * grads[i];
                 m[i] = b1 * m[i] + (1 - b1) * g;
                 v[i] = b2 * v[i] + (1 - b2) * g * g;
                 if (matrix) p[i] -= rate * decay * p[i];
@@ -470,10 +516,10 @@ static void test_optimizer(dpo_optimizer_kind kind)
         }
         check_must(dpo_optimizer_step(&model, &optimizer, lr, scale), &context);
         double worst = 0.0;
-        for (size_t i = 0; i < n; i++) worst = DPOI_MAX(worst, fabs(p[i] - model.params[i]));
+        for (size_t i = 0; i < n; i++) worst = DPOI_MAX(worst, fabs(p[i] - params[i]));
         check(worst < 1e-6, "optimizer %d, step %d: a weight is off by %.1e", (int)kind, step, worst);
     }
-    check(optimizer.step == 3 && model.weights->slopes->data[0] == slope, "slopes do not learn");
+    check(optimizer.step == 3 && dpoi_weight_at(model.weights->slopes, 0) == slope, "slopes do not learn");
     free(p);
     free(m);
     free(v);
@@ -486,13 +532,14 @@ static void test_grad_norm(void)
     dpo_model model = check_make_model(&context, DPO_GPT_NEOX, 64, 2); // more than two DPOI_PIECEs
     double squares = 0.0, norm;
     check_must(dpo_model_zero_grad(&model), &context);
-    check_fill(model.grads, model.n_trainable, 1, 1);
-    for (size_t i = 0; i < model.n_trainable; i++) squares += (double)model.grads[i] * model.grads[i];
+    float *grads = model.grads;
+    check_fill(grads, model.n_trainable, 1, 1);
+    for (size_t i = 0; i < model.n_trainable; i++) squares += (double)grads[i] * grads[i];
     check_must(dpo_grad_norm(&model, &norm), &context);
     check(model.n_trainable > 2 * DPOI_PIECE && fabs(norm / sqrt(squares) - 1) < 1e-12,
           "gradient norm %.15g, not %.15g", norm, sqrt(squares));
     const dpo_tensor *tensor = &model.tensors[7];
-    tensor->grad[3] = NAN;
+    grads[tensor->offset + 3] = NAN;
     check(dpo_grad_norm(&model, &norm) && strstr(context.error, tensor->name),
           "a gradient that is not a number: %s", context.error);
     dpo_model_free(&model);
@@ -606,15 +653,19 @@ static void test_save(dpo_model *model, const char *name)
     check_path(first, "first.bin");
     check_path(second, "second.bin");
     dpo_model loaded, again;
-    check_must(dpo_model_save(model, first) || dpo_model_load(&context, &loaded, first, 1) ||
-               dpo_model_save(&loaded, second) || dpo_model_load(&context, &again, second, 1), &context);
+    check_must(dpo_model_save(model, first, DPO_F32) ||
+               dpo_model_load(&context, &loaded, first, NULL) ||
+               dpo_model_save(&loaded, second, DPO_F32) ||
+               dpo_model_load(&context, &again, second, NULL), &context);
     compare_models(model, &loaded, name);
     check(loaded.file.bytes == again.file.bytes && loaded.identity == again.identity &&
           !memcmp(loaded.file.map, again.file.map, loaded.file.bytes), "%s: saving again gives another "
           "file", name);
     dpo_model_free(&again);
-    loaded.params[3] = nextafterf(loaded.params[3], 9);
-    check_must(dpo_model_save(&loaded, second) || dpo_model_load(&context, &again, second, 1), &context);
+    float *params = loaded.params;
+    params[3] = nextafterf(params[3], 9);
+    check_must(dpo_model_save(&loaded, second, DPO_F32) ||
+               dpo_model_load(&context, &again, second, NULL), &context);
     check(loaded.identity != again.identity, "%s: other weights have the same identity", name);
     dpo_model_free(&loaded);
     dpo_model_free(&again);
@@ -622,13 +673,23 @@ static void test_save(dpo_model *model, const char *name)
     unlink(second);
 }
 
+/* A tensor of more than one piece of a file. */
+static void test_save_pieces(void)
+{
+    dpo_model model = check_make_model(&context, DPO_GPT_NEOX, 64, 2);
+    check(model.tensors[0].n > DPOI_FILL, "the embedding has only %zu elements", model.tensors[0].n);
+    test_save(&model, "two pieces");
+    dpo_model_free(&model);
+}
+
 static void test_reference_cache(void)
 {
     char path[CHECK_PATH_BYTES];
     double logp[] = { -1.5, -2.25, -1e-300 }, read[3];
     check_path(path, "reference.bin");
-    check_must(dpo_reference_save(&context, path, 11, 22, logp, 3) ||
-               dpo_reference_load(&context, path, 11, 22, read, 3), &context);
+    const dpo_reference_key key = { 11, 0, DPO_F32, 22, 33 };
+    check_must(dpo_reference_save(&context, path, &key, logp, 3) ||
+               dpo_reference_load(&context, path, &key, read, 3), &context);
     check(!memcmp(logp, read, sizeof logp), "the reference cache gives other numbers");
     unlink(path);
 }
@@ -641,14 +702,7 @@ static void test_plan(dpo_architecture architecture, dpo_optimizer_kind kind, in
     dpo_model model = check_make_model(&own, architecture, 64, 3);
     check_batch b = check_make_batch(long_shapes, EXAMPLES, model.config.vocab_size, 3);
     dpo_plan_options options = { .train = trains, .optimizer = kind, .n_threads = own.n_threads };
-    for (size_t e = 0; e < EXAMPLES; e++) {
-        const dpo_example *example = &b.examples[e];
-        options.max_rows += dpo_example_rows(example);
-        for (size_t k = 0; k < example->n_branches; k++) {
-            options.max_scored += example->branches[k].n - example->branches[k].first_scored;
-            options.max_span = DPOI_MAX(options.max_span, example->n_prompt + example->branches[k].n - 1);
-        }
-    }
+    dpo_plan_passes(&options, b.examples, EXAMPLES, SIZE_MAX, trains);
     dpo_memory plan;
     dpo_optimizer optimizer = { 0 };
     dpo_score scores[MOST];
@@ -944,7 +998,7 @@ static void test_configs(void)
         dpo_config_default(&config, architecture); \
         config.change; \
         size_t heap = context.heap_bytes; \
-        fails(dpo_model_init(&context, &model, &config, NULL, 1), words); \
+        fails(dpo_model_init(&context, &model, &config, NULL, 1, NULL), words); \
         check(context.heap_bytes == heap, "a failed init leaks"); \
     } while (0)
     TRY(DPO_GPT_NEOX, d_model = 0, "d_model");
@@ -1015,6 +1069,7 @@ int main(void)
         check_free_batch(&b);
         dpo_model_free(&model);
         test_threads((dpo_architecture)architecture);
+        test_profile((dpo_architecture)architecture);
         for (int trains = 0; trains < 2; trains++)
             test_plan((dpo_architecture)architecture, architecture == DPO_BTLM ? DPO_RMSPROP : DPO_ADAMW,
                       trains);
@@ -1022,6 +1077,7 @@ int main(void)
     dpo_model tokenizer = check_load(&context, "tokenizer");
     test_save(&tokenizer, "tokenizer");
     dpo_model_free(&tokenizer);
+    test_save_pieces();
     test_reference_cache();
     check(!rmdir(check_directory), "files are left in %s", check_directory);
     dpo_context_free(&context);

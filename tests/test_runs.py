@@ -1,0 +1,400 @@
+"""Training runs through the programs: resuming bit for bit, killed runs, the best checkpoint and
+patience, adapters and merging, memory against its plan, and what bad input gets.
+
+Needs train and eval (make), and nothing else. Prints "N passed, N failed".
+"""
+import csv
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+passed = failed = 0
+KIND = ["Gladly! ", "Good question. ", "Happy to help. "]
+RUDE = ["Go away. ", "Who cares? ", "Not you again. "]
+THINGS = ["bake bread", "plant a tree", "make tea", "save money", "learn chess", "grow basil"]
+MODES = {
+    "fp32": [],
+    "bf16": ["--dtype", "bf16"],
+    "bf16, stochastic rounding": ["--dtype", "bf16", "--stochastic-rounding"],
+    "LoRA with dropout": ["--lora", "--lora-dropout", "0.1"],
+    "LoRA over bf16, recomputed": ["--lora", "--dtype", "bf16", "--gradient-checkpointing"],
+}
+
+
+def check(ok, message):
+    global passed, failed
+    passed += bool(ok)
+    failed += not ok
+    if not ok:
+        print("FAILED:", message)
+    return ok
+
+
+def start(*words, **options):
+    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def run(*words, status=0):
+    """Runs a program; returns stdout + stderr, and counts an unexpected exit status as a failure."""
+    process = start(*words)
+    out, err = process.communicate(timeout=120)
+    if process.returncode != status:
+        check(False, f"{' '.join(map(str, words))}: exit status {process.returncode}, "
+                     f"not {status}:\n{out}{err}")
+    return out + err
+
+
+def refused(words, *say, status=1):
+    """The program must stop with that status and one line that says all of that."""
+    text = run(*words, status=status)
+    last = text.strip().splitlines()[-1] if text.strip() else ""
+    for part in say:
+        check(part in last, f"{' '.join(map(str, words[:3]))}: the message does not say {part!r}: "
+                            f"{last}")
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def same_files(a, b, names, what):
+    for name in names:
+        if (a / name).exists() or (b / name).exists():
+            check((a / name).read_bytes() == (b / name).read_bytes(), f"{what}: another {name}")
+
+
+def write_pairs(path, seed, n):
+    random.seed(seed)
+    with open(path, "w") as file:
+        for _ in range(n):
+            thing = random.choice(THINGS)
+            file.write(json.dumps({"prompt": f"\n\nHuman: How do I {thing}?\n\nAssistant:",
+                                   "chosen": " " + random.choice(KIND) + thing,
+                                   "rejected": " " + random.choice(RUDE) * random.randint(1, 3)}))
+            file.write("\n")
+
+
+def begin(base, data, out, *more):
+    return ["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--eval-data",
+            data / "held.jsonl", "--batch-size", "8", "--max-length", "96", "--max-prompt-length",
+            "48", "--learning-rate", "1e-3", "--eval-steps", "2", *more]
+
+
+def test_resume(data, base):
+    """10 updates equal 5, killed, and 5 more, whatever the mode and the threads."""
+    for name, options in MODES.items():
+        whole, cut = data / "whole", data / "cut"
+        run(*begin(base, data, whole, "--max-steps", "10", "--sample", "1", *options))
+        process = start(*begin(base, data, cut, "--max-steps", "10", "--sample", "1",
+                               "--save-steps", "5", "--threads", "1", *options))
+        while not (cut / "state.bin").exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+        with (cut / "log.csv").open("a") as file:   # what a crash may leave
+            file.write("11,1,1,half a row")
+        (cut / "state.bin.tmp-123").write_text("half a file")
+        (cut / "notes.tmp-123").write_text("somebody else's")
+        moved = data / "moved"      # a run is known by what it holds, not by where it lies
+        cut.rename(moved)
+        cut = moved
+        shutil.copy(base, data / "copy.bin")
+        copy = [] if "--lora" in options else ["-m", data / "copy.bin"]    # adapters say where
+        text = run("./train", "dpo", "--resume", "-o", cut, "--threads", "3", *copy)
+        check("resumed after update 5 of 10" in text, f"{name}: {text}")
+        same_files(whole, cut, ["model.bin", "adapter.bin", "best.bin", "eval.csv",
+                                "samples.jsonl", "reference.bin"], f"{name}, resumed")
+        changing = ("tokens_per_second", "seconds")
+        logs = [[{k: v for k, v in row.items() if k not in changing} for row in rows(d / "log.csv")]
+                for d in (whole, cut)]
+        check(len(logs[0]) == 10 and logs[0] == logs[1], f"{name}: another log.csv after resuming")
+        left = sorted(path.name for path in cut.iterdir() if "tmp" in path.name or
+                      path.name == "state.bin")
+        check(left == ["notes.tmp-123"], f"{name}: a finished run keeps {left}")
+        shutil.rmtree(whole)
+        shutil.rmtree(cut)
+
+
+def test_killed(data, base):
+    """Killed at any instant, again and again, a run still comes to the same end."""
+    whole, cut = data / "whole", data / "cut"
+    more = ["--max-steps", "30", "--save-steps", "1"]
+    run(*begin(base, data, whole, *more))
+    random.seed(1)
+    kills, finished = 0, False
+    for attempt in range(200):
+        # A run that was killed before its first state has nothing to go on from, and begins anew.
+        resumes = (cut / "state.bin").exists()
+        if cut.exists() and not resumes:
+            shutil.rmtree(cut)
+        process = start(*(["./train", "dpo", "--resume", "-o", cut] if resumes
+                          else begin(base, data, cut, *more)))
+        try:
+            _, err = process.communicate(timeout=(0.03 + 0.06 * random.random()) *
+                                         (1 + attempt / 10))     # in the end long enough
+            finished = check(process.returncode == 0, f"after {kills} kills: {err}")
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            kills += 1
+    check(finished and kills > 1, f"{kills} kills, finished: {finished}")
+    same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after {kills} kills")
+    for number in (signal.SIGINT, signal.SIGTERM):
+        shutil.rmtree(cut)
+        process = start(*begin(base, data, cut, "--max-steps", "30"))
+        while not (cut / "log.csv").exists() or len((cut / "log.csv").read_text().split()) < 4:
+            time.sleep(0.002)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+        check(process.returncode == 128 + number and "--resume" in err, f"signal {number}: {err}")
+        check((cut / "state.bin").exists() and (cut / "model.bin").exists(), "no state was left")
+        run("./train", "dpo", "--resume", "-o", cut)
+        same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after signal {number}")
+    shutil.rmtree(whole)
+    shutil.rmtree(cut)
+
+
+def test_resume_refusals(data, base):
+    cut = data / "cut"
+    resume = ["./train", "dpo", "--resume", "-o", cut]
+    refused(resume, "cannot be resumed", "config.json")
+    process = start(*begin(base, data, cut, "--max-steps", "200", "--save-steps", "2"))
+    while not (cut / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    state = (cut / "state.bin").read_bytes()
+    for option, value, now in (("beta", "0.2", "0.1"), ("learning-rate", "1e-4", "0.001"),
+                               ("optim", "rmsprop", "adamw"), ("seed", "9", "0")):
+        refused(resume + ["--" + option, value], option, value if option != "learning-rate"
+                else "0.0001", now)
+    refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
+    refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
+    refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
+    refused(begin(base, data, cut), "holds another run", "--resume")
+    pairs = (data / "pairs.jsonl").read_text()
+    (data / "pairs.jsonl").write_text(pairs.replace("Gladly", "Kindly"))
+    refused(resume, "data_hash")
+    (data / "pairs.jsonl").write_text(pairs)
+    model = pathlib.Path(base).read_bytes()
+    run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
+    shutil.copy(data / "other.bin", base)
+    refused(resume, "model_identity")
+    pathlib.Path(base).write_bytes(model)
+    (cut / "state.bin").write_bytes(state[:-10])
+    refused(resume, "state.bin", "cut")
+    (cut / "state.bin").write_bytes(model)
+    refused(resume, 'the kind "model"; "training state" is expected')
+    other = data / "other"
+    process = start(*begin(base, data, other, "--max-steps", "200", "--save-steps", "2", "--seed",
+                           "4"))
+    while not (other / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    shutil.copy(other / "state.bin", cut)
+    refused(resume, "state.bin", "another run")
+    (cut / "state.bin").write_bytes(state)
+    (cut / "reference.bin").unlink()
+    refused(resume, "reference.bin is missing")
+    (cut / "state.bin").unlink()
+    refused(resume, "no state.bin")
+    shutil.rmtree(cut)
+    shutil.rmtree(other)
+
+
+def test_best(data, base):
+    """best.bin is the first of the best evaluations after step 0; patience counts from it."""
+    out = data / "best"
+    text = run(*begin(base, data, out, "--max-steps", "24", "--eval-steps", "1"))
+    log = rows(out / "eval.csv")
+    accuracy = [float(row["eval_rewards/accuracies"]) for row in log]
+    best = 1 + max(range(len(accuracy) - 1), key=lambda i: (accuracy[i + 1], -i))
+    check(f"step {best}, accuracy {accuracy[best]:.4f}" in text and "confirm it" in text,
+          f"best is step {best}: {text}")
+    again = data / "again"      # the same run, up to that step
+    run(*begin(base, data, again, "--max-steps", "24", "--eval-steps", str(best)))
+    if best < 24:
+        shutil.rmtree(again)
+        process = start(*begin(base, data, again, "--max-steps", "24", "--eval-steps", "1",
+                               "--save-steps", str(best)))
+        while not (again / "state.bin").exists() and process.poll() is None:
+            time.sleep(0.002)
+        process.kill()
+        process.communicate()
+    check((again / "best.bin").read_bytes() == (out / "best.bin").read_bytes(),
+          "best.bin is not the model of its step")
+    for patience, delta in ((3, 0), (2, 0.05)):
+        shutil.rmtree(again)
+        text = run(*begin(base, data, again, "--max-steps", "24", "--eval-steps", "1",
+                          "--patience", str(patience), "--min-delta", str(delta)))
+        highest, waited, end = None, 0, 24
+        for step in range(1, 25):
+            better = highest is None or accuracy[step] - highest > delta
+            waited = 0 if better else waited + 1
+            highest = accuracy[step] if better else highest
+            if waited == patience:
+                end = step
+                break
+        check(f"{end} of 24 updates" in text, f"patience {patience}, delta {delta}: not at step "
+                                              f"{end}: {text}")
+    refused(["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", data / "no",
+             "--patience", "2"], "--eval-data", status=2)
+    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", data / "held.jsonl",
+               "--versus", out, "--skip", "4", "--max-length", "96", "--json")
+    result = json.loads(text[text.index("{"):text.rindex("}") + 1])
+    paths = [data / "a.csv", data / "b.csv"]
+    for path, model in zip(paths, (out / "best.bin", out)):
+        run("./eval", "prefs", "-m", model, "-r", base, "-d", data / "held.jsonl", "--skip", "4",
+            "--max-length", "96", "--out", path)
+    hits = [[float(row["rewards/margins"]) > 0 for row in rows(path)] for path in paths]
+    mean = sum(a - b for a, b in zip(*hits)) / len(hits[0])
+    skipped = (data / "held.jsonl").read_text().splitlines()[4:]
+    check(result["prompts"] == len({json.loads(line)["prompt"] for line in skipped}),
+          f"prompts after --skip: {result}")
+    check(result["pairs"] == len(hits[0]) and abs(result["accuracies_difference"] - mean) < 1e-9
+          and abs(result["versus_accuracies"] - sum(hits[1]) / len(hits[1])) < 1e-9,
+          f"versus: {result}, not {mean}")
+    differences, prompts = [a - b for a, b in zip(*hits)], {}
+    records = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()][4:]
+    for record, difference in zip(records, differences):
+        prompts.setdefault(record["prompt"], []).append(difference - mean)
+    squares = sum(sum(values) ** 2 for values in prompts.values())
+    error = (squares * len(prompts) / (len(prompts) - 1)) ** 0.5 / len(differences)
+    check(abs(result["difference_se"] - error) < 1e-9, f"paired error {error}: {result}")
+    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", data / "held.jsonl", "--skip", "1000"],
+            "--skip 1000")
+    shutil.rmtree(out)
+    shutil.rmtree(again)
+
+
+def test_adapters(data, base):
+    """SFT with LoRA, then DPO with LoRA: continued or merged, the reference is where it starts."""
+    sft, dpo, merged = data / "sft", data / "dpo", data / "merged.bin"
+    lora = ["--lora", "--lora-r", "4"]
+    run("./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", sft, "--max-length", "96",
+        "--max-prompt-length", "48", "--batch-size", "8", "--max-steps", "5", "--learning-rate",
+        "1e-2", *lora)
+    run("./train", "merge", "-m", sft, "-o", merged)
+    text = run(*begin(sft, data, dpo, "--max-steps", "4"))
+    check("adapter.bin, the model that training starts from" in text, f"reference: {text}")
+    first = rows(dpo / "log.csv")[0]
+    check(first["rewards/margins"] == "0" and abs(float(first["loss"]) - 0.693147181) < 1e-9,
+          f"continued: the first update is not at the reference: {first}")
+    check((dpo / "adapter.bin").exists() and not (dpo / "model.bin").exists(), "an adapter is kept")
+    other = data / "merged"
+    text = run(*begin(merged, data, other, "--max-steps", "4", *lora))
+    check("merged.bin, the model that training starts from" in text, f"reference: {text}")
+    a, b = (float(rows(d / "log.csv")[0]["logps/chosen"]) for d in (dpo, other))
+    check(abs(a - b) < 1e-3 * abs(a), f"merged and continued start at {a} and {b}")
+    text = run(*begin(base, data, data / "named", "--max-steps", "1", "--adapter", dpo,
+                      "--reference", base))
+    check("as --reference says" in text and
+          rows(data / "named" / "log.csv")[0]["rewards/margins"] != "0", f"--reference: {text}")
+    # --adapter over its base is the same as the run directory; a merged bf16 file is mapped
+    generate = ["--prompt", "How do I make tea?", "--temperature", "0", "--max-new-tokens", "12"]
+    texts = [run("./eval", "generate", *words, *generate).split('"completion"')[1].split("\n")[0]
+             for words in (["-m", dpo], ["-m", base, "--adapter", dpo], ["-m", dpo / "adapter.bin"])]
+    check(texts[0] == texts[1] == texts[2], f"three ways: {texts}")
+    half = data / "half.bin"
+    run("./train", "merge", "-m", dpo, "-o", half, "--dtype", "bf16")
+    check(half.stat().st_size < 0.7 * merged.stat().st_size, "bf16 is half as large")
+    run("./eval", "generate", "-m", half, "--dtype", "bf16", *generate)
+    refused(["./train", "merge", "-m", base, "-o", half], "exists already")
+    run("./train", "init", "-o", data / "alien.bin", "--seed", "5")
+    refused(["./train", "merge", "-m", data / "alien.bin", "--adapter", dpo, "-o", data / "x.bin"],
+            "another model")
+    refused(["./eval", "generate", "-m", data / "alien.bin", "--adapter", dpo, *generate],
+            "another model")
+    check(not (data / "x.bin").exists(), "a model that does not fit its adapter leaves a file")
+    refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "attention.dense,qkv"),
+            "qkv", "mlp.dense_h_to_4h")
+    refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "embed_out"),
+            "the head takes no adapter")
+    refused(begin(base, data, data / "x", "--lora-r", "8"), "--lora-r goes with --lora", status=2)
+    refused(begin(sft, data, data / "x", "--lora-r", "8"), "its own", status=2)
+    refused(begin(sft, data, data / "x", "--lora", "--lora-r", "8"), status=2)
+    refused(begin(sft, data, data / "x", "--lora"), "merge", status=2)
+    refused(begin(base, data, data / "x", "--lora", "--lora-r", "70000"), "r is 70000")
+    refused(begin(base, data, data / "x", "--stochastic-rounding"), "--dtype bf16", status=2)
+    moved = data / "moved"
+    shutil.copytree(sft, moved)
+    hidden = pathlib.Path(base).rename(data / "hidden.bin")
+    refused(["./eval", "generate", "-m", moved, *generate], "base model", "not there")
+    run("./eval", "generate", "-m", hidden, "--adapter", moved, *generate)
+    hidden.rename(base)
+    for path in (sft, dpo, other, moved, data / "named"):
+        shutil.rmtree(path)
+
+
+def test_reference_cache(data, base):
+    cache = data / "reference.bin"
+    with_cache = ["--max-steps", "1", "--reference-cache", cache]
+    run(*begin(base, data, data / "a", *with_cache))
+    text = run(*begin(base, data, data / "b", *with_cache, "--beta", "0.4", "--loss-type", "ipo"))
+    check("read from" in text, f"the cache serves another beta and loss: {text}")
+    words = begin(base, data, data / "c", *with_cache)
+    refused(words + ["--dtype", "bf16"], "another precision")
+    check(not (data / "c").exists(), "a cache that does not fit leaves a directory")
+    refused(words + ["--max-length", "80"], "another truncation")
+    refused(words + ["--limit", "9"], "other data")
+    run("./train", "init", "-o", data / "another.bin", "--seed", "6", "--d-model", "32")
+    words[3] = data / "another.bin"
+    refused(words, "another reference model")
+    for name in "ab":
+        shutil.rmtree(data / name)
+
+
+def test_memory(data):
+    """The plan against the most that was resident: the heap within 2 %, and the mapped part at most
+    as planned. The programs and their libraries take some 5 MB that no plan knows of."""
+    model = data / "large.bin"
+    run("./train", "init", "-o", model, "--preset", "pythia-70m", "--d-model", "512")
+    for options, mapped in (([], 0), (["--dtype", "bf16"], 0), (["--lora"], 1),
+                            (["--dtype", "bf16", "--stochastic-rounding"], 0),
+                            (["--lora", "--gradient-checkpointing"], 1)):
+        out = data / "run"
+        text = run(*begin(model, data, out, "--max-steps", "2", *options))
+        line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
+        words = line.split()
+        plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
+        heap = plan - planned_map
+        low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
+        check(low < peak < 1.02 * heap + planned_map + 8, f"{options}: {line}")
+        shutil.rmtree(out)
+    refused(begin(model, data, data / "x", "--max-memory", "50M"), "50.0 MB are allowed by "
+            "--max-memory")
+    check(not (data / "x").exists(), "a run that does not fit leaves a directory")
+
+
+def main():
+    with tempfile.TemporaryDirectory() as directory:
+        data = pathlib.Path(directory)
+        base = data / "base.bin"
+        write_pairs(data / "pairs.jsonl", 1, 40)
+        write_pairs(data / "held.jsonl", 2, 24)
+        run("./train", "init", "-o", base, "--d-model", "32", "--context-length", "128")
+        test_resume(data, base)
+        test_killed(data, base)
+        test_resume_refusals(data, base)
+        test_best(data, base)
+        test_adapters(data, base)
+        test_reference_cache(data, base)
+        test_memory(data)
+    print(f"{passed} passed, {failed} failed")
+    sys.exit(failed > 0)
+
+
+main()
