@@ -100,17 +100,19 @@ def array(values, dtype):
     return np.ascontiguousarray(values, dtype=dtype)
 
 
+DTYPES = {"fp32": 1, "bf16": 3}
 LOSSES = {"sigmoid": 0, "ipo": 1, "ipo-sum": 2, "hinge": 3}
 COLUMNS = ["loss", "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins",
            "logps/chosen", "logps/rejected"]
 
 
 class Model:
-    """A model file, loaded by dpo.h. A batch is a list of (prompt, [(branch, first_scored)])."""
+    """A model file, loaded by dpo.h; with an adapter file over it, that alone is trained. A batch
+    is a list of (prompt, [(branch, first_scored)])."""
 
     shared = None
 
-    def __init__(self, path, threads=0):
+    def __init__(self, path, adapter=None, dtype="fp32", threads=0):
         if Model.shared is None:
             Model.shared = ctypes.CDLL(str(build()))
             for name in ("shim_new", "shim_pair_tokens"):
@@ -119,7 +121,7 @@ class Model:
                 getattr(Model.shared, name).restype = ctypes.c_size_t
             Model.shared.shim_error.restype = ctypes.c_char_p
         self.handle = ctypes.c_void_p(Model.shared.shim_new(ctypes.c_int(threads)))
-        self.call("load", str(path).encode())
+        self.call("load", str(path).encode(), adapter and str(adapter).encode(), DTYPES[dtype])
         self.vocab_size = Model.shared.shim_vocab_size(self.handle)
 
     def close(self):
@@ -139,15 +141,23 @@ class Model:
             raise RuntimeError(Model.shared.shim_error(self.handle).decode())
 
     def tensors(self, grads=False):
-        """{name: array}: the parameters, or their gradients; views, not copies."""
+        """{name: array}: the parameters, or the gradients that there are; fp32 ones are views, bf16
+        ones copies."""
         result = {}
         for i in range(Model.shared.shim_n_tensors(self.handle)):
             name, shape = ctypes.c_char_p(), (ctypes.c_size_t * 2)()
-            places = [ctypes.POINTER(ctypes.c_float)() for _ in range(2)]
-            n_dims = Model.shared.shim_tensor(self.handle, ctypes.c_size_t(i), ctypes.byref(name),
-                                              shape, *map(ctypes.byref, places))
-            if places[grads]:
-                result[name.value.decode()] = np.ctypeslib.as_array(places[grads], shape[:n_dims])
+            place, dtype = ctypes.c_void_p(), ctypes.c_int()
+            n_dims = Model.shared.shim_tensor(
+                self.handle, ctypes.c_size_t(i), ctypes.c_int(grads), ctypes.byref(name), shape,
+                ctypes.byref(place), ctypes.byref(dtype))
+            if not place:
+                continue
+            half = dtype.value == DTYPES["bf16"]
+            sort = ctypes.POINTER(ctypes.c_uint16 if half else ctypes.c_float)
+            values = np.ctypeslib.as_array(ctypes.cast(place, sort), shape[:n_dims])
+            if half:            # a bf16 is the upper half of a float
+                values = (values.astype(np.uint32) << 16).view(np.float32)
+            result[name.value.decode()] = values
         return result
 
     def save(self, path):

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Compares dpo.h with its peers: golden checkpoints, transformers, tokenizers, TRL, and an
-# independent BTLM in PyTorch. Makes their Python environment first (../setup_venv.sh, DPO_VENV);
-# after that it takes less than 12 minutes on two cores. Data from ../shared beside the project, or
-# $DPO_SHARED, is used where it is there; each script says what it had to skip without.
+# Compares dpo.h with its peers: golden checkpoints, transformers, tokenizers, TRL, PEFT, PyTorch's
+# bf16, and an independent BTLM in PyTorch. Makes their Python environment first (../setup_venv.sh,
+# DPO_VENV); after that it takes about 20 minutes on two cores. Data from ../shared beside the
+# project, or $DPO_SHARED, is used where it is there; each script says what it had to skip without.
 #
 # Each script prints what it compared, how far apart the two are and how far they may be; its
 # opening comment says why. The last line adds up; the exit status is 0 if nothing failed.
@@ -12,7 +12,7 @@ export PYTHONDONTWRITEBYTECODE=1
 
 python=$(sh tests/setup_venv.sh) || exit 1
 python=$(echo "$python" | tail -n 1)
-make train || exit 1
+make train eval || exit 1
 
 work=$(mktemp -d) || exit 1
 pid=
@@ -52,6 +52,9 @@ compare neox_live.py
 compare btlm_live.py
 compare export_live.py
 compare trl_live.py
+compare peft_files_live.py
+compare lora_live.py
+compare bf16_live.py
 
 echo
 wait "$pid"

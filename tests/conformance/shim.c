@@ -52,21 +52,29 @@ void shim_free(shim *s)
 
 /* ---- the model ------------------------------------------------------------------------------- */
 
-int shim_load(shim *s, const char *path) { return dpo_model_load(&s->context, &s->model, path, 1); }
-int shim_save(shim *s, const char *path) { return dpo_model_save(&s->model, path); }
+/* With an adapter (NULL: none) the model is frozen. */
+int shim_load(shim *s, const char *path, const char *adapter, size_t dtype)
+{
+    dpo_model_options options = { .dtype = (dpo_dtype)dtype, .frozen = adapter != NULL };
+    return dpo_model_load(&s->context, &s->model, path, &options) ||
+           (adapter && dpo_lora_load(&s->model, adapter));
+}
+
+int shim_save(shim *s, const char *path) { return dpo_model_save(&s->model, path, DPO_F32); }
 size_t shim_vocab_size(const shim *s) { return s->model.config.vocab_size; }
 size_t shim_n_tensors(const shim *s) { return s->model.n_tensors; }
 
-/* Returns the number of dimensions; *grad is NULL where there is none (yet). */
-size_t shim_tensor(const shim *s, size_t i, const char **name, size_t *shape /* [2] */,
-                   float **data, float **grad)
+/* Returns the number of dimensions. *place is the tensor or, with `grad`, its gradient: NULL where
+   there is none (yet). */
+size_t shim_tensor(const shim *s, size_t i, int grad, const char **name, size_t *shape /* [2] */,
+                   void **place, dpo_dtype *dtype)
 {
     const dpo_tensor *tensor = &s->model.tensors[i];
     *name = tensor->name;
     shape[0] = tensor->shape[0];
     shape[1] = tensor->shape[1];
-    *data = tensor->data;
-    *grad = tensor->trainable ? tensor->grad : NULL;
+    *place = grad ? tensor->grad : tensor->data;
+    *dtype = grad ? tensor->grad_dtype : tensor->dtype;
     return tensor->n_dims;
 }
 

@@ -71,8 +71,9 @@ def choose_pairs(n, tokenizer, longest):
 
 # --- TRL -----------------------------------------------------------------------------------------
 
-def trl_run(folder, work, pairs, batch, steps, loss, beta, rate):
-    """TRL's log, a row per update, and its token ids as [(prompt, chosen, rejected)]."""
+def trl_run(folder, work, pairs, batch, steps, loss, beta, rate, lora=None):
+    """TRL's log, a row per update, and its token ids as [(prompt, chosen, rejected)]. With a
+    LoraConfig it trains an adapter, which is in work / "before" and then in work / "after"."""
     def model():
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32,
                                                     attn_implementation="sdpa")
@@ -83,11 +84,15 @@ def trl_run(folder, work, pairs, batch, steps, loss, beta, rate):
         max_steps=steps, train_sampling_strategy="sequential", max_length=1024, use_cpu=True,
         bf16=False, gradient_checkpointing=False, disable_dropout=True, logging_steps=1,
         logging_first_step=True, report_to="none", save_strategy="no", disable_tqdm=True)
-    trainer = DPOTrainer(model=model(), ref_model=model(), args=settings,
-                         train_dataset=datasets.Dataset.from_list(pairs),
+    trainer = DPOTrainer(model=model(), ref_model=None if lora else model(), args=settings,
+                         peft_config=lora, train_dataset=datasets.Dataset.from_list(pairs),
                          processing_class=AutoTokenizer.from_pretrained(folder))
     trainer.remove_callback(PrinterCallback)
+    if lora:
+        trainer.model.save_pretrained(work / "before")
     trainer.train()
+    if lora:
+        trainer.model.save_pretrained(work / "after")
     ids = [(row["prompt_ids"], row["chosen_ids"], row["rejected_ids"])
            for row in trainer.train_dataset]
     return [row for row in trainer.state.log_history if "loss" in row], ids
@@ -95,9 +100,9 @@ def trl_run(folder, work, pairs, batch, steps, loss, beta, rate):
 
 # --- dpo.h ---------------------------------------------------------------------------------------
 
-def our_run(path, tokens, batch, steps, loss, beta, rate):
+def our_run(path, tokens, batch, steps, loss, beta, rate, adapter=None):
     """The same through the library, in the order of the pairs."""
-    model = Model(path)
+    model = Model(path, adapter)
     examples = [(prompt, [(chosen, 0), (rejected, 0)]) for prompt, chosen, rejected in tokens]
     rows, reference = [], []
     for start in range(0, len(examples), batch):
@@ -113,7 +118,7 @@ def our_run(path, tokens, batch, steps, loss, beta, rate):
     return rows
 
 
-def cli_run(path, work, pairs, steps, beta, rate):
+def cli_run(path, work, pairs, steps, beta, rate, *options):
     """The same through the train program, which shuffles: every update takes all pairs, so that no
     order is left. Its log.csv."""
     file, out = work / "pairs.jsonl", work / "run"
@@ -121,7 +126,7 @@ def cli_run(path, work, pairs, steps, beta, rate):
     library.train("dpo", "-m", path, "-d", file, "-o", out, "--batch-size", len(pairs),
                   "--max-steps", steps, "--beta", beta, "--learning-rate", rate,
                   "--lr-scheduler-type", "constant", "--warmup-ratio", 0, "--max-grad-norm", 1,
-                  "--max-length", 1024)
+                  "--max-length", 1024, *options)
     with open(out / "log.csv", newline="", encoding="utf-8") as log:
         return [{name: float(value) for name, value in row.items()} for row in csv.DictReader(log)]
 
