@@ -1,11 +1,24 @@
 /* How fast the products of dpo.h are, next to what the machine can do at most.
 
    `make bench` measures the ceilings first: fused multiply-adds per second, from a loop that does
-   nothing else, and bytes read from memory per second. Then the three products of a linear layer
-   (y = x W^T, dx = dy W, dW += dy^T x) run at the shapes of Pythia models, on one thread and on
-   all, taking turns with the ceiling, because the speed of a shared or warm machine drifts. Figures
-   are the least, the median and the greatest of several rounds; per cent are of the greatest
-   ceiling seen. Above 100 % something is wrong with the measurement, and the exit status is 1. */
+   nothing else, the same for bf16 dot products where the CPU has them, and bytes read from memory
+   per second. Then the three products of a linear layer (y = x W^T, dx = dy W, dW += dy^T x) run at
+   the shapes of Pythia models and BTLM, on one thread and on all, taking turns with the ceiling,
+   because the speed of a shared or warm machine drifts. Figures are the least, the median and the
+   greatest of several rounds; per cent are of the greatest ceiling seen. Above 100 % something is
+   wrong with the measurement, and the exit status is 1.
+
+   Then come whole updates of a model of Pythia-160m's size, random, on pairs as long as HH's, from
+   zero_grad to the optimizer, with the reference known: SFT and DPO, full and LoRA, fp32 and bf16,
+   on one thread and on all in turns, and where an update's time goes. Their operations are those
+   that are needed: no recomputation, the head on scored rows only, causal attention, and no
+   gradients of frozen weights.
+
+   What an update saves is measured against updates that do not: prompts computed for each answer,
+   every row's logits, sequences padded to the longest, the reference computed again.
+
+   Last, training on plain text at the shape of GPT-2 124M, 4 windows of 64 and of 256 tokens, which
+   is what llm.c's train_gpt2.c does; only that positions are rotary here, not learned. */
 #define _GNU_SOURCE
 #define DPO_IMPLEMENTATION
 #include "../dpo.h"
@@ -75,6 +88,30 @@ __attribute__((noinline)) static float multiply_add(const volatile float *in, lo
     return total;
 }
 
+/* The same with dot products of two bf16, two of them to a float's place; the chains' values do not
+   matter, as long as they are finite. */
+#if DPOI_UNIT_BF16 == 2
+__attribute__((noinline)) static float dot_pairs(const volatile float *in, long steps)
+{
+    dpoi_vec sum[CHAINS], factor;
+    for (int i = 0; i < DPOI_LANES; i++) factor[i] = in[0];
+    UNROLL
+    for (int c = 0; c < CHAINS; c++) sum[c] = factor * in[2 + c];
+    const float one = in[1];
+    for (long s = 0; s < steps; s++) {
+        UNROLL
+        for (int c = 0; c < CHAINS; c++) sum[c] = dpoi_dot_pairs(sum[c], one, factor);
+    }
+    float total = 0;
+    UNROLL
+    for (int c = 0; c < CHAINS; c++)
+        for (int i = 0; i < DPOI_LANES; i++) total += sum[c][i];
+    return total;
+}
+#else
+#define dot_pairs multiply_add  // products of bf16 are FMAs of floats here
+#endif
+
 static volatile float operands[2 + CHAINS]; // 0.999, 0.001: the chains go to 1 and stay there
 static volatile float result;
 static double thread_peak[DPOI_MAX_THREADS];
@@ -82,7 +119,7 @@ static double thread_peak[DPOI_MAX_THREADS];
 /* GFLOP/s of all threads together, an FMA counting as two. Each thread times many short runs while
    the others do the same, and its best one counts, so that it stays the ceiling when something else
    takes a core now and then. */
-static double measure_peak(int threads)
+static double measure_peak(int threads, dpo_dtype as)
 {
     const long steps = 2000000 / CHAINS;
     double total = 0;
@@ -91,8 +128,9 @@ static double measure_peak(int threads)
         double best = 0;
         for (int r = 0; r < 16; r++) {
             double start = now();
-            result = multiply_add(operands, steps);
+            result = as == DPO_BF16 ? dot_pairs(operands, steps) : multiply_add(operands, steps);
             double speed = 2e-9 * CHAINS * DPOI_LANES * (double)steps / (now() - start);
+            if (as == DPO_BF16) speed *= DPOI_UNIT_BF16;
             best = DPOI_MAX(best, speed);
         }
         thread_peak[t] = best;
@@ -102,7 +140,7 @@ static double measure_peak(int threads)
 }
 
 /* GB/s that all threads together read from memory: the sum of an array that fits no cache. */
-static double measure_bandwidth(int threads, const float *array, size_t n)
+static double measure_reading(int threads, const float *array, size_t n)
 {
     const size_t part = n / 64;
     double start = now();
@@ -134,6 +172,8 @@ static const shape SHAPES[] = {
     { "410m up", 1152, 4096, 1024 }, { "410m down", 1152, 1024, 4096 },
     { "160m up", 2048, 3072, 768 }, { "160m up", 512, 3072, 768 },
     { "160m up", 256, 3072, 768 }, { "160m up", 64, 3072, 768 },
+    { "1.4b up", 1152, 8192, 2048 }, { "2.8b up", 1152, 10240, 2560 },
+    { "2.8b down", 1152, 2560, 10240 }, { "btlm up", 1152, 6826, 2560 },
 };
 
 static float *random_array(dpo_context *context, size_t n)
@@ -147,86 +187,446 @@ static float *random_array(dpo_context *context, size_t n)
     return x;
 }
 
-typedef struct { float *x, *W, *y, *out; } arrays; // [M, K], [N, K], [M, N], any of these
+/* [M, K], [N, K] fp32 and bf16, [M, N], and room for any of these. In bf16 the weights are bf16 and
+   the activations fp32, so a product converts them, as a layer's does. */
+typedef struct { float *x, *W, *y, *out; uint16_t *half; } arrays;
 
-static void product(const dpo_context *context, int which, const shape *s, const arrays *a)
+static void product(const dpo_context *context, int which, const shape *s, const arrays *a,
+                    dpo_dtype as)
 {
     size_t M = s->M, N = s->N, K = s->K;
-    dpoi_matrix W = { a->W, K, 1, DPO_F32 }, Wt = { a->W, 1, K, DPO_F32 };
+    const void *weights = as == DPO_BF16 ? (const void *)a->half : a->W;
+    dpoi_matrix W = { weights, K, 1, as }, Wt = { weights, 1, K, as };
     dpoi_matrix y = { a->y, N, 1, DPO_F32 }, yt = { a->y, 1, N, DPO_F32 };
     dpoi_matrix x = { a->x, K, 1, DPO_F32 };
-    if (which == 0) dpoi_matmul(context, a->out, N, x, Wt, M, N, K, 0);
-    if (which == 1) dpoi_matmul(context, a->out, K, y, W, M, K, N, 0);
-    if (which == 2) dpoi_matmul(context, a->out, K, yt, x, N, K, M, 1);
+    if (which == 0) dpoi_matmul(context, a->out, N, x, Wt, M, N, K, 0, as);
+    if (which == 1) dpoi_matmul(context, a->out, K, y, W, M, K, N, 0, as);
+    if (which == 2) dpoi_matmul(context, a->out, K, yt, x, N, K, M, 1, as);
 }
 
 /* GFLOP/s of one product, repeated until it has taken long enough to be timed. */
 static double measure_product(const dpo_context *context, int which, const shape *s,
-                              const arrays *a)
+                              const arrays *a, dpo_dtype as)
 {
     double start = now(), seconds;
     int times = 0;
     do {
-        product(context, which, s, a);
+        product(context, which, s, a, as);
         times++;
         seconds = now() - start;
     } while (seconds < SECONDS);
     return 2e-9 * (double)s->M * (double)s->N * (double)s->K * times / seconds;
 }
 
-/* The table for one number of threads; returns how many results are above the ceiling. */
-static int run(int threads, const float *array, size_t array_floats)
+static void check(const dpo_context *context, int failed)
+{
+    if (!failed) return;
+    fprintf(stderr, "bench: %s\n", context->error);
+    exit(1);
+}
+
+/* The products of one precision; returns how many results are above the ceiling, *top. */
+static int run_products(dpo_context *context, dpo_dtype as, double *top)
 {
     static const char *const PRODUCT[3] = { "y = x W^T", "dx = dy W", "dW += dy^T x" };
-    double peak[ROUNDS], bandwidth[ROUNDS], top;
     int wrong = 0;
-    dpo_context context;
-    if (dpo_context_init(&context, threads)) {
-        fprintf(stderr, "bench: %s\n", context.error);
-        exit(1);
-    }
-    for (int r = 0; r < ROUNDS; r++) {
-        peak[r] = measure_peak(threads);
-        bandwidth[r] = measure_bandwidth(threads, array, array_floats);
-    }
-    double peak_median = median(peak), bandwidth_median = median(bandwidth);
-    top = peak[ROUNDS - 1];
-    printf("\n%d thread%s                min  median     max\n", threads, threads > 1 ? "s" : " ");
-    printf("fp32 FMA peak        %7.1f %7.1f %7.1f GFLOP/s\n", peak[0], peak_median, top);
-    printf("reading memory       %7.1f %7.1f %7.1f GB/s\n\n", bandwidth[0], bandwidth_median,
-           bandwidth[ROUNDS - 1]);
-    printf("%-9s %5s %5s %5s  %-13s %7s %7s %7s GFLOP/s   %% of peak: median, best\n", "layer",
-           "M", "N", "K", "product", "min", "median", "max");
+    printf("\n%-9s %5s %5s %5s  %-13s %7s %7s %7s GFLOP/s   %% of peak: median, best   (%s)\n",
+           "layer", "M", "N", "K", "product", "min", "median", "max",
+           as == DPO_BF16 ? "bf16" : "fp32");
     for (size_t i = 0; i < sizeof SHAPES / sizeof *SHAPES; i++) {
         const shape *s = &SHAPES[i];
         size_t M = s->M, N = s->N, K = s->K, most = DPOI_MAX(DPOI_MAX(M * K, N * K), M * N);
-        arrays a = { random_array(&context, M * K), random_array(&context, N * K),
-                     random_array(&context, M * N), random_array(&context, most) };
+        arrays a = { random_array(context, M * K), random_array(context, N * K),
+                     random_array(context, M * N), random_array(context, most), NULL };
+        check(context, dpoi_alloc(context, &a.half, N * K, sizeof *a.half));
+        dpoi_narrow(a.half, DPO_BF16, a.W, N * K);
         double speed[3][ROUNDS];
         for (int r = 0; r < ROUNDS; r++) {
-            double ceiling = measure_peak(threads);
-            top = DPOI_MAX(top, ceiling);
+            *top = DPOI_MAX(*top, measure_peak(context->n_threads, as));
             for (int which = 0; which < 3; which++)
-                speed[which][r] = measure_product(&context, which, s, &a);
+                speed[which][r] = measure_product(context, which, s, &a, as);
         }
         for (int which = 0; which < 3; which++) {
             double middle = median(speed[which]), best = speed[which][ROUNDS - 1];
-            wrong += best > top;
+            wrong += best > *top;
             printf("%-9s %5zu %5zu %5zu  %-13s %7.1f %7.1f %7.1f %25.1f %5.1f%s\n", s->name, M, N,
-                   K, PRODUCT[which], speed[which][0], middle, best, 100 * middle / top,
-                   100 * best / top, best > top ? "  WRONG" : "");
+                   K, PRODUCT[which], speed[which][0], middle, best, 100 * middle / *top,
+                   100 * best / *top, best > *top ? "  WRONG" : "");
         }
         fflush(stdout);
-        dpoi_free(&context, a.x);
-        dpoi_free(&context, a.W);
-        dpoi_free(&context, a.y);
-        dpoi_free(&context, a.out);
+        void *const all[] = { a.x, a.W, a.y, a.out, a.half };
+        for (size_t j = 0; j < sizeof all / sizeof *all; j++) dpoi_free(context, all[j]);
     }
+    return wrong;
+}
+
+/* The same for updating: x = (x + y) / 2, which reads two streams and writes one. */
+static double measure_updating(int threads, float *array, size_t n)
+{
+    const size_t part = n / 128;
+    double start = now();
+    DPOI_PARALLEL_FOR(threads)
+    for (int p = 0; p < 64; p++) {
+        vec *x = (vec *)(void *)(array + (size_t)p * part);
+        const vec *y = (const vec *)(const void *)(array + n / 2 + (size_t)p * part);
+        for (size_t i = 0; i < part / DPOI_LANES; i++) x[i] = (x[i] + y[i]) * 0.5f;
+    }
+    return 3 * 64 * (double)part * sizeof(float) * 1e-9 / (now() - start);
+}
+
+/* Ceilings and products with one number of threads; returns how many results are above. */
+static int run(int threads, float *array, size_t array_floats)
+{
+    double peak[ROUNDS], half[ROUNDS], reading[ROUNDS], updating[ROUNDS];
+    int wrong = 0;
+    dpo_context context;
+    check(&context, dpo_context_init(&context, threads));
+    for (int r = 0; r < ROUNDS; r++) {
+        peak[r] = measure_peak(threads, DPO_F32);
+        half[r] = measure_peak(threads, DPO_BF16);
+        reading[r] = measure_reading(threads, array, array_floats);
+        updating[r] = measure_updating(threads, array, array_floats);
+    }
+    printf("\n%d thread%s                min  median     max\n", threads, threads > 1 ? "s" : " ");
+    const struct { const char *name; double *samples; const char *unit; } rows[] = {
+        { "fp32 FMA peak", peak, "GFLOP/s" },
+        { DPOI_UNIT_BF16 == 2 ? "bf16 dot products" : "bf16 by fp32 FMAs", half, "GFLOP/s" },
+        { "reading memory", reading, "GB/s" }, { "updating memory", updating, "GB/s" } };
+    for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
+        double middle = median(rows[i].samples);
+        printf("%-20s %7.1f %7.1f %7.1f %s\n", rows[i].name, rows[i].samples[0], middle,
+               rows[i].samples[ROUNDS - 1], rows[i].unit);
+    }
+    wrong += run_products(&context, DPO_F32, &peak[ROUNDS - 1]);
+    wrong += run_products(&context, DPO_BF16, &half[ROUNDS - 1]);
     dpo_context_free(&context);
     return wrong;
 }
 
-int main(void)
+/* ---- whole updates --------------------------------------------------------------------------- */
+
+enum { PAIRS = 8, MOST_ROWS = 2048, STEP_ROUNDS = 3 };
+/* Tokens of prompt, chosen and rejected answer: about HH's middle half. */
+static const size_t LENGTHS[PAIRS][3] = {
+    { 35, 60, 40 }, { 120, 35, 70 }, { 60, 110, 90 }, { 210, 80, 50 },
+    { 18, 20, 65 }, { 90, 140, 100 }, { 150, 55, 25 }, { 45, 30, 85 } };
+
+typedef struct { const char *name; dpo_model_options options; int lora; size_t branches; } setting;
+static const setting SETTINGS[] = {
+    { "SFT fp32", { 0 }, 0, 1 }, { "DPO fp32", { 0 }, 0, 2 },
+    { "DPO bf16", { .dtype = DPO_BF16 }, 0, 2 },
+    { "DPO bf16 stochastic", { .dtype = DPO_BF16, .stochastic = 1 }, 0, 2 },
+    { "DPO LoRA fp32", { .frozen = 1 }, 1, 2 },
+    { "DPO LoRA bf16", { .dtype = DPO_BF16, .frozen = 1 }, 1, 2 } };
+
+/* The batch of pairs, or of their chosen answers, as random tokens. */
+static void make_batch(dpo_example *examples, dpo_branch *branches, uint32_t *tokens, size_t V,
+                       size_t n_branches)
+{
+    for (size_t e = 0; e < PAIRS; e++) {
+        examples[e] = (dpo_example){ .prompt = tokens, .n_prompt = LENGTHS[e][0], .group = e,
+                                     .branches = branches + 2 * e, .n_branches = n_branches };
+        for (size_t k = 0; k < 3; k++) {
+            for (size_t i = 0; i < LENGTHS[e][k]; i++)
+                tokens[i] = (uint32_t)(dpo_random_u64(3, e, 1000 * k + i) % V);
+            if (k) branches[2 * e + k - 1] = (dpo_branch){ tokens, LENGTHS[e][k], 0 };
+            tokens += LENGTHS[e][k];
+        }
+    }
+}
+
+/* Floating-point operations that an update needs, an FMA being two: forward, gradients of what goes
+   in and, unless the weights are frozen, of the weights. */
+static double needed(const dpo_model *model, const dpo_example *examples)
+{
+    const dpo_config *c = &model->config;
+    double rows = 0, scored = 0, pairs = 0, matrices = 0; // pairs: of a query and a key
+    for (size_t e = 0; e < PAIRS; e++) {
+        double prompt = (double)examples[e].n_prompt;
+        rows += (double)dpo_example_rows(&examples[e]);
+        pairs += prompt * (prompt + 1) / 2;
+        scored += 1 - (double)examples[e].n_branches; // the prompt's last row is one row for all
+        for (size_t b = 0; b < examples[e].n_branches; b++) {
+            double n = (double)examples[e].branches[b].n;
+            pairs += (n - 1) * prompt + n * (n - 1) / 2;
+            scored += n;
+        }
+    }
+    for (size_t i = 0; i < model->n_tensors; i++)
+        if (model->tensors[i].layout != DPO_PLAIN && &model->tensors[i] != model->weights->head &&
+            !strncmp(model->tensors[i].name, "gpt_neox", 8))
+            matrices += (double)model->tensors[i].n;
+    const double passes = model->options.frozen ? 2 : 3;
+    return 2 * passes * (matrices * rows + (double)(c->vocab_size * c->d_model) * scored) +
+           12 * (double)(c->d_model * c->n_layers) * pairs;
+}
+
+typedef struct { dpo_model model; dpo_optimizer optimizer; dpo_context context; } trainer;
+
+/* Where one update's time goes, next to the machine's ceilings in GFLOP/s and GB/s. */
+static void print_profile(const dpo_profile *p, double flops_peak, double bytes_peak)
+{
+    static const char *const NAMES[DPO_N_OPERATIONS] = { "embedding", "layer norm",
+        "layer norm, backward", "linear", "linear, backward", "adapter, both ways", "rotary",
+        "attention", "attention, backward", "activation", "activation, backward", "residual",
+        "keep as bf16", "head", "head, backward", "zero gradients", "gradient norm", "optimizer",
+        "other" };
+    double total = 0;
+    for (int i = 0; i < DPO_N_OPERATIONS; i++) total += p->seconds[i];
+    for (int i = 0; i < DPO_N_OPERATIONS; i++) {
+        double work = 1e-9 * (p->flops[i] + p->bytes[i]) / p->seconds[i];
+        double peak = p->flops[i] > 0 ? flops_peak : bytes_peak;
+        if (p->seconds[i] <= 0) continue;
+        printf("    %-22s %8.4f s %5.1f %%", NAMES[i], p->seconds[i], 100 * p->seconds[i] / total);
+        if (work > 0)
+            printf("  %7.1f %-7s %5.1f %% of peak", work, p->flops[i] > 0 ? "GFLOP/s" : "GB/s",
+                   100 * work / peak);
+        printf("\n");
+    }
+}
+
+/* A trainer of its own for each number of threads, from the file at `path`. */
+static void make_trainer(trainer *t, const char *path, const setting *s, int threads)
+{
+    dpo_lora lora = { .r = 16, .alpha = 32, .targets = "all-linear" };
+    check(&t->context, dpo_context_init(&t->context, threads));
+    check(&t->context, dpo_model_load(&t->context, &t->model, path, &s->options));
+    if (s->lora) check(&t->context, dpo_lora_init(&t->model, &lora, 1));
+    check(&t->context, dpo_optimizer_init(&t->model, &t->optimizer, DPO_ADAMW));
+}
+
+static double update(trainer *t, const dpo_example *examples, size_t n, size_t n_branches,
+                     size_t most_rows)
+{
+    dpo_score scores[2 * PAIRS];
+    double dlogp[2 * PAIRS], norm, start = now();
+    check(&t->context, dpo_model_zero_grad(&t->model));
+    for (size_t i = 0; i < n;) {
+        dpo_batch micro = { examples + i, dpo_micro_batch(examples + i, n - i, most_rows) };
+        check(&t->context, dpo_forward(&t->model, scores, &micro, 1));
+        for (size_t b = 0; b < n_branches * micro.n; b++) dlogp[b] = b % 2 ? 0.01 : -0.01;
+        check(&t->context, dpo_backward(&t->model, &micro, dlogp));
+        i += micro.n;
+    }
+    check(&t->context, dpo_grad_norm(&t->model, &norm));
+    check(&t->context, dpo_optimizer_step(&t->model, &t->optimizer, 1e-6, dpo_clip_scale(norm, 1)));
+    return now() - start;
+}
+
+static void run_updates(int threads, double bandwidth)
+{
+    static dpo_example examples[PAIRS];
+    static dpo_branch branches[2 * PAIRS];
+    static uint32_t tokens[PAIRS * 600];
+    char path[] = "/tmp/dpo-bench-XXXXXX";
+    dpo_context context;
+    dpo_model made;
+    dpo_config config = { .vocab_size = 50304, .context_length = 2048, .d_model = 768,
+                          .n_layers = 12, .n_heads = 12 };
+    dpo_config_default(&config, DPO_GPT_NEOX);
+    int descriptor = mkstemp(path);
+    if (descriptor < 0 || close(descriptor)) {
+        perror(path);
+        exit(1);
+    }
+    check(&context, dpo_context_init(&context, threads));
+    check(&context, dpo_model_init(&context, &made, &config, NULL, 1, NULL));
+    check(&context, dpo_model_save(&made, path, DPO_F32));
+    dpo_model_free(&made);
+    dpo_context_free(&context);
+    const double top = measure_peak(threads, DPO_F32), one = measure_peak(1, DPO_F32);
+    const double half = measure_peak(threads, DPO_BF16);
+    printf("\nan update of Pythia-160m's size, %d pairs; %d threads, and 1 thread in turns\n"
+           "%-20s %7s %7s %7s s %8s GFLOP/s %6s of fp32 peak %9s with 1 thread, x threads %s\n",
+           PAIRS, threads, "setting", "min", "median", "max", "needed", "%", "%", "(median)");
+    for (size_t i = 0; i < sizeof SETTINGS / sizeof *SETTINGS; i++) {
+        const setting *s = &SETTINGS[i];
+        trainer all, single;
+        double seconds[ROUNDS], alone[ROUNDS], ratio[ROUNDS];
+        make_batch(examples, branches, tokens, config.vocab_size, s->branches);
+        make_trainer(&all, path, s, threads);
+        make_trainer(&single, path, s, 1);
+        update(&all, examples, PAIRS, s->branches, MOST_ROWS); // buffers are allocated, pages touched
+        update(&single, examples, PAIRS, s->branches, MOST_ROWS);
+        for (int r = 0; r < STEP_ROUNDS; r++) {
+            seconds[r] = update(&all, examples, PAIRS, s->branches, MOST_ROWS);
+            alone[r] = update(&single, examples, PAIRS, s->branches, MOST_ROWS);
+            ratio[r] = alone[r] / seconds[r];
+        }
+        const double flops = 1e-9 * needed(&all.model, examples);
+        double *const sorted[] = { seconds, alone, ratio };
+        for (int j = 0; j < 3; j++) qsort(sorted[j], STEP_ROUNDS, sizeof(double), by_size);
+        const int middle = STEP_ROUNDS / 2;
+        printf("%-20s %7.3f %7.3f %7.3f   %8.1f         %6.1f              %9.1f  %.2f\n", s->name,
+               seconds[0], seconds[middle], seconds[STEP_ROUNDS - 1], flops / seconds[middle],
+               100 * flops / seconds[middle] / top, 100 * flops / alone[middle] / one,
+               ratio[middle]);
+        dpo_profile profile = { 0 };
+        all.context.profile = &profile;
+        update(&all, examples, PAIRS, s->branches, MOST_ROWS);
+        print_profile(&profile, s->options.dtype == DPO_BF16 ? half : top, bandwidth);
+        fflush(stdout);
+        trainer *const both[] = { &all, &single };
+        for (int j = 0; j < 2; j++) {
+            dpo_optimizer_free(&both[j]->model, &both[j]->optimizer);
+            dpo_model_free(&both[j]->model);
+            dpo_context_free(&both[j]->context);
+        }
+    }
+    unlink(path);
+}
+
+/* What the same pairs cost without each of the savings, full fp32; each adds to the one before. */
+static void run_savings(int threads)
+{
+    enum { APART = 2 * PAIRS, LONGEST = 400 };
+    static dpo_example examples[PAIRS], apart[APART];
+    static dpo_branch branches[APART], longer[APART];
+    static uint32_t tokens[PAIRS * 600], padded[APART][LONGEST];
+    dpo_config config = { .vocab_size = 50304, .context_length = 2048, .d_model = 768,
+                          .n_layers = 12, .n_heads = 12 };
+    trainer t;
+    dpo_config_default(&config, DPO_GPT_NEOX);
+    check(&t.context, dpo_context_init(&t.context, threads));
+    check(&t.context, dpo_model_init(&t.context, &t.model, &config, NULL, 1, NULL));
+    check(&t.context, dpo_optimizer_init(&t.model, &t.optimizer, DPO_ADAMW));
+    make_batch(examples, branches, tokens, config.vocab_size, 2);
+    size_t longest = 0;
+    for (size_t s = 0; s < APART; s++) {    // prompt and answer as one text of its own
+        const dpo_example *pair = &examples[s / 2];
+        memcpy(padded[s], pair->prompt, pair->n_prompt * sizeof **padded);
+        memcpy(padded[s] + pair->n_prompt, branches[s].tokens, branches[s].n * sizeof **padded);
+        longer[s] = (dpo_branch){ padded[s], pair->n_prompt + branches[s].n, pair->n_prompt };
+        apart[s] = (dpo_example){ .branches = &longer[s], .n_branches = 1, .group = s };
+        longest = DPOI_MAX(longest, longer[s].n);
+    }
+    double seconds[5][ROUNDS];
+    dpo_score scores[APART];
+    update(&t, examples, PAIRS, 2, MOST_ROWS);
+    for (int r = 0; r < STEP_ROUNDS; r++) {
+        seconds[0][r] = update(&t, examples, PAIRS, 2, MOST_ROWS);
+        double start = now();
+        check(&t.context, dpo_score_examples(&t.model, scores, examples, PAIRS, MOST_ROWS));
+        seconds[1][r] = seconds[0][r] + now() - start;
+        seconds[2][r] = update(&t, apart, APART, 1, MOST_ROWS);
+        for (size_t s = 0; s < APART; s++) longer[s].first_scored = 1;
+        seconds[3][r] = update(&t, apart, APART, 1, MOST_ROWS);
+        size_t lengths[APART];
+        for (size_t s = 0; s < APART; s++) {
+            lengths[s] = longer[s].n;
+            longer[s].n = longest;
+        }
+        seconds[4][r] = update(&t, apart, APART, 1, MOST_ROWS);
+        for (size_t s = 0; s < APART; s++)
+            longer[s] = (dpo_branch){ padded[s], lengths[s], examples[s / 2].n_prompt };
+    }
+    static const char *const NAMES[] = { "as it is", "reference computed again", "prompts apart",
+                                         "and logits of all rows", "and all padded" };
+    printf("\nwhat is saved: DPO fp32, %d pairs; %d threads\n%-26s %7s   times as long as it is\n",
+           PAIRS, threads, "", "seconds");
+    for (int i = 0; i < 5; i++) {
+        double ratio[ROUNDS], mean = 0;
+        for (int r = 0; r < STEP_ROUNDS; r++) {
+            ratio[r] = seconds[i][r] / seconds[0][r];
+            mean += seconds[i][r] / STEP_ROUNDS;
+        }
+        qsort(ratio, STEP_ROUNDS, sizeof *ratio, by_size);
+        printf("%-26s %7.3f   %.2f / %.2f / %.2f\n", NAMES[i], mean, ratio[0],
+               ratio[STEP_ROUNDS / 2], ratio[STEP_ROUNDS - 1]);
+    }
+    dpo_optimizer_free(&t.model, &t.optimizer);
+    dpo_model_free(&t.model);
+    dpo_context_free(&t.context);
+}
+
+static void run_plain_text(int threads, double bandwidth)
+{
+    enum { WINDOWS = 4, LONGEST = 256 };
+    const size_t lengths[] = { 64, LONGEST };
+    static uint32_t tokens[WINDOWS * (LONGEST + 1)];
+    dpo_config config = { .vocab_size = 50304, .context_length = 1024, .d_model = 768,
+                          .n_layers = 12, .n_heads = 12 };
+    dpo_config_default(&config, DPO_GPT_NEOX);
+    config.tied_head = 1;
+    for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
+        tokens[i] = (uint32_t)(dpo_random_u64(3, 0, i) % config.vocab_size);
+    printf("\nplain text at the shape of GPT-2 124M, fp32, %d windows; %d threads\n"
+           "%-10s %7s %7s %7s tokens/s  peak heap\n", WINDOWS, threads, "tokens", "min", "median",
+           "max");
+    for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {
+        dpo_branch branches[WINDOWS];
+        dpo_example examples[WINDOWS];
+        double speed[ROUNDS];
+        trainer t;
+        check(&t.context, dpo_context_init(&t.context, threads));
+        check(&t.context, dpo_model_init(&t.context, &t.model, &config, NULL, 1, NULL));
+        check(&t.context, dpo_optimizer_init(&t.model, &t.optimizer, DPO_ADAMW));
+        for (size_t i = 0; i < WINDOWS; i++) {
+            branches[i] = (dpo_branch){ tokens + i * (LONGEST + 1), lengths[k] + 1, 1 };
+            examples[i] = (dpo_example){ .branches = &branches[i], .n_branches = 1, .group = i };
+        }
+        update(&t, examples, WINDOWS, 1, 2 * LONGEST);
+        for (int r = 0; r < ROUNDS; r++)
+            speed[r] = WINDOWS * (double)lengths[k] / update(&t, examples, WINDOWS, 1, 2 * LONGEST);
+        double middle = median(speed);
+        printf("%d x %-6zu %7.0f %7.0f %7.0f           %.2f GB\n", WINDOWS, lengths[k], speed[0],
+               middle, speed[ROUNDS - 1], 1e-9 * (double)t.context.heap_peak);
+        dpo_profile profile = { 0 };
+        t.context.profile = &profile;
+        update(&t, examples, WINDOWS, 1, 2 * LONGEST);
+        print_profile(&profile, measure_peak(threads, DPO_F32), bandwidth);
+        dpo_optimizer_free(&t.model, &t.optimizer);
+        dpo_model_free(&t.model);
+        dpo_context_free(&t.context);
+    }
+}
+
+/* A token's time against that of reading every weight once: nothing else is as large. */
+static void run_generation(int threads, const float *array, size_t array_floats)
+{
+    enum { PROMPT = 16, TOKENS = 6 };
+    static const dpo_dtype DTYPES[] = { DPO_F32, DPO_BF16 };
+    const dpo_config size = { .vocab_size = 50304, .context_length = 2048, .d_model = 2048,
+                              .n_layers = 24, .n_heads = 16 };
+    uint32_t prompt[PROMPT];
+    for (uint32_t i = 0; i < PROMPT; i++) prompt[i] = 11 * i;
+    printf("\ngeneration at Pythia-1.4b's size, one stream, %d threads\n%-6s %8s   GB/s %20s\n",
+           threads, "", "tokens/s", "% of reading memory");
+    for (int k = 0; k < 2; k++) {
+        dpo_config config = size;
+        dpo_context context;
+        dpo_model model;
+        dpoi_cache cache;
+        double speed[ROUNDS], share[ROUNDS], bytes = 0;
+        dpo_config_default(&config, DPO_GPT_NEOX);
+        check(&context, dpo_context_init(&context, threads));
+        check(&context, dpo_model_init(&context, &model, &config, NULL, 1,
+              &(dpo_model_options){ .dtype = DTYPES[k], .frozen = 1 }));
+        for (size_t i = 0; i < model.n_tensors; i++) // of the embedding, a token reads one row
+            if (&model.tensors[i] != model.weights->embedding)
+                bytes += (double)(model.tensors[i].n * dpoi_dtype_bytes(model.tensors[i].dtype));
+        check(&context, dpoi_cache_init(&cache, &model, PROMPT + ROUNDS * TOKENS) ||
+                        dpoi_prefill(&model, &cache, prompt, PROMPT));
+        for (int r = 0; r < ROUNDS; r++) {
+            double reading = measure_reading(threads, array, array_floats), start = now();
+            for (uint32_t i = 0; i < TOKENS; i++) dpoi_step(&model, &cache, i);
+            speed[r] = TOKENS / (now() - start);
+            share[r] = 1e-9 * bytes * speed[r] / reading * 100;
+        }
+        double middle = median(speed);
+        printf("%-6s %8.2f %6.1f   ", k ? "bf16" : "fp32", middle, 1e-9 * bytes * middle);
+        middle = median(share);
+        printf("%.0f / %.0f / %.0f\n", share[0], middle, share[ROUNDS - 1]);
+        fflush(stdout);
+        dpoi_cache_free(&context, &cache);
+        dpo_model_free(&model);
+        dpo_context_free(&context);
+    }
+}
+
+/* `bench updates` leaves the products out; `bench savings`, `bench text` and `bench generation`
+   each begin further down this list. */
+int main(int argc, char **argv)
 {
     const size_t array_floats = (size_t)1 << 26;
     double load;
@@ -241,8 +641,17 @@ int main(void)
     operands[1] = 0.001f;
     for (int c = 0; c < CHAINS; c++) operands[2 + c] = 1.0f + 0.01f * (float)c;
     float *array = random_array(&all, array_floats);
-    int wrong = run(1, array, array_floats);
-    if (all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
+    const int products = argc < 2, updates = products || !strcmp(argv[1], "updates");
+    const int savings = updates || !strcmp(argv[1], "savings");
+    int wrong = products ? run(1, array, array_floats) : 0;
+    if (products && all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
+    double bandwidth = 0;
+    for (int r = 0; r < ROUNDS; r++)
+        bandwidth = DPOI_MAX(bandwidth, measure_updating(all.n_threads, array, array_floats));
+    if (updates) run_updates(all.n_threads, bandwidth);
+    if (savings) run_savings(all.n_threads);
+    if (savings || !strcmp(argv[1], "text")) run_plain_text(all.n_threads, bandwidth);
+    run_generation(all.n_threads, array, array_floats);
     dpoi_free(&all, array);
     dpo_context_free(&all);
     if (wrong) fprintf(stderr, "bench: %d results above 100 %%, so the peak is none\n", wrong);
