@@ -184,6 +184,7 @@ typedef struct dpo_context {
     size_t heap_bytes;      // bytes allocated through this context now ...
     size_t heap_peak;       // ... and at most so far
     float **pack;           // [n_threads] pointers to scratch for products, one block a thread
+    float *shared_pack;     // scratch for products, of all threads together
     float **strip;          // [n_threads] pointers to scratch for attention
     size_t strip_floats;    // size of each strip
     float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
@@ -778,6 +779,19 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
+/* Pages of 2 MB instead of 4 KB for what fills them: fewer addresses to look up, and a packed
+   matrix that lies in memory in one piece does not compete with itself for places in a cache. */
+static void dpoi_advise_huge_pages(char *start, size_t bytes)
+{
+#ifdef MADV_HUGEPAGE
+    const uintptr_t page = 1 << 21, from = ((uintptr_t)start + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)start + bytes) / page * page;
+    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
+#else
+    (void)start, (void)bytes;
+#endif
+}
+
 /* Allocates count * size bytes, not cleared. The pointer's type is free: pass &pointer. */
 static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t size)
 {
@@ -796,6 +810,7 @@ static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t 
     char *start = (char *)block.base + DPOI_ALIGN;
     start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
     memcpy(start - DPOI_ALIGN, &block, sizeof block);
+    dpoi_advise_huge_pages(start, bytes);
     context->heap_bytes += bytes;
     context->heap_peak = DPOI_MAX(context->heap_peak, context->heap_bytes);
     result = start;
@@ -1204,16 +1219,18 @@ static float dpoi_max(const float *x, size_t n)
 
    Packing. The tile wants what it loads in one step side by side. So the operands are copied into
    panels first, a's [k, TILE_ROWS] and b's [k, TILE_COLS], filled up with zeros at the edges.
-   Packing is the only place that knows how the operands are stored. It costs (1/m + 1/n) / 2 copies
+   Packing is the only place that knows how the operands are stored. It costs 1/m + 1/n copies
    for each FMA: 1 to 5 per cent of the time.
 
-   Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS, m into BLOCK_ROWS. So
-   one panel of a (14 KB) stays in the first cache while b's panels pass by, one strip of b (256 KB)
-   stays in the second while a's panels pass by, and the packed block of a (1.2 MB) in the third.
+   Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS. So one panel of a (6 KB,
+   or 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and the strip
+   (256 KB) stays in the second while a's panels pass by, each fetched ahead of its turn. a is
+   packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (10 MB), which the third cache
+   holds, so that a strip of c is finished before the next one begins, and memory sees c once.
 
-   Threads share out blocks of c, never the sum along k, and pack for themselves. Sharing packed
-   panels would save copies, but costs two barriers for each block of k, and when anything else runs
-   on the machine, the wait at a barrier is longer than the copying.
+   Threads pack a together and then share out c, strips of columns and pieces of rows, never the sum
+   along k; each packs the b of its own strip. That waits for the slowest thread twice, and copies
+   nearly nothing twice.
 
    Exactly: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending l starts
    from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces it unless
@@ -1281,11 +1298,15 @@ enum {
     DPOI_TILE_COLS = DPOI_TILE_VECS * DPOI_LANES,
     DPOI_BLOCK_K = 256,
     DPOI_BLOCK_COLS = 256 / DPOI_TILE_COLS * DPOI_TILE_COLS,
-    DPOI_BLOCK_ROWS = 1200 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
+    DPOI_BLOCK_ROWS = 96 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
+    DPOI_SHARED_ROWS = 25 * DPOI_BLOCK_ROWS,
+    DPOI_SHARED_BLOCKS = 4,
     DPOI_LINE = 16,                 // floats in a cache line
-    DPOI_B_FLOATS = DPOI_BLOCK_COLS / DPOI_TILE_COLS * (DPOI_TILE_COLS * DPOI_BLOCK_K + DPOI_LINE),
-    DPOI_A_FLOATS = DPOI_BLOCK_ROWS / DPOI_TILE_ROWS * (DPOI_TILE_ROWS * DPOI_BLOCK_K + DPOI_LINE),
-    DPOI_PACK_FLOATS = DPOI_A_FLOATS + DPOI_B_FLOATS    // scratch of a thread
+    DPOI_A_PANEL = DPOI_TILE_ROWS * DPOI_BLOCK_K + DPOI_LINE,
+    DPOI_B_PANEL = DPOI_TILE_COLS * DPOI_BLOCK_K + DPOI_LINE,
+    DPOI_B_FLOATS = DPOI_BLOCK_COLS / DPOI_TILE_COLS * DPOI_B_PANEL,
+    DPOI_PACK_FLOATS = DPOI_B_FLOATS + DPOI_BLOCK_ROWS / DPOI_TILE_ROWS * DPOI_A_PANEL,
+    DPOI_SHARED_FLOATS = DPOI_SHARED_BLOCKS * (DPOI_SHARED_ROWS / DPOI_TILE_ROWS) * DPOI_A_PANEL
 };
 
 /* From one panel to the next: a cache line more than its size, which is often a multiple of 2 KB,
@@ -1306,11 +1327,11 @@ typedef float dpoi_four __attribute__((vector_size(16)));
 typedef dpoi_four dpoi_four_at __attribute__((aligned(4), may_alias));
 #ifdef __clang__
 #define DPOI_UNROLL _Pragma("unroll")
-#define DPOI_NO_UNROLL _Pragma("nounroll")
+#define DPOI_FEW_STEPS _Pragma("nounroll") // two at a time would run out of registers
 #define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shufflevector(x, y, i, j, k, l)
 #else
 #define DPOI_UNROLL _Pragma("GCC unroll 16")
-#define DPOI_NO_UNROLL
+#define DPOI_FEW_STEPS _Pragma("GCC unroll 4") // less counting
 typedef int dpoi_four_ints __attribute__((vector_size(16)));
 #define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (dpoi_four_ints){ i, j, k, l })
 /* a * b + c must become one FMA. gcc does that by default but not under -std=c11, and ignores the
@@ -1351,7 +1372,7 @@ DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const floa
     for (int i = 0; i < rows; i++) // fetch c while k runs
         for (int j = 0; j < vecs * DPOI_LANES; j += DPOI_LINE)
             __builtin_prefetch(c + (size_t)i * ldc + j, 1);
-    DPOI_NO_UNROLL // clang would take two steps at a time and run out of registers
+    DPOI_FEW_STEPS
     for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS) {
         const dpoi_vec_at *b_vec = (const dpoi_vec_at *)b;
         DPOI_UNROLL
@@ -1462,8 +1483,8 @@ DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t
     }
 }
 
-static void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
-                       dpo_dtype dtype, dpo_dtype as)
+DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
+                            dpo_dtype dtype, dpo_dtype as)
 {
     if (dtype == DPO_F32 && as == DPO_F32) memcpy(out, x, n * sizeof *out); // step is 1 then
     else if (dtype == DPO_F32 && step == 1) dpoi_units_run(out, x, y, 1, n, DPO_F32, DPO_BF16);
@@ -1488,11 +1509,12 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
             const char *in = dpoi_submatrix(x, 0, l).data, *next = NULL;
             if (per_unit == 2 && l + 1 < k) next = dpoi_submatrix(x, 0, l + 1).data;
             float *out = panels + u * width;
-            for (size_t i = 0; i < count; i += width, out += panel) {
-                size_t place = i * (x.dtype == DPO_BF16 ? 2 : 4);
-                dpoi_units(out, in + place, next ? next + place : NULL, 1,
-                           DPOI_MIN(count - i, width), x.dtype, as);
-            }
+            const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
+            for (size_t i = 0; i < whole; i += width, out += panel) // of constant width: no calls
+                dpoi_units(out, in + i * item, next ? next + i * item : NULL, 1, width, x.dtype,
+                           as);
+            dpoi_units(out, in + whole * item, next ? next + whole * item : NULL, 1, count - whole,
+                       x.dtype, as);
         }
         return;
     }
@@ -1529,49 +1551,53 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
 
 /* ---- 3.4 on one thread ----------------------------------------------------------------------- */
 
-/* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K units. Tiles over the edge of c are
-   made aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so
-   no edge. */
+/* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K units. While a panel of a passes the
+   panels of b, the next one is fetched piece by piece. Tiles over the edge of c are made aside, and
+   what belongs to c is copied; the columns of an adapter are often LANES, and so no edge. */
 static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
                                size_t m, size_t n, size_t k, int add, int pairs)
 {
-    for (size_t i = 0; i < m; i += DPOI_TILE_ROWS)
-        for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
-            const float *a = a_panels + i / DPOI_TILE_ROWS * dpoi_panel_floats(DPOI_TILE_ROWS, k);
-            const float *b = b_panels + j / DPOI_TILE_COLS * dpoi_panel_floats(DPOI_TILE_COLS, k);
+    const size_t a_panel = dpoi_panel_floats(DPOI_TILE_ROWS, k);
+    const size_t b_panel = dpoi_panel_floats(DPOI_TILE_COLS, k);
+    const size_t share = a_panel / (n / DPOI_TILE_COLS + 1) + 1;
+    for (size_t i = 0; i < m; i += DPOI_TILE_ROWS, a_panels += a_panel) {
+        const float *b = b_panels, *next = a_panels + a_panel;
+        for (size_t j = 0; j < n; j += DPOI_TILE_COLS, b += b_panel, next += share) {
             float *to = c + i * ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
             size_t rows = DPOI_MIN(m - i, DPOI_TILE_ROWS), cols = DPOI_MIN(n - j, DPOI_TILE_COLS);
+            for (size_t p = 0; p < share && i + DPOI_TILE_ROWS < m; p += DPOI_LINE)
+                __builtin_prefetch(next + p);
             if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
                 (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
-                dpoi_tile(to, ldc, a, b, k, add, rows, cols, pairs);
+                dpoi_tile(to, ldc, a_panels, b, k, add, rows, cols, pairs);
                 continue;
             }
-            dpoi_tile(edge, DPOI_TILE_COLS, a, b, k, 0, rows, cols, pairs);
+            dpoi_tile(edge, DPOI_TILE_COLS, a_panels, b, k, 0, rows, cols, pairs);
             for (size_t r = 0; r < rows; r++)
                 for (size_t s = 0; s < cols; s++) {
                     float sum = edge[r * DPOI_TILE_COLS + s];
                     to[r * ldc + s] = add ? to[r * ldc + s] + sum : sum;
                 }
         }
+    }
 }
 
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] on the calling thread, with scratch
-   pack[DPOI_PACK_FLOATS]. Efficient for small shapes too: 80 % of peak at 64 x 64 x 64. */
+   pack[DPOI_PACK_FLOATS]: for attention, whose products are many and small. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
-    dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
     float *b_panels = pack, *a_panels = pack + DPOI_B_FLOATS;
     const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
-    for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS)
+    for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS)
         for (size_t l = 0; l == 0 || l < k; l += most) { // once if k is 0, for the zeros
-            size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS), depth = DPOI_MIN(k - l, most);
+            size_t cols = DPOI_MIN(n - j, DPOI_BLOCK_COLS), depth = DPOI_MIN(k - l, most);
             size_t units = (depth + per_unit - 1) / per_unit;
-            dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
-            for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS) {
-                size_t cols = DPOI_MIN(n - j, DPOI_BLOCK_COLS);
-                dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth,
-                          as);
+            dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth, as);
+            for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS) {
+                size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS);
+                dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
                 dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, rows, cols, units,
                                    accumulate || l > 0, per_unit == 2);
             }
@@ -1580,35 +1606,77 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
 
 /* ---- 3.5 on all threads ---------------------------------------------------------------------- */
 
-/* The same on all threads. A block of c that is p x q takes (p + q) k copies for p q k FMAs, so the
-   blocks should be large and square; but equally many for each thread, and up to four where they
-   are large enough, for then the others can take over from a thread that is held up. */
+/* Where the panels of a that all threads share have those for rows from i on, of a block of k with
+   so many units: [SHARED_BLOCKS][SHARED_ROWS / TILE_ROWS] panels. */
+static float *dpoi_shared_panels(const dpo_context *context, size_t block, size_t i, size_t units)
+{
+    return context->shared_pack + block * (DPOI_SHARED_ROWS / DPOI_TILE_ROWS) * DPOI_A_PANEL +
+           i / DPOI_TILE_ROWS * dpoi_panel_floats(DPOI_TILE_ROWS, units);
+}
+
+static void dpoi_pack_shared(const dpo_context *context, size_t threads, dpoi_matrix a, size_t rows,
+                             size_t depth, dpo_dtype as)
+{
+    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
+    const size_t groups = (rows + DPOI_BLOCK_ROWS - 1) / DPOI_BLOCK_ROWS;
+    const size_t blocks = (depth + most - 1) / most;
+    DPOI_PARALLEL_FOR((int)threads)
+    for (size_t task = 0; task < groups * blocks; task++) {
+        size_t block = task / groups, i = task % groups * DPOI_BLOCK_ROWS;
+        size_t k = DPOI_MIN(depth - block * most, most);
+        dpoi_pack(dpoi_shared_panels(context, block, i, (k + per_unit - 1) / per_unit),
+                  DPOI_TILE_ROWS, dpoi_submatrix(a, i, block * most),
+                  DPOI_MIN(rows - i, DPOI_BLOCK_ROWS), k, as);
+    }
+}
+
+/* c[rows, n] (+)= a b, with a in the shared panels. c is cut into strips of columns, equally many
+   for each thread, and those into pieces of rows until there are a few for each: then the others
+   take over from a thread that is held up. */
+static void dpoi_multiply_shared(const dpo_context *context, size_t threads, float *c, size_t ldc,
+                                 dpoi_matrix b_columns, size_t rows, size_t n, size_t depth,
+                                 int accumulate, dpo_dtype as)
+{
+    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
+    const size_t row_tiles = (rows + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
+    const size_t col_tiles = (n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS;
+    size_t strips = (n + DPOI_BLOCK_COLS - 1) / DPOI_BLOCK_COLS, pieces = 1;
+    if (strips >= threads) strips = (strips + threads - 1) / threads * threads;
+    while (threads > 1 && strips * pieces < 4 * threads && rows > 2 * DPOI_BLOCK_ROWS * pieces)
+        pieces++;
+    DPOI_PARALLEL_FOR((int)threads)
+    for (size_t task = 0; task < strips * pieces; task++) {
+        size_t strip = task / pieces, piece = task % pieces;
+        size_t i = row_tiles * piece / pieces * DPOI_TILE_ROWS;
+        size_t i_end = DPOI_MIN(rows, row_tiles * (piece + 1) / pieces * DPOI_TILE_ROWS);
+        size_t j = col_tiles * strip / strips * DPOI_TILE_COLS;
+        size_t j_end = DPOI_MIN(n, col_tiles * (strip + 1) / strips * DPOI_TILE_COLS);
+        float *b_panels = context->pack[dpoi_thread_index()];
+        for (size_t l = 0; l == 0 || l < depth; l += most) { // once if k is 0, for the zeros
+            size_t k = DPOI_MIN(depth - l, most), units = (k + per_unit - 1) / per_unit;
+            dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), j_end - j, k, as);
+            dpoi_matmul_packed(c + i * ldc + j, ldc,
+                               dpoi_shared_panels(context, l / most, i, units), b_panels,
+                               i_end - i, j_end - j, units, accumulate || l > 0, per_unit == 2);
+        }
+    }
+}
+
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]. */
 static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_matrix a,
                         dpoi_matrix b, size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
-    size_t row_tiles = m / DPOI_TILE_ROWS + (m % DPOI_TILE_ROWS > 0), down = 1;
-    size_t col_tiles = n / DPOI_TILE_COLS + (n % DPOI_TILE_COLS > 0), across = 1;
-    size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
-    size_t each = m * n / threads >> 19;
-    while (down * across % threads || down * across < threads * DPOI_MIN(each, 4)) {
-        if (m / down > n / across && down < row_tiles)
-            down++;
-        else if (across < col_tiles)
-            across++;
-        else
-            break;
-    }
-    DPOI_PARALLEL_FOR((int)threads)
-    for (size_t block = 0; block < down * across; block++) {
-        size_t r = block / across, s = block % across;
-        size_t i = row_tiles * r / down * DPOI_TILE_ROWS;
-        size_t j = col_tiles * s / across * DPOI_TILE_COLS;
-        size_t i_end = DPOI_MIN(m, row_tiles * (r + 1) / down * DPOI_TILE_ROWS);
-        size_t j_end = DPOI_MIN(n, col_tiles * (s + 1) / across * DPOI_TILE_COLS);
-        dpoi_matmul_serial(context->pack[dpoi_thread_index()], c + i * ldc + j, ldc,
-                           dpoi_submatrix(a, i, 0), dpoi_submatrix(b, 0, j),
-                           i_end - i, j_end - j, k, accumulate, as);
-    }
+    const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    const size_t deep = DPOI_SHARED_BLOCKS * DPOI_BLOCK_K * (dpoi_paired(as) ? 2 : 1);
+    const size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
+    for (size_t i = 0; i < m; i += DPOI_SHARED_ROWS)
+        for (size_t l = 0; l == 0 || l < k; l += deep) {
+            size_t rows = DPOI_MIN(m - i, DPOI_SHARED_ROWS), depth = DPOI_MIN(k - l, deep);
+            dpoi_pack_shared(context, threads, dpoi_submatrix(a, i, l), rows, depth, as);
+            dpoi_multiply_shared(context, threads, c + i * ldc, ldc,
+                                 dpoi_submatrix(b_columns, 0, l), rows, n, depth,
+                                 accumulate || l > 0, as);
+        }
 }
 
 /* ---- 3.6 the context ------------------------------------------------------------------------- */
@@ -1628,10 +1696,12 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
 #endif
     size_t n = (size_t)context->n_threads;
     if (dpoi_alloc_zeroed(context, &context->pack, n, sizeof *context->pack) ||
-        dpoi_alloc_zeroed(context, &context->strip, n, sizeof *context->strip))
+        dpoi_alloc_zeroed(context, &context->strip, n, sizeof *context->strip) ||
+        dpoi_alloc(context, &context->shared_pack, DPOI_SHARED_FLOATS + n * DPOI_PACK_FLOATS,
+                   sizeof(float)))
         return 1;
     for (size_t t = 0; t < n; t++)
-        if (dpoi_alloc(context, &context->pack[t], DPOI_PACK_FLOATS, sizeof(float))) return 1;
+        context->pack[t] = context->shared_pack + DPOI_SHARED_FLOATS + t * DPOI_PACK_FLOATS;
     return 0;
 }
 
@@ -1659,15 +1729,14 @@ static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piec
 
 DPO_API void dpo_context_free(dpo_context *context)
 {
-    for (size_t t = 0; t < (size_t)context->n_threads; t++) {
-        if (context->pack) dpoi_free(context, context->pack[t]);
+    for (size_t t = 0; t < (size_t)context->n_threads; t++)
         if (context->strip) dpoi_free(context, context->strip[t]);
-    }
     dpoi_free(context, context->pack);
     dpoi_free(context, context->strip);
     dpoi_free(context, context->piece);
+    dpoi_free(context, context->shared_pack);
     context->pack = context->strip = NULL;
-    context->piece = NULL;
+    context->piece = context->shared_pack = NULL;
     context->n_threads = 0;
 }
 
@@ -3197,9 +3266,9 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     }
     for (size_t i = 0; i < n; i++)
         *(list[i].of_head ? &memory->head : &memory->activations) += list[i].count * list[i].size;
-    memory->scratch = (size_t)options->n_threads * sizeof(float) *
-                      (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)) +
-                      dpoi_piece_size(&model) * sizeof(float);
+    memory->scratch = sizeof(float) * (DPOI_SHARED_FLOATS + dpoi_piece_size(&model) +
+                      (size_t)options->n_threads *
+                      (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)));
     if (config->position == DPO_ROTARY)
         memory->scratch += config->context_length * config->rotary_dims * sizeof(float);
     // Every position's keys and values, and its share in every head; a logit and a rank per token.

@@ -8,7 +8,8 @@ a sum that should add made to overwrite, the wrong one of two alike. It is compi
 test_gradients, test_invariants and test_modes, and killed by the first of them that fails. One that survives means
 that a formula could be wrong without anybody noticing. A piece that the function does not have exactly
 once is an error, so the list has to follow the code; so is a mutant that does not compile. What changes
-nothing but speed or the last bit has no place here.
+nothing but speed or the last bit has no place here. Mutants marked PAIRED are tried where the CPU has
+dot products of bf16, and counted as left out elsewhere.
 """
 import concurrent.futures
 import os
@@ -21,6 +22,9 @@ import tempfile
 TESTS = {"test_fixtures": "-Og", "test_gradients": "-O1", "test_invariants": "-O1",
          "test_modes": "-O1"}
 TIMEOUT = 120       # seconds for one test; a mutant that hangs is noticed as well
+
+# Only of products that multiply bf16 in pairs: mutants of these say nothing on other CPUs.
+PAIRED = True
 
 # function: pieces and what becomes of them
 MUTANTS = {
@@ -95,18 +99,19 @@ MUTANTS = {
     ],
     "dpoi_pack": [
         ("DPOI_MIN(r, rows - 4)", "r - r % 8"),
-        ("(k + per_unit - 1) / per_unit", "k / per_unit"),
-        ("per_unit == 2 && l + 1 < k", "per_unit == 2"),
-        ("if (n_whole < n)", "if (0)"),
-        ("row + item, per_unit", "row, per_unit"),
-        ("next ? next + place : NULL", "next"),
+        ("(k + per_unit - 1) / per_unit", "k / per_unit", PAIRED),
+        ("per_unit == 2 && l + 1 < k", "per_unit == 2", PAIRED),
+        ("if (n_whole < n)", "if (0)", PAIRED),
+        ("row + item, per_unit", "row, per_unit", PAIRED),
+        ("next ? next + i * item : NULL", "next", PAIRED),
+        ("in + whole * item", "in"),
     ],
     "dpoi_float_bits": [
         ("(uint32_t)dpoi_bf16(value) << 16", "(memcpy(&bits, &value, 4), bits & 0xffff0000u)"),
     ],
     "dpoi_units_run": [
-        ("bits >> 16 |", "bits |"),
-        ("(y ?", "(0 ?"),
+        ("bits >> 16 |", "bits |", PAIRED),
+        ("(y ?", "(0 ?", PAIRED),
     ],
     "dpoi_matmul_packed": [
         ("add ? to[r * ldc + s] + sum : sum", "sum"),
@@ -115,11 +120,26 @@ MUTANTS = {
     "dpoi_matmul_serial": [
         ("accumulate || l > 0", "accumulate"),
         ("l == 0 || l < k", "l < k"),
-        ("(depth + per_unit - 1) / per_unit", "depth / per_unit"),
+        ("(depth + per_unit - 1) / per_unit", "depth / per_unit", PAIRED),
+    ],
+    "dpoi_pack_shared": [
+        ("dpoi_submatrix(a, i, block * most)", "dpoi_submatrix(a, i, 0)"),
+        ("dpoi_submatrix(a, i, block * most)", "dpoi_submatrix(a, 0, block * most)"),
+    ],
+    "dpoi_multiply_shared": [
+        ("dpoi_submatrix(b_columns, j, l)", "dpoi_submatrix(b_columns, 0, l)"),
+        ("dpoi_submatrix(b_columns, j, l)", "dpoi_submatrix(b_columns, j, 0)"),
+        ("l / most, i, units", "0, i, units"),
+        ("l / most, i, units", "l / most, 0, units"),
+        ("accumulate || l > 0", "accumulate"),
+        ("l == 0 || l < depth", "l < depth"),
     ],
     "dpoi_matmul": [
-        ("dpoi_submatrix(b, 0, j)", "b"),
-        ("dpoi_submatrix(a, i, 0)", "a"),
+        ("dpoi_submatrix(b_columns, 0, l)", "b_columns"),
+        ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, i, 0)"),
+        ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, 0, l)"),
+        ("accumulate || l > 0", "accumulate"),
+        ("l == 0 || l < k", "l < k"),
     ],
 
     # ---- 4 layers
@@ -476,7 +496,7 @@ MUTANTS = {
         ("storage.state += dpoi_aligned(bytes)", "storage.state += dpoi_aligned(bytes) / 2"),
     ],
     "dpo_memory_plan": [
-        ("dpoi_piece_size(&model) * sizeof(float)", "0"),
+        ("DPOI_SHARED_FLOATS + dpoi_piece_size(&model)", "DPOI_SHARED_FLOATS"),
         ("storage.params + storage.masters", "storage.params"),
         ("dpoi_grad_bytes(&model)", "model.n_trainable * 4"),
         ("options->model.frozen ? options->file->bytes : storage.largest", "storage.largest"),
@@ -785,7 +805,8 @@ def find_function(source, name):
 
 
 def make_mutants(source, word):
-    """All mutants as (function, what, text of the header), and what is wrong with the list."""
+    """All mutants as (function, what, text of the header, whether PAIRED), and what is wrong with the
+    list."""
     mutants, errors = [], []
     for name, pairs in MUTANTS.items():
         if word not in name:
@@ -795,13 +816,14 @@ def make_mutants(source, word):
             errors.append("dpo.h has no function %s" % name)
             continue
         body = source[extent[0]:extent[1]]
-        for piece, instead in pairs:
+        for piece, instead, *paired in pairs:
             what = "%s: %s  ->  %s" % (name, piece, instead or "nothing")
             if body.count(piece) != 1:
                 errors.append("%s: found %d times, not once" % (what, body.count(piece)))
             else:
                 changed = body.replace(piece, instead)
-                mutants.append((name, what, source[:extent[0]] + changed + source[extent[1]:]))
+                mutants.append((name, what, source[:extent[0]] + changed + source[extent[1]:],
+                                bool(paired)))
     return mutants, errors
 
 
@@ -815,6 +837,12 @@ def compiler():
     cpu = [word for word in words if re.match("-m(arch|cpu)=", word)]
     return [words[0], "-std=gnu11", "-w", "-ffp-contract=fast", "-fno-math-errno",
             "-fno-trapping-math", "-DCHECK_ONE_FAILURE", "-DDPO_STATIC"] + cpu
+
+
+def has_paired_products(command):
+    macros = subprocess.run(command + ["-dM", "-E", "-xc", os.devnull], capture_output=True,
+                            text=True).stdout
+    return "__AVX512BF16__" in macros or "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC" in macros
 
 
 def try_header(command, function, text, killers):
@@ -852,9 +880,13 @@ def main():
     mutants, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "")
     for error in errors:
         print("error:", error)
+    n = len(mutants)
+    if not has_paired_products(command):
+        mutants = [mutant for mutant in mutants if not mutant[3]]
+        print("%d mutants of products of paired bf16 left out: not on this CPU" % (n - len(mutants)))
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        tried = [pool.submit(try_header, command, name, text, killers) for name, _, text in mutants]
-        for i, ((_, what, _), future) in enumerate(zip(mutants, tried)):
+        tried = [pool.submit(try_header, command, name, text, killers) for name, _, text, _ in mutants]
+        for i, ((_, what, _, _), future) in enumerate(zip(mutants, tried)):
             if future.result() != "killed":
                 errors.append(what)
                 print("%s: %s" % (future.result(), what), flush=True)
