@@ -221,7 +221,7 @@ typedef struct dpo_file {
     dpo_entry *entries;         // [n_entries], in file order
     size_t n_entries;
     uint64_t identity;          // hash over header and table, the data's checksums included
-    char path[256];             // for messages; a longer one is cut
+    char path[512];             // for messages; a longer one is cut
 } dpo_file;
 
 /* Maps a container and checks all of it against the file's size; `verify` also checks the CRC-32
@@ -4009,15 +4009,12 @@ static void dpoi_crc_fill(dpoi_crc_table *table)
 {
     for (uint32_t b = 0; b < 256; b++) {
         uint32_t remainder = b;
-        for (int bit = 0; bit < 8; bit++)
-            remainder = (remainder >> 1) ^ (remainder & 1 ? 0xEDB88320u : 0);
-        table->at[0][b] = remainder;
-    }
-    for (size_t j = 1; j < 8; j++)
-        for (uint32_t b = 0; b < 256; b++) {
-            uint32_t before = table->at[j - 1][b];
-            table->at[j][b] = (before >> 8) ^ table->at[0][before & 255];
+        for (size_t j = 0; j < 8; j++) { // each byte further on divides by eight more bits
+            for (int bit = 0; bit < 8; bit++)
+                remainder = (remainder >> 1) ^ (remainder & 1 ? 0xEDB88320u : 0);
+            table->at[j][b] = remainder;
         }
+    }
 }
 
 /* The CRC of what `before` is the CRC of, 0 at the start, followed by these bytes. */
@@ -4060,6 +4057,8 @@ typedef struct dpoi_file_record {
 _Static_assert(sizeof(dpoi_file_header) == 64 && sizeof(dpoi_file_record) == 144,
                "the file format has no padding");
 
+#define DPOI_BROKEN ": the file is damaged or cut short; make it again"
+
 static const char *dpoi_kind_name(uint32_t kind)
 {
     static const char *const names[] = { "unknown file", "model", "adapter", "training state",
@@ -4067,50 +4066,51 @@ static const char *dpoi_kind_name(uint32_t kind)
     return names[kind <= DPO_FILE_TEST ? kind : 0];
 }
 
-/* Fills entries from the table, checking each against `place`, the end of the one before it. */
-static int dpoi_file_read_table(dpo_context *context, dpo_file *file, const char *path,
-                                uint64_t table_end)
+DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
 {
-    const unsigned char *start = file->map;
-    size_t place = table_end;
-    for (size_t i = 0; i < file->n_entries; i++) {
-        dpoi_file_record record;
-        memcpy(&record, start + sizeof(dpoi_file_header) + i * sizeof record, sizeof record);
-        if (!record.name[0] || !memchr(record.name, 0, sizeof record.name))
-            return dpoi_fail(context, "%s: entry %zu has no valid name: the file is damaged; make "
-                             "it again", path, i);
+    for (size_t i = 0; i < file->n_entries; i++)
+        if (!strcmp(file->entries[i].name, name)) return &file->entries[i];
+    return NULL;
+}
+
+static const dpoi_file_record *dpoi_file_records(const dpo_file *file)
+{
+    return (const void *)((const char *)file->map + sizeof(dpoi_file_header));
+}
+
+/* Takes n entries from the table, checking each against `place`, the end of the one before it. */
+static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, size_t place)
+{
+    for (const dpoi_file_record *record = dpoi_file_records(file); file->n_entries < n; record++) {
+        const size_t size = dpoi_dtype_bytes((dpo_dtype)record->dtype);
         size_t elements, bytes;
-        if (record.n_dims < 1 || record.n_dims > 2 || record.layout > DPO_CONV1D ||
-            !dpoi_dtype_bytes((dpo_dtype)record.dtype) ||
-            (record.n_dims == 1 && record.shape[1] != 1) ||
-            dpoi_multiply(&elements, record.shape[0], record.shape[1]) ||
-            dpoi_multiply(&bytes, elements, dpoi_dtype_bytes((dpo_dtype)record.dtype)) ||
-            bytes != record.bytes)
-            return dpoi_fail(context, "%s: entry %s: type, shape and length do not fit each other: "
-                             "the file is damaged; make it again", path, record.name);
-        if (record.offset != dpoi_aligned(place) || record.offset > file->bytes ||
-            record.bytes > file->bytes - record.offset)
-            return dpoi_fail(context, "%s: entry %s lies outside the file or over another entry: "
-                             "the file is damaged or cut short; make it again", path, record.name);
-        for (size_t j = 0; j < i; j++)
-            if (!strcmp(file->entries[j].name, record.name))
-                return dpoi_fail(context, "%s: entry %s appears twice: the file is damaged; make "
-                                 "it again", path, record.name);
-        place = record.offset + record.bytes;
-        dpo_entry *entry = &file->entries[i];
-        memcpy(entry->name, record.name, sizeof entry->name);
-        entry->dtype = (dpo_dtype)record.dtype;
-        entry->layout = (dpo_layout)record.layout;
-        entry->n_dims = record.n_dims;
-        entry->shape[0] = record.shape[0];
-        entry->shape[1] = record.shape[1];
-        entry->data = start + record.offset;
-        entry->bytes = record.bytes;
+        if (!record->name[0] || !memchr(record->name, 0, sizeof record->name))
+            return dpoi_fail(context, "%s: entry %zu has no valid name" DPOI_BROKEN, file->path,
+                             file->n_entries);
+        if (record->n_dims < 1 || record->n_dims > 2 || record->layout > DPO_CONV1D || !size ||
+            (record->n_dims == 1 && record->shape[1] != 1) ||
+            dpoi_multiply(&elements, record->shape[0], record->shape[1]) ||
+            dpoi_multiply(&bytes, elements, size) || bytes != record->bytes)
+            return dpoi_fail(context, "%s: entry %s: type, shape and length do not fit each other"
+                             DPOI_BROKEN, file->path, record->name);
+        if (record->offset != dpoi_aligned(place) || record->offset > file->bytes ||
+            record->bytes > file->bytes - record->offset)
+            return dpoi_fail(context, "%s: entry %s lies outside the file or over another entry"
+                             DPOI_BROKEN, file->path, record->name);
+        if (dpo_file_find(file, record->name))
+            return dpoi_fail(context, "%s: entry %s appears twice" DPOI_BROKEN, file->path,
+                             record->name);
+        place = record->offset + record->bytes;
+        dpo_entry *entry = &file->entries[file->n_entries++];
+        *entry = (dpo_entry){ .dtype = (dpo_dtype)record->dtype, .n_dims = record->n_dims,
+                              .layout = (dpo_layout)record->layout, .bytes = record->bytes,
+                              .shape = { record->shape[0], record->shape[1] },
+                              .data = (const char *)file->map + record->offset };
+        memcpy(entry->name, record->name, sizeof entry->name);
     }
-    if (place != file->bytes)
-        return dpoi_fail(context, "%s: %zu bytes follow the last entry: the file is damaged; make "
-                         "it again", path, file->bytes - place);
-    return 0;
+    return place == file->bytes ? 0
+         : dpoi_fail(context, "%s: %zu bytes follow the last entry" DPOI_BROKEN, file->path,
+                     file->bytes - place);
 }
 
 /* Lets the machine drop an entry's pages, which come back when they are read again. What was read
@@ -4124,31 +4124,29 @@ static void dpoi_file_release(const dpo_entry *entry)
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
-static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const char *path,
-                            const dpoi_crc_table *crc)
+static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const dpoi_crc_table *crc)
 {
     char *wrong; // [n_entries]
     if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
     for (size_t i = 0; i < file->n_entries; i++) {
-        dpoi_file_record record;
-        memcpy(&record, (char *)file->map + sizeof(dpoi_file_header) + i * sizeof record,
-               sizeof record);
-        wrong[i] = dpoi_crc(crc, 0, file->entries[i].data, file->entries[i].bytes) != record.crc;
-        dpoi_file_release(&file->entries[i]);
+        const dpo_entry *entry = &file->entries[i];
+        wrong[i] = dpoi_crc(crc, 0, entry->data, entry->bytes) != dpoi_file_records(file)[i].crc;
+        dpoi_file_release(entry);
     }
     size_t i = 0;
     while (i < file->n_entries && !wrong[i]) i++;
     dpoi_free(context, wrong);
     return i == file->n_entries ? 0
-         : dpoi_fail(context, "%s: the checksum of %s is wrong: the file is damaged; make it again",
-                     path, file->entries[i].name);
+         : dpoi_fail(context, "%s: the checksum of %s is wrong" DPOI_BROKEN, file->path,
+                     file->entries[i].name);
 }
 
-static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *path,
-                           dpo_file_kind kind, int verify)
+static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind kind, int verify)
 {
     dpoi_file_header header;
+    static const char zeros[sizeof header.zeros];
+    const char *path = file->path;
     if (file->bytes < sizeof header || memcmp(file->map, DPOI_MAGIC, sizeof header.magic))
         return dpoi_fail(context, "%s: not a dpo.h file; convert checkpoints with "
                          "`python3 convert.py import HF_DIR model.bin`", path);
@@ -4156,9 +4154,6 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *pat
     if (header.version != DPOI_VERSION)
         return dpoi_fail(context, "%s: file version %u, this program reads version %d; convert the "
                          "checkpoint again", path, header.version, DPOI_VERSION);
-    static const char zeros[sizeof header.zeros];
-    if (memcmp(header.zeros, zeros, sizeof zeros))
-        return dpoi_fail(context, "%s: its header is damaged; make the file again", path);
     if (header.kind != (uint32_t)kind)
         return dpoi_fail(context, "%s: the file is of the kind \"%s\"; \"%s\" is expected", path,
                          dpoi_kind_name(header.kind), dpoi_kind_name(kind));
@@ -4166,23 +4161,18 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *pat
         return dpoi_fail(context, "%s: %zu bytes long, but its header says %llu: the file was cut "
                          "short or added to; copy or make it again", path, file->bytes,
                          (unsigned long long)header.file_bytes);
-    size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
-    if (header.n_entries > DPOI_MAX_ENTRIES ||
-        header.table_end != sizeof header + table_bytes || header.table_end > file->bytes)
-        return dpoi_fail(context, "%s: its table does not fit into the file: the file is damaged; "
-                         "make it again", path);
+    const size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
-    const unsigned char *start = file->map;
-    if (dpoi_crc(&crc, 0, start + sizeof header, table_bytes) != header.table_crc)
-        return dpoi_fail(context, "%s: the checksum of its table is wrong: the file is damaged; "
-                         "make it again", path);
-    file->n_entries = header.n_entries;
-    file->identity = dpo_hash(DPO_HASH_START, start, header.table_end);
-    if (dpoi_alloc(context, &file->entries, file->n_entries, sizeof *file->entries) ||
-        dpoi_file_read_table(context, file, path, header.table_end))
-        return 1;
-    return verify ? dpoi_file_verify(context, file, path, &crc) : 0;
+    if (memcmp(header.zeros, zeros, sizeof zeros) || header.n_entries > DPOI_MAX_ENTRIES ||
+        header.table_end != sizeof header + table_bytes || header.table_end > file->bytes ||
+        dpoi_crc(&crc, 0, dpoi_file_records(file), table_bytes) != header.table_crc)
+        return dpoi_fail(context, "%s: its table does not fit the header, the file or its checksum"
+                         DPOI_BROKEN, path);
+    file->identity = dpo_hash(DPO_HASH_START, file->map, header.table_end);
+    return dpoi_alloc(context, &file->entries, header.n_entries, sizeof *file->entries) ||
+           dpoi_file_read_table(context, file, header.n_entries, header.table_end) ||
+           (verify && dpoi_file_verify(context, file, &crc));
 }
 
 DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path,
@@ -4190,32 +4180,28 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
 {
     *file = (dpo_file){ 0 };
     snprintf(file->path, sizeof file->path, "%s", path);
-    int descriptor = open(path, O_RDONLY);
     struct stat status;
-    if (descriptor < 0 || fstat(descriptor, &status)) {
-        int reason = errno;
-        if (descriptor >= 0) close(descriptor);
-        return dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(reason));
+    const int descriptor = open(path, O_RDONLY);
+    int failed = descriptor < 0 || fstat(descriptor, &status);
+    if (failed)
+        dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(errno));
+    else if (!S_ISREG(status.st_mode) || status.st_size == 0)
+        failed = dpoi_fail(context, "%s: %s; a file of the kind \"%s\" is expected", path,
+                           S_ISREG(status.st_mode) ? "is empty" : "is not a file",
+                           dpoi_kind_name(kind));
+    else {
+        void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+        if (map == MAP_FAILED)
+            failed = dpoi_fail(context, "%s: cannot be mapped: %s", path, strerror(errno));
+        else {
+            file->map = map;
+            file->bytes = (size_t)status.st_size;
+            failed = dpoi_file_check(context, file, kind, verify);
+        }
     }
-    if (!S_ISREG(status.st_mode) || status.st_size == 0) {
-        close(descriptor);
-        return dpoi_fail(context, "%s: %s; a file of the kind \"%s\" is expected", path,
-                         S_ISREG(status.st_mode) ? "is empty" : "is not a file",
-                         dpoi_kind_name(kind));
-    }
-    file->bytes = (size_t)status.st_size;
-    file->map = mmap(NULL, file->bytes, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    int reason = errno;
-    close(descriptor);
-    if (file->map == MAP_FAILED) {
-        file->map = NULL;
-        return dpoi_fail(context, "%s: cannot be mapped: %s", path, strerror(reason));
-    }
-    if (dpoi_file_check(context, file, path, kind, verify)) {
-        dpo_file_close(context, file);
-        return 1;
-    }
-    return 0;
+    if (descriptor >= 0) close(descriptor);
+    if (failed) dpo_file_close(context, file);
+    return failed;
 }
 
 DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
@@ -4223,13 +4209,6 @@ DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
     if (file->map) munmap(file->map, file->bytes);
     dpoi_free(context, file->entries);
     *file = (dpo_file){ 0 };
-}
-
-DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
-{
-    for (size_t i = 0; i < file->n_entries; i++)
-        if (!strcmp(file->entries[i].name, name)) return &file->entries[i];
-    return NULL;
 }
 
 /* ---- 8.3 writing ----------------------------------------------------------------------------- */
@@ -4282,13 +4261,11 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
                            const dpo_entry *entries, size_t n_entries, dpoi_fill *fill, void *user)
 {
     char temporary[4096];
-    int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
-    if (length < 0 || (size_t)length >= sizeof temporary)
-        return dpoi_fail(context, "%s: the path is too long", path);
     dpoi_file_record *records;
-    if (n_entries > DPOI_MAX_ENTRIES)
-        return dpoi_fail(context, "%s: %zu entries; a file holds at most %d", path, n_entries,
-                         DPOI_MAX_ENTRIES);
+    int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
+    if (length < 0 || (size_t)length >= sizeof temporary || n_entries > DPOI_MAX_ENTRIES)
+        return dpoi_fail(context, "%s: the path is too long, or %zu entries are more than the %d "
+                         "that a file holds", path, n_entries, DPOI_MAX_ENTRIES);
     if (dpoi_alloc(context, &records, n_entries, sizeof *records)) return 1;
     dpoi_file_header header = { .version = DPOI_VERSION, .kind = (uint32_t)kind,
                                 .n_entries = (uint32_t)n_entries };
@@ -4296,15 +4273,12 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
     FILE *stream = fopen(temporary, "wb");
     int failed = stream ? dpoi_file_write_stream(stream, &header, records, entries, fill, user) : 1;
     int reason = errno;
-    if (stream && fclose(stream) && !failed) {
+    if (failed && stream) fclose(stream);
+    if (!failed && (fclose(stream) || rename(temporary, path))) {
         failed = 1;
         reason = errno;
     }
     dpoi_free(context, records);
-    if (!failed && rename(temporary, path)) {
-        failed = 1;
-        reason = errno;
-    }
     if (!failed) return 0;
     if (stream) unlink(temporary);
     return failed < 0 ? 1 : dpoi_fail(context, "%s: cannot be written: %s; nothing was changed",
@@ -4326,11 +4300,11 @@ static dpo_entry dpoi_vector(const char *name, dpo_dtype dtype, const void *data
     return entry;
 }
 
-/* An entry for a tensor, without its data. */
-static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype)
+/* An entry for a tensor, its data given or NULL, to be filled. */
+static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype, const void *data)
 {
     dpo_entry entry = { .dtype = dtype, .layout = tensor->layout, .n_dims = tensor->n_dims,
-                        .shape = { tensor->shape[0], tensor->shape[1] },
+                        .shape = { tensor->shape[0], tensor->shape[1] }, .data = data,
                         .bytes = tensor->n * dpoi_dtype_bytes(dtype) };
     memcpy(entry.name, tensor->name, sizeof entry.name);
     return entry;
@@ -4723,7 +4697,7 @@ static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!strncmp(tensor->name, "base_model.", 11)) continue; // an adapter's
-        entries[n++] = dpoi_tensor_entry(tensor, tensor->shape[1] > 1 ? matrices : DPO_F32);
+        entries[n++] = dpoi_tensor_entry(tensor, tensor->shape[1] > 1 ? matrices : DPO_F32, NULL);
     }
     for (size_t i = 0; i < file->n_entries; i++) {
         const char *name = file->entries[i].name;
@@ -4946,8 +4920,7 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
         entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
         for (size_t i = 0; i < model->n_tensors; i++) {
             if (strncmp(model->tensors[i].name, "base_model.", 11)) continue;
-            entries[n] = dpoi_tensor_entry(&model->tensors[i], DPO_F32);
-            entries[n++].data = model->tensors[i].data;
+            entries[n++] = dpoi_tensor_entry(&model->tensors[i], DPO_F32, model->tensors[i].data);
         }
         failed = dpo_file_write(context, path, DPO_FILE_ADAPTER, entries, n);
     }
@@ -4973,28 +4946,23 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
     dpo_file file;
     if (dpo_file_open(context, &file, path, DPO_FILE_REFERENCE, 1)) return 1;
     const dpo_entry *entry = dpo_file_find(&file, "key"), *values = dpo_file_find(&file, "logp");
-    dpo_reference_key found;
-    int failed = 0;
-    if (!entry || !values || entry->dtype != DPO_U64 || entry->bytes != sizeof found ||
-        values->dtype != DPO_F64 || values->n_dims != 1)
-        failed = dpoi_fail(context, "%s: not a reference cache of this version; delete it", path);
-    else {
-        memcpy(&found, entry->data, sizeof found);
-        const char *differs = found.model != key->model ? "another reference model"
-                            : found.adapter != key->adapter ? "another adapter of that model"
-                            : found.dtype != key->dtype ? "another precision (--dtype)"
-                            : found.truncation != key->truncation ? "another truncation "
-                              "(--max-length, --max-prompt-length, --truncation)"
-                            : found.data != key->data ? "other data (or evaluation data)"
-                            : values->shape[0] != n ? "another number of answers" : NULL;
-        if (differs)
-            failed = dpoi_fail(context, "%s: was made for %s; give another file or delete it", path,
-                               differs);
-        else
-            memcpy(logp, values->data, values->bytes);
-    }
+    const dpo_reference_key *made = entry && entry->dtype == DPO_U64 &&
+                                    entry->bytes == sizeof *made ? entry->data : NULL;
+    const char *wrong = !made || !values || values->dtype != DPO_F64 || values->n_dims != 1
+                      ? "another version of this program"
+                      : made->model != key->model ? "another reference model"
+                      : made->adapter != key->adapter ? "another adapter of that model"
+                      : made->dtype != key->dtype ? "another precision (--dtype)"
+                      : made->truncation != key->truncation ? "another truncation "
+                        "(--max-length, --max-prompt-length, --truncation)"
+                      : made->data != key->data ? "other data (or evaluation data)"
+                      : values->shape[0] != n ? "another number of answers" : NULL;
+    if (wrong)
+        dpoi_fail(context, "%s: was made for %s; give another file or delete it", path, wrong);
+    else
+        memcpy(logp, values->data, values->bytes);
     dpo_file_close(context, &file);
-    return failed;
+    return wrong != NULL;
 }
 
 /* ---- 8.7 the state of a training run --------------------------------------------------------- */
@@ -5005,15 +4973,18 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
 
 enum { DPOI_STATE_EXTRAS = 5 };
 
-static size_t dpoi_state_entries(dpo_model *model, const dpo_optimizer *optimizer,
-                                 dpo_entry *entries)
+/* All entries but the notes, for data to be written from or read into. */
+static size_t dpoi_state_entries(const dpo_model *model, const dpo_optimizer *optimizer,
+                                 const uint64_t numbers[3], dpo_entry *entries)
 {
     size_t n = 0;
+    entries[n++] = dpoi_vector("run", DPO_U64, numbers, 1);
+    entries[n++] = dpoi_vector("counters", DPO_U64, numbers + 1, 2);
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!tensor->trainable) continue;
-        entries[n] = dpoi_tensor_entry(tensor, tensor->master ? DPO_F32 : tensor->dtype);
-        entries[n++].data = tensor->master ? tensor->master : tensor->data;
+        entries[n++] = tensor->master ? dpoi_tensor_entry(tensor, DPO_F32, tensor->master)
+                                      : dpoi_tensor_entry(tensor, tensor->dtype, tensor->data);
     }
     entries[n++] = dpoi_vector("optimizer/v", DPO_F32, optimizer->v, model->n_trainable);
     if (optimizer->m)
@@ -5024,30 +4995,38 @@ static size_t dpoi_state_entries(dpo_model *model, const dpo_optimizer *optimize
 DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, const char *path,
                            uint64_t run, const void *notes, size_t n_notes)
 {
-    dpo_context *context = model->context;
     dpo_entry *entries;
-    const uint64_t counters[] = { optimizer->step, model->passes };
-    if (dpoi_alloc_zeroed(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
-                          sizeof *entries))
+    const uint64_t numbers[] = { run, optimizer->step, model->passes };
+    if (dpoi_alloc(model->context, &entries, model->n_tensors + DPOI_STATE_EXTRAS, sizeof *entries))
         return 1;
-    size_t n = dpoi_state_entries(model, optimizer, entries);
-    entries[n++] = dpoi_vector("run", DPO_U64, &run, 1);
-    entries[n++] = dpoi_vector("counters", DPO_U64, counters, 2);
+    size_t n = dpoi_state_entries(model, optimizer, numbers, entries);
     entries[n++] = dpoi_vector("notes", DPO_U8, notes, n_notes);
-    int failed = dpo_file_write(context, path, DPO_FILE_STATE, entries, n);
-    dpoi_free(context, entries);
+    int failed = dpo_file_write(model->context, path, DPO_FILE_STATE, entries, n);
+    dpoi_free(model->context, entries);
     return failed;
 }
 
-/* The entry of that name and size; NULL with a message. */
-static const dpo_entry *dpoi_state_entry(dpo_context *context, const dpo_file *file,
-                                         const dpo_entry *wanted)
+/* The file must have these n entries, notes, and no others. */
+static int dpoi_state_check(dpo_context *context, const dpo_file *file, const dpo_entry *entries,
+                            size_t n, uint64_t run)
 {
-    const dpo_entry *found = dpo_file_find(file, wanted->name);
-    if (found && found->dtype == wanted->dtype && found->bytes == wanted->bytes) return found;
-    dpoi_fail(context, "%s: %s is missing or of another size or type: the state belongs to a run "
-              "with other options", file->path, wanted->name);
-    return NULL;
+    const char *wrong = dpo_file_find(file, "notes") ? NULL : "notes";
+    for (size_t i = 0; i < n && !wrong; i++) {
+        const dpo_entry *found = dpo_file_find(file, entries[i].name);
+        if (!found || found->dtype != entries[i].dtype || found->bytes != entries[i].bytes)
+            wrong = entries[i].name;
+        else if (i == 0 && memcmp(found->data, &run, sizeof run))
+            return dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
+                             file->path);
+    }
+    const dpo_file expected = { .entries = (dpo_entry *)(uintptr_t)entries, .n_entries = n };
+    for (size_t i = 0; i < file->n_entries && !wrong; i++)
+        if (!dpo_file_find(&expected, file->entries[i].name) &&
+            strcmp(file->entries[i].name, "notes"))
+            wrong = file->entries[i].name;
+    return !wrong ? 0
+         : dpoi_fail(context, "%s: %s is missing, of another size or type, or not in this run: the "
+                     "state belongs to a run with other options", file->path, wrong);
 }
 
 DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
@@ -5056,33 +5035,19 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     dpo_context *context = model->context;
     dpo_file file;
     dpo_entry *entries = NULL;
-    uint64_t found_run = 0, counters[2] = { 0 };
+    uint64_t numbers[3];
+    size_t n = 0;
     if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
-    const dpo_entry keys[] = { dpoi_vector("run", DPO_U64, &found_run, 1),
-                               dpoi_vector("counters", DPO_U64, counters, 2) };
-    const dpo_entry *texts = dpo_file_find(&file, "notes"), *entry = NULL;
-    int failed = !texts ? dpoi_fail(context, "%s: notes are missing: the file is damaged", path)
-                        : dpoi_alloc_zeroed(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
-                                            sizeof *entries);
-    for (size_t i = 0; !failed && i < 2; i++)
-        if (!(failed = !(entry = dpoi_state_entry(context, &file, &keys[i]))))
-            memcpy((void *)(uintptr_t)keys[i].data, entry->data, entry->bytes);
-    if (!failed && found_run != run)
-        failed = dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
-                           path);
-    size_t n = failed ? 0 : dpoi_state_entries(model, optimizer, entries);
-    for (size_t i = 0; i < n && !failed; i++) // all of it is checked before anything is changed
-        failed = !dpoi_state_entry(context, &file, &entries[i]);
-    for (size_t i = 0; i < file.n_entries && !failed; i++) {
-        const char *name = file.entries[i].name;
-        size_t k = 0;
-        while (k < n && strcmp(entries[k].name, name)) k++;
-        if (k == n && strcmp(name, "run") && strcmp(name, "counters") && strcmp(name, "notes"))
-            failed = dpoi_fail(context, "%s: %s is not in this run: the state belongs to a run "
-                               "with other options", path, name);
+    int failed = dpoi_alloc(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
+                            sizeof *entries);
+    if (!failed) { // all of it is checked before anything is changed
+        n = dpoi_state_entries(model, optimizer, numbers, entries);
+        failed = dpoi_state_check(context, &file, entries, n, run);
     }
+    const dpo_entry *text = dpo_file_find(&file, "notes");
+    failed = failed || dpoi_string_append(context, notes, text->data, text->bytes);
     for (size_t i = 0; i < n && !failed; i++) {
-        entry = dpo_file_find(&file, entries[i].name);
+        const dpo_entry *entry = dpo_file_find(&file, entries[i].name);
         memcpy((void *)(uintptr_t)entries[i].data, entry->data, entry->bytes);
         dpoi_file_release(entry);
     }
@@ -5091,9 +5056,8 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
             dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,
                         model->tensors[i].n);
     if (!failed) {
-        optimizer->step = counters[0];
-        model->passes = counters[1];
-        failed = dpoi_string_append(context, notes, texts->data, texts->bytes);
+        optimizer->step = numbers[1];
+        model->passes = numbers[2];
     }
     dpoi_free(context, entries);
     dpo_file_close(context, &file);

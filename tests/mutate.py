@@ -718,20 +718,20 @@ MUTANTS = {
         ("memcpy(lora->base, json.text.bytes + path->string, path->n_string);", ""),
     ],
     "dpo_state_load": [
-        ("optimizer->step = counters[0];", ""),
-        ("model->passes = counters[1];", ""),
-        ("found_run != run", "0"),
-        ("failed = !dpoi_state_entry(context, &file, &entries[i]);", "break;"),
-        ("if (k == n &&", "if (0 &&"),
+        ("optimizer->step = numbers[1];", ""),
+        ("model->passes = numbers[2];", ""),
         ("if (model->tensors[i].master)", "if (0)"),
     ],
-    "dpoi_state_entry": [
-        ("found->dtype == wanted->dtype &&", ""),
-        ("&& found->bytes == wanted->bytes", ""),
+    "dpoi_state_check": [
+        ("memcmp(found->data, &run, sizeof run)", "0"),
+        ("wrong = entries[i].name;", ";"),
+        ("wrong = file->entries[i].name;", ";"),
+        ("found->dtype != entries[i].dtype ||", ""),
+        ("|| found->bytes != entries[i].bytes", ""),
     ],
     "dpoi_state_entries": [
         ("if (optimizer->m)", "if (0)"),
-        ("tensor->master ? tensor->master : tensor->data", "tensor->data"),
+        ("tensor->master ? dpoi_tensor_entry", "0 ? dpoi_tensor_entry"),
     ],
 
     # ---- 10 generation
