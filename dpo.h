@@ -2586,6 +2586,38 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
 
 /* ---- 6.1 config ------------------------------------------------------------------------------ */
 
+/* A struct's fields by their JSON names: one list checks, reads and writes them. */
+typedef enum { DPOI_SIZE, DPOI_REAL, DPOI_FLAG, DPOI_ID, DPOI_CHOICE, DPOI_CHARS } dpoi_field_kind;
+typedef struct dpoi_field {
+    const char *name;
+    dpoi_field_kind kind;
+    size_t offset, most;        // in the struct; of a size, 0: any; of chars, their number
+    const char *const *choices; // of an enum, NULL at the end
+} dpoi_field;
+
+static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm", NULL };
+static const char *const dpoi_position_names[] = { "rotary", "alibi", "learned", NULL };
+static const char *const dpoi_activation_names[] = { "gelu", "gelu_new", "gelu_fast", "quick_gelu",
+                                                     "silu", "relu", "swiglu", NULL };
+
+// Within these limits no product of sizes below can overflow.
+#define DPOI_FIELD(kind, member, most) { #member, kind, offsetof(dpo_config, member), most, NULL }
+static const dpoi_field dpoi_config_fields[] = {
+    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture), 0, dpoi_architecture_names },
+    DPOI_FIELD(DPOI_SIZE, vocab_size, 1 << 24), DPOI_FIELD(DPOI_SIZE, context_length, 1 << 24),
+    DPOI_FIELD(DPOI_SIZE, d_model, 1 << 20), DPOI_FIELD(DPOI_SIZE, n_layers, 1 << 10),
+    DPOI_FIELD(DPOI_SIZE, n_heads, 1 << 20), DPOI_FIELD(DPOI_SIZE, d_ff, 1 << 20),
+    { "position", DPOI_CHOICE, offsetof(dpo_config, position), 0, dpoi_position_names },
+    DPOI_FIELD(DPOI_SIZE, rotary_dims, 0), DPOI_FIELD(DPOI_REAL, rotary_base, 0),
+    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation), 0, dpoi_activation_names },
+    DPOI_FIELD(DPOI_FLAG, parallel_residual, 0), DPOI_FIELD(DPOI_FLAG, attention_bias, 0),
+    DPOI_FIELD(DPOI_FLAG, tied_head, 0), DPOI_FIELD(DPOI_REAL, norm_epsilon, 0),
+    DPOI_FIELD(DPOI_REAL, embedding_scale, 0), DPOI_FIELD(DPOI_REAL, logit_scale, 0),
+    DPOI_FIELD(DPOI_REAL, attention_scale, 0), DPOI_FIELD(DPOI_FLAG, attention_scale_by_layer, 0),
+    DPOI_FIELD(DPOI_REAL, alibi_factor, 0), DPOI_FIELD(DPOI_REAL, mup_width_scale, 0),
+    DPOI_FIELD(DPOI_ID, bos_id, 0), DPOI_FIELD(DPOI_ID, eos_id, 0), { 0 } };
+_Static_assert(sizeof(dpo_activation) == sizeof(int), "the config's enums are read as ints");
+
 DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture)
 {
     int btlm = architecture == DPO_BTLM;
@@ -2612,15 +2644,17 @@ DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architectur
 
 DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
 {
-    // With these limits no product of sizes below can overflow.
-    const struct { const char *name; size_t value, most; } sizes[] = {
-        { "vocab_size", config->vocab_size, 1 << 24 }, { "d_model", config->d_model, 1 << 20 },
-        { "context_length", config->context_length, 1 << 24 }, { "d_ff", config->d_ff, 1 << 20 },
-        { "n_layers", config->n_layers, 1 << 10 }, { "n_heads", config->n_heads, 1 << 20 } };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
-            return dpoi_fail(context, "config: %s is %zu; it must be 1 to %zu", sizes[i].name,
-                             sizes[i].value, sizes[i].most);
+    for (const dpoi_field *field = dpoi_config_fields; field->name; field++) {
+        const void *at = (const char *)config + field->offset;
+        const size_t size = field->most ? *(const size_t *)at : 1;
+        const double real = field->kind == DPOI_REAL ? *(const double *)at : 1.0;
+        if (field->most && (size < 1 || size > field->most))
+            return dpoi_fail(context, "config: %s is %zu; it must be 1 to %zu", field->name, size,
+                             field->most);
+        if (!(real > 0 && real < 1e9))
+            return dpoi_fail(context, "config: %s is %g; it must be a positive number", field->name,
+                             real);
+    }
     if (config->d_model % config->n_heads)
         return dpoi_fail(context, "config: d_model %zu is not a multiple of n_heads %zu",
                          config->d_model, config->n_heads);
@@ -2635,15 +2669,6 @@ DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
         return dpoi_fail(context, "config: %s; no Hugging Face model of this architecture has that",
                          btlm ? "BTLM with rotary positions, a parallel residual or without biases"
                               : "GPT-NeoX with other positions than rotary, or with SwiGLU");
-    const struct { const char *name; double value; } positive[] = {
-        { "rotary_base", config->rotary_base }, { "norm_epsilon", config->norm_epsilon },
-        { "embedding_scale", config->embedding_scale }, { "logit_scale", config->logit_scale },
-        { "attention_scale", config->attention_scale }, { "alibi_factor", config->alibi_factor },
-        { "mup_width_scale", config->mup_width_scale } };
-    for (size_t i = 0; i < sizeof positive / sizeof *positive; i++)
-        if (!(positive[i].value > 0 && positive[i].value < 1e9))
-            return dpoi_fail(context, "config: %s is %g; it must be a positive number",
-                             positive[i].name, positive[i].value);
     int64_t V = (int64_t)config->vocab_size;
     if (config->bos_id < -1 || config->bos_id >= V || config->eos_id < -1 || config->eos_id >= V)
         return dpoi_fail(context, "config: bos_id %lld or eos_id %lld is not in the vocabulary of "
@@ -2659,8 +2684,6 @@ typedef struct dpoi_block_weights {
     dpo_tensor *norm2_w, *norm2_b, *up_w, *up_b, *down_w, *down_b;
     dpo_tensor *gate_w, *gate_b;                                    // SwiGLU's, otherwise NULL
 } dpoi_block_weights;
-
-#define DPOI_LINEARS 5  // linear layers of a block, at most
 
 typedef struct dpoi_weights {
     dpo_tensor *embedding, *positions;  // positions NULL unless learned
@@ -2693,46 +2716,49 @@ static void dpoi_number_trainable(dpo_model *model)
     }
 }
 
-/* The parts of a block's linear layers and norms, weight and bias. Weights are [out, in] in
-   GPT-NeoX and [in, out] in BTLM. */
-static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, size_t layer,
-                          const char *name, size_t in, size_t out, int bias)
+/* Weight and bias of a linear layer or, with an `in` of 0, of a norm. A linear layer's weights are
+   [out, in] in GPT-NeoX and [in, out] in BTLM. */
+static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, const char *path,
+                          size_t in, size_t out, int bias)
 {
-    int btlm = model->config.architecture == DPO_BTLM;
-    char full[DPO_NAME_BYTES];
-    const char *stem = btlm ? "transformer.h" : "gpt_neox.layers";
-    snprintf(full, sizeof full, "%s.%zu.%s.weight", stem, layer, name);
-    if (in && btlm)
-        *w = dpoi_add_tensor(model, DPO_CONV1D, in, out, model->config.mup_width_scale, full);
-    else if (in)
-        *w = dpoi_add_tensor(model, DPO_LINEAR, out, in, model->config.mup_width_scale, full);
-    else
-        *w = dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, full);
-    snprintf(full, sizeof full, "%s.%zu.%s.bias", stem, layer, name);
-    *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, full) : NULL;
+    const int btlm = model->config.architecture == DPO_BTLM;
+    const double lr_scale = in ? model->config.mup_width_scale : 1.0;
+    char name[DPO_NAME_BYTES];
+    snprintf(name, sizeof name, "%s.weight", path);
+    *w = dpoi_add_tensor(model, !in ? DPO_PLAIN : btlm ? DPO_CONV1D : DPO_LINEAR,
+                         in && btlm ? in : out, in && btlm ? out : in, lr_scale, name);
+    snprintf(name, sizeof name, "%s.bias", path);
+    *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, name) : NULL;
 }
 
 static void dpoi_add_block(dpo_model *model, size_t layer)
 {
     const dpo_config *config = &model->config;
+    const int btlm = config->architecture == DPO_BTLM, bias = config->attention_bias;
+    const size_t C = config->d_model, F = config->d_ff;
     dpoi_block_weights *block = &model->weights->blocks[layer];
-    int btlm = config->architecture == DPO_BTLM;
-    size_t C = config->d_model, F = config->d_ff;
-    dpoi_add_pair(model, &block->norm1_w, &block->norm1_b, layer, btlm ? "ln_1" : "input_layernorm",
-                  0, C, 1);
-    dpoi_add_pair(model, &block->norm2_w, &block->norm2_b, layer,
-                  btlm ? "ln_2" : "post_attention_layernorm", 0, C, 1);
-    dpoi_add_pair(model, &block->qkv_w, &block->qkv_b, layer,
-                  btlm ? "attn.c_attn" : "attention.query_key_value", C, 3 * C,
-                  config->attention_bias);
-    dpoi_add_pair(model, &block->out_w, &block->out_b, layer,
-                  btlm ? "attn.c_proj" : "attention.dense", C, C, config->attention_bias);
-    dpoi_add_pair(model, &block->up_w, &block->up_b, layer, btlm ? "mlp.c_fc" : "mlp.dense_h_to_4h",
-                  C, F, 1);
-    if (config->activation == DPO_SWIGLU)
-        dpoi_add_pair(model, &block->gate_w, &block->gate_b, layer, "mlp.c_fc2", C, F, 1);
-    dpoi_add_pair(model, &block->down_w, &block->down_b, layer,
-                  btlm ? "mlp.c_proj" : "mlp.dense_4h_to_h", F, C, 1);
+    const struct {
+        dpo_tensor **w, **b;
+        const char *names[2];   // in GPT-NeoX and in BTLM
+        size_t in, out;
+        int bias;
+    } pairs[] = {
+        { &block->norm1_w, &block->norm1_b, { "input_layernorm", "ln_1" }, 0, C, 1 },
+        { &block->norm2_w, &block->norm2_b, { "post_attention_layernorm", "ln_2" }, 0, C, 1 },
+        { &block->qkv_w, &block->qkv_b, { "attention.query_key_value", "attn.c_attn" }, C, 3 * C,
+          bias },
+        { &block->out_w, &block->out_b, { "attention.dense", "attn.c_proj" }, C, C, bias },
+        { &block->up_w, &block->up_b, { "mlp.dense_h_to_4h", "mlp.c_fc" }, C, F, 1 },
+        { &block->gate_w, &block->gate_b, { "", "mlp.c_fc2" }, C, F, 1 },
+        { &block->down_w, &block->down_b, { "mlp.dense_4h_to_h", "mlp.c_proj" }, F, C, 1 } };
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
+        char path[DPO_NAME_BYTES - sizeof ".weight"];
+        if (pairs[i].w == &block->gate_w && config->activation != DPO_SWIGLU) continue;
+        snprintf(path, sizeof path, "%s.%zu.%s", btlm ? "transformer.h" : "gpt_neox.layers", layer,
+                 pairs[i].names[btlm]);
+        dpoi_add_pair(model, pairs[i].w, pairs[i].b, path, pairs[i].in, pairs[i].out,
+                      pairs[i].bias);
+    }
 }
 
 /* Builds the table from the config and gives every tensor its place in params. */
@@ -2743,8 +2769,8 @@ static int dpoi_build_table(dpo_model *model)
     size_t C = config->d_model, L = config->n_layers;
     int btlm = config->architecture == DPO_BTLM;
     if (dpo_config_check(context, config) ||
-        dpoi_alloc_zeroed(context, &model->tensors, (14 + 2 * DPOI_LINEARS) * L + 6,
-                          sizeof *model->tensors) ||
+        // a block's tensors, and A and B of its linear layers
+        dpoi_alloc_zeroed(context, &model->tensors, (14 + 10) * L + 6, sizeof *model->tensors) ||
         dpoi_alloc_zeroed(context, &model->weights, 1, sizeof *model->weights) ||
         dpoi_alloc_zeroed(context, &model->weights->blocks, L, sizeof *model->weights->blocks))
         return 1;
@@ -2755,12 +2781,8 @@ static int dpoi_build_table(dpo_model *model)
         weights->positions = dpoi_add_tensor(model, DPO_PLAIN, config->context_length, C, 1.0,
                                              "transformer.wpe.weight");
     for (size_t l = 0; l < L; l++) dpoi_add_block(model, l);
-    const char *norm = btlm ? "transformer.ln_f" : "gpt_neox.final_layer_norm";
-    char full[DPO_NAME_BYTES];
-    snprintf(full, sizeof full, "%s.weight", norm);
-    weights->norm_w = dpoi_add_tensor(model, DPO_PLAIN, C, 0, 1.0, full);
-    snprintf(full, sizeof full, "%s.bias", norm);
-    weights->norm_b = dpoi_add_tensor(model, DPO_PLAIN, C, 0, 1.0, full);
+    dpoi_add_pair(model, &weights->norm_w, &weights->norm_b,
+                  btlm ? "transformer.ln_f" : "gpt_neox.final_layer_norm", 0, C, 1);
     weights->head = config->tied_head ? weights->embedding
                   : dpoi_add_tensor(model, DPO_LINEAR, config->vocab_size, C, 1.0,
                                     btlm ? "lm_head.weight" : "embed_out.weight");
@@ -2877,10 +2899,12 @@ static float dpoi_lora_scale(const dpo_lora *lora)
     return (float)(lora->alpha / (lora->rslora ? sqrt((double)lora->r) : (double)lora->r));
 }
 
-/* Whether PEFT would adapt the layer with this weight: a target is a module's path or the end of
-   one from a dot on. Names that are no linear layer's count in no call; see dpoi_check_targets. */
-static int dpoi_is_target(const char *targets, const char *weight)
+/* Whether PEFT would adapt this weight, if it is a linear layer's: a target is a module's path or
+   the end of one from a dot on. The head takes no adapter. */
+static int dpoi_is_target(const dpo_model *model, const char *targets, const dpo_tensor *tensor)
 {
+    const char *weight = tensor->name;
+    if (tensor->layout == DPO_PLAIN || tensor == model->weights->head) return 0;
     size_t path = strlen(weight) - strlen(".weight");
     if (!strcmp(targets, "all-linear")) return 1;
     for (const char *name = targets; *name;) {
@@ -2893,37 +2917,22 @@ static int dpoi_is_target(const char *targets, const char *weight)
     return 0;
 }
 
-static size_t dpoi_linears(const dpoi_block_weights *block, dpo_tensor *linear[DPOI_LINEARS])
-{
-    dpo_tensor *const all[] = { block->qkv_w, block->out_w, block->up_w, block->gate_w,
-                                block->down_w };
-    size_t n = 0;
-    for (size_t i = 0; i < DPOI_LINEARS; i++)
-        if (all[i]) linear[n++] = all[i];
-    return n;
-}
-
 /* Every name among the targets must be one of this model's. */
 static int dpoi_check_targets(dpo_model *model, const char *targets)
 {
-    dpo_tensor *linear[DPOI_LINEARS];
-    size_t n_linears = dpoi_linears(&model->weights->blocks[0], linear);
     if (!*targets) return dpoi_fail(model->context, "LoRA: no target modules are named");
     if (!strcmp(targets, "all-linear")) return 0;
     for (const char *name = targets; *name;) {
         char one[sizeof model->lora.targets], known[400] = "";
-        size_t n = strcspn(name, ","), found = 0;
+        size_t n = strcspn(name, ","), found = 0, used = 0;
         snprintf(one, sizeof one, "%.*s", (int)n, name);
-        for (size_t l = 0; l < model->config.n_layers; l++) {
-            dpoi_linears(&model->weights->blocks[l], linear);
-            for (size_t i = 0; i < n_linears && strcmp(one, "all-linear"); i++)
-                found += dpoi_is_target(one, linear[i]->name);
-        }
-        for (size_t i = 0, used = 0; i < n_linears && used < sizeof known; i++) { // layer .0.
-            const char *path = strstr(linear[i]->name, ".mlp.");
-            if (!path) path = strstr(linear[i]->name, ".att");
-            used += (size_t)snprintf(known + used, sizeof known - used, "%s%.*s", i ? ", " : "",
-                                     (int)(strlen(path + 1) - strlen(".weight")), path + 1);
+        for (size_t i = 0; i < model->n_tensors; i++) {
+            const dpo_tensor *tensor = &model->tensors[i];
+            const char *path = strstr(tensor->name, ".0."); // the first layer's show the names
+            found += strcmp(one, "all-linear") && dpoi_is_target(model, one, tensor);
+            if (!path || !dpoi_is_target(model, "all-linear", tensor)) continue;
+            used += (size_t)snprintf(known + used, sizeof known - used, "%s%.*s", used ? ", " : "",
+                                     (int)(strlen(path) - strlen(".0..weight")), path + 3);
         }
         if (!n || !found)
             return dpoi_fail(model->context, "LoRA: \"%s\" is no linear layer of this model; it "
@@ -2937,27 +2946,23 @@ static int dpoi_check_targets(dpo_model *model, const char *targets)
 /* Adds A and B for every target to the table; with `file`, for those targets that it has. */
 static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
 {
-    dpo_tensor *linear[DPOI_LINEARS];
-    const size_t C = model->config.d_model;
+    const size_t C = model->config.d_model, n_tensors = model->n_tensors;
     if (lora->r < 1 || lora->r > C || !(lora->alpha > 0 && lora->alpha < 1e9) ||
         !(lora->dropout >= 0 && lora->dropout < 1))
         return dpoi_fail(model->context, "LoRA: r is %zu, alpha %g, dropout %g; r must be 1 to %zu "
                          "(the model's width), alpha positive, dropout from 0 to below 1", lora->r,
                          lora->alpha, lora->dropout, C);
     if (dpoi_check_targets(model, lora->targets)) return 1;
-    for (size_t l = 0; l < model->config.n_layers; l++) {
-        size_t n = dpoi_linears(&model->weights->blocks[l], linear);
-        for (size_t i = 0; i < n; i++) {
-            dpo_tensor *W = linear[i];
-            char name[DPO_NAME_BYTES]; // the module's path with another end
-            int path = (int)(strlen(W->name) - strlen("weight"));
-            snprintf(name, sizeof name, "base_model.model.%.*slora_A.weight", path, W->name);
-            if (!dpoi_is_target(lora->targets, W->name)) continue;
-            if (file && !dpo_file_find(file, name)) continue;
-            W->lora_a = dpoi_add_tensor(model, DPO_LINEAR, lora->r, dpoi_linear_in(W), 1.0, name);
-            snprintf(name, sizeof name, "base_model.model.%.*slora_B.weight", path, W->name);
-            W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
-        }
+    for (size_t i = 0; i < n_tensors; i++) {
+        dpo_tensor *W = &model->tensors[i];
+        char name[DPO_NAME_BYTES]; // the module's path with another end
+        int path = (int)(strlen(W->name) - strlen("weight"));
+        if (!dpoi_is_target(model, lora->targets, W)) continue;
+        snprintf(name, sizeof name, "base_model.model.%.*slora_A.weight", path, W->name);
+        if (file && !dpo_file_find(file, name)) continue;
+        W->lora_a = dpoi_add_tensor(model, DPO_LINEAR, lora->r, dpoi_linear_in(W), 1.0, name);
+        snprintf(name, sizeof name, "base_model.model.%.*slora_B.weight", path, W->name);
+        W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
     }
     dpoi_number_trainable(model);
     model->lora = *lora;
@@ -4312,89 +4317,61 @@ static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype, co
 
 /* ---- 8.4 models ------------------------------------------------------------------------------ */
 
-static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm" };
-static const char *const dpoi_position_names[] = { "rotary", "alibi", "learned" };
-static const char *const dpoi_activation_names[] = { "gelu", "gelu_new", "gelu_fast", "quick_gelu",
-                                                     "silu", "relu", "swiglu" };
-
-/* The config's fields by their JSON names: one list reads and writes them. */
-typedef enum { DPOI_SIZE, DPOI_REAL, DPOI_FLAG, DPOI_ID, DPOI_CHOICE } dpoi_field_kind;
-typedef struct dpoi_field {
-    const char *name;
-    dpoi_field_kind kind;
-    size_t offset;                          // in dpo_config
-    const char *const *choices; size_t n;   // of a DPOI_CHOICE, an enum
-} dpoi_field;
-
-#define DPOI_FIELD(kind, member) { #member, kind, offsetof(dpo_config, member), NULL, 0 }
-#define DPOI_NAMES(names) names, sizeof names / sizeof *names
-static const dpoi_field dpoi_config_fields[] = {
-    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture),
-      DPOI_NAMES(dpoi_architecture_names) },
-    DPOI_FIELD(DPOI_SIZE, vocab_size), DPOI_FIELD(DPOI_SIZE, context_length),
-    DPOI_FIELD(DPOI_SIZE, d_model), DPOI_FIELD(DPOI_SIZE, n_layers), DPOI_FIELD(DPOI_SIZE, n_heads),
-    DPOI_FIELD(DPOI_SIZE, d_ff),
-    { "position", DPOI_CHOICE, offsetof(dpo_config, position), DPOI_NAMES(dpoi_position_names) },
-    DPOI_FIELD(DPOI_SIZE, rotary_dims), DPOI_FIELD(DPOI_REAL, rotary_base),
-    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation),
-      DPOI_NAMES(dpoi_activation_names) },
-    DPOI_FIELD(DPOI_FLAG, parallel_residual), DPOI_FIELD(DPOI_FLAG, attention_bias),
-    DPOI_FIELD(DPOI_FLAG, tied_head), DPOI_FIELD(DPOI_REAL, norm_epsilon),
-    DPOI_FIELD(DPOI_REAL, embedding_scale), DPOI_FIELD(DPOI_REAL, logit_scale),
-    DPOI_FIELD(DPOI_REAL, attention_scale), DPOI_FIELD(DPOI_FLAG, attention_scale_by_layer),
-    DPOI_FIELD(DPOI_REAL, alibi_factor), DPOI_FIELD(DPOI_REAL, mup_width_scale),
-    DPOI_FIELD(DPOI_ID, bos_id), DPOI_FIELD(DPOI_ID, eos_id) };
-#define DPOI_N_FIELDS (sizeof dpoi_config_fields / sizeof *dpoi_config_fields)
-
-static int dpoi_config_read(dpo_context *context, dpo_config *config, const dpo_json *json,
-                            const char *path)
+/* Puts a JSON value of the field's kind into it; 0 if it does not fit. */
+static int dpoi_field_read(const dpoi_field *field, void *at, const dpo_json_value *value,
+                           const char *text)
 {
-    *config = (dpo_config){ 0 };
-    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
-        const dpoi_field *field = &dpoi_config_fields[f];
-        void *at = (char *)config + field->offset;
-        const dpo_json_value *value = dpo_json_member(json, json->values, field->name);
-        double number = value ? value->number : 0.0;
-        dpo_json_kind wanted = field->kind == DPOI_CHOICE ? DPO_JSON_STRING :
-                               field->kind == DPOI_FLAG ? DPO_JSON_BOOL : DPO_JSON_NUMBER;
-        int whole = field->kind != DPOI_SIZE && field->kind != DPOI_ID;
-        whole = whole || (number == floor(number) && fabs(number) < 0x1p53);
-        if (!value || value->kind != wanted || !whole || (field->kind == DPOI_SIZE && number < 0))
-            return dpoi_fail(context, "%s: config: %s is missing or not of its type: import the "
-                             "checkpoint again", path, field->name);
-        size_t choice = 0;
-        switch (field->kind) {
-        case DPOI_SIZE: *(size_t *)at = (size_t)number; break;
-        case DPOI_REAL: *(double *)at = number; break;
-        case DPOI_FLAG: *(int *)at = number != 0; break;
-        case DPOI_ID: *(int64_t *)at = (int64_t)number; break;
-        case DPOI_CHOICE:
-            while (choice < field->n && (strlen(field->choices[choice]) != value->n_string ||
-                                         memcmp(field->choices[choice], json->text.bytes +
-                                                value->string, value->n_string)))
-                choice++;
-            if (choice == field->n)
-                return dpoi_fail(context, "%s: config: %s is \"%.*s\", which this program does not "
-                                 "know", path, field->name, (int)DPOI_MIN(value->n_string,
-                                 (size_t)40), json->text.bytes + value->string);
-            *(int *)at = (int)choice; // enums are ints in every supported ABI
-        }
+    const double number = value->number;
+    const int whole = number == floor(number) && fabs(number) < 0x1p53;
+    int fits = 1, choice = 0;
+    switch (field->kind) {
+    case DPOI_SIZE: if ((fits = whole && number >= 0)) *(size_t *)at = (size_t)number; break;
+    case DPOI_REAL: *(double *)at = number; break;
+    case DPOI_FLAG: *(int *)at = number != 0; break;
+    case DPOI_ID: if ((fits = whole)) *(int64_t *)at = (int64_t)number; break;
+    case DPOI_CHOICE:
+        while (field->choices[choice] && strcmp(field->choices[choice], text)) choice++;
+        fits = field->choices[choice] != NULL;
+        *(int *)at = choice; // enums are ints in every supported ABI
+        break;
+    case DPOI_CHARS: fits = snprintf(at, field->most, "%s", text) < (int)field->most; break;
     }
-    return 0;
+    return fits;
 }
 
-_Static_assert(sizeof(dpo_activation) == sizeof(int), "the config's enums are read as ints");
+/* Fills a struct from the entry "config" of a file, JSON text. */
+static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field *fields,
+                            const dpo_file *file)
+{
+    static const dpo_json_kind kinds[] = { DPO_JSON_NUMBER, DPO_JSON_NUMBER, DPO_JSON_BOOL,
+                                           DPO_JSON_NUMBER, DPO_JSON_STRING, DPO_JSON_STRING };
+    const dpo_entry *entry = dpo_file_find(file, "config");
+    dpo_json json = { 0 };
+    if (!entry || entry->dtype != DPO_U8)
+        return dpoi_fail(context, "%s: has no config: import or make the file again", file->path);
+    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, file->path);
+    for (const dpoi_field *field = fields; field->name && !failed; field++) {
+        const dpo_json_value *value = dpo_json_member(&json, json.values, field->name);
+        const char *text = value ? json.text.bytes + value->string : "";
+        if (!value || value->kind != kinds[field->kind])
+            failed = dpoi_fail(context, "%s: config: %s is missing or not of its type: import or "
+                               "make the file again", file->path, field->name);
+        else if (!dpoi_field_read(field, (char *)object + field->offset, value, text))
+            failed = value->kind == DPO_JSON_STRING
+                   ? dpoi_fail(context, "%s: config: %s is \"%.40s\" (%zu bytes), which this "
+                               "program does not know or has no room for", file->path, field->name,
+                               text, value->n_string)
+                   : dpoi_fail(context, "%s: config: %s is %g; it must be a whole number",
+                               file->path, field->name, value->number);
+    }
+    dpo_json_free(context, &json);
+    return failed;
+}
 
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file)
 {
-    const dpo_entry *entry = dpo_file_find(file, "config");
-    if (!entry || entry->dtype != DPO_U8)
-        return dpoi_fail(context, "%s: has no config: import the checkpoint again", file->path);
-    dpo_json json = { 0 };
-    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, file->path) ||
-                 dpoi_config_read(context, config, &json, file->path);
-    dpo_json_free(context, &json);
-    if (failed) return 1;
+    *config = (dpo_config){ 0 };
+    if (dpoi_fields_read(context, config, dpoi_config_fields, file)) return 1;
     if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
     if (config->n_layers > file->n_entries)
         return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: "
@@ -4403,35 +4380,34 @@ DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_
     return 0;
 }
 
-static int dpoi_config_write(dpo_context *context, dpo_string *out, const dpo_config *config)
+/* The opposite. */
+static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *object,
+                             const dpoi_field *fields)
 {
-    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
-        const dpoi_field *field = &dpoi_config_fields[f];
-        const void *at = (const char *)config + field->offset;
-        char text[160];
-        int used = snprintf(text, sizeof text, "%s\"%s\": ", f ? ", " : "{", field->name);
-        char *rest = text + used;
-        size_t room = sizeof text - (size_t)used;
+    for (const dpoi_field *field = fields; field->name; field++) {
+        const void *at = (const char *)object + field->offset;
+        char name[80], text[80] = "", *point;
+        snprintf(name, sizeof name, "%s\"%s\": ", field == fields ? "{" : ", ", field->name);
         switch (field->kind) {
-        case DPOI_SIZE: snprintf(rest, room, "%zu", *(const size_t *)at); break;
-        case DPOI_REAL: {
-            snprintf(rest, room, "%.17g", *(const double *)at);
-            char *point = strchr(rest, *localeconv()->decimal_point);
+        case DPOI_SIZE: snprintf(text, sizeof text, "%zu", *(const size_t *)at); break;
+        case DPOI_REAL:
+            snprintf(text, sizeof text, "%.17g", *(const double *)at);
+            point = strchr(text, *localeconv()->decimal_point);
             if (point) *point = '.'; // whatever the host's locale
             break;
+        case DPOI_FLAG: snprintf(text, sizeof text, *(const int *)at ? "true" : "false"); break;
+        case DPOI_ID: snprintf(text, sizeof text, "%lld", (long long)*(const int64_t *)at); break;
+        case DPOI_CHOICE:
+            snprintf(text, sizeof text, "\"%s\"", field->choices[*(const int *)at]);
+            break;
+        case DPOI_CHARS: break;
         }
-        case DPOI_FLAG: snprintf(rest, room, *(const int *)at ? "true" : "false"); break;
-        case DPOI_ID: snprintf(rest, room, "%lld", (long long)*(const int64_t *)at); break;
-        case DPOI_CHOICE: snprintf(rest, room, "\"%s\"", field->choices[*(const int *)at]); break;
-        }
-        if (dpoi_string_append(context, out, text, strlen(text))) return 1;
+        if (dpoi_string_append(context, out, name, strlen(name)) ||
+            (field->kind == DPOI_CHARS ? dpo_json_quote(context, out, at, strlen(at))
+                                       : dpoi_string_append(context, out, text, strlen(text))))
+            return 1;
     }
     return dpoi_string_append(context, out, "}", 1);
-}
-
-static int dpoi_entry_is_float(const dpo_entry *entry)
-{
-    return entry->dtype == DPO_F32 || entry->dtype == DPO_F16 || entry->dtype == DPO_BF16;
 }
 
 /* Makes sure that all of an entry's elements are finite, and puts them into the tensor, unless that
@@ -4454,10 +4430,9 @@ static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_
     for (size_t p = 0; p < n_pieces; p++) total += bad[p];
     dpoi_free(context, bad);
     if (tensor->data != entry->data) dpoi_file_release(entry);
-    if (total)
-        return dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the "
-                         "file is damaged or its training diverged", path, entry->name, total);
-    return 0;
+    return !total ? 0
+         : dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the file is "
+                     "damaged or its training diverged", path, entry->name, total);
 }
 
 /* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for
@@ -4479,43 +4454,61 @@ static int dpoi_is_extra(const char *name)
     return !strncmp(name, "tokenizer/", 10) || !strncmp(name, "file/", 5);
 }
 
-/* Whether an entry can be read as the tensor. */
-static int dpoi_check_entry(dpo_context *context, const dpo_entry *entry, const dpo_tensor *tensor,
-                            const char *path)
-{
-    if (!dpoi_entry_is_float(entry))
-        return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", path,
-                         tensor->name);
-    if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
-        entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
-        return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] in "
-                         "layout %d is expected", path, tensor->name, entry->shape[0],
-                         entry->shape[1], (int)entry->layout, tensor->shape[0], tensor->shape[1],
-                         (int)tensor->layout);
-    return 0;
-}
-
-static int dpoi_model_read(dpo_model *model, const char *path)
+/* The tensors from `first` on must have entries of their shape, and what else looks like weights
+   does not belong here. Checked before memory is allocated, a hostile shape costs nothing. */
+static int dpoi_match_entries(const dpo_model *model, const dpo_file *file, size_t first)
 {
     dpo_context *context = model->context;
-    const dpo_file *file = &model->file;
-    if (dpo_config_load(context, &model->config, file) || dpoi_build_table(model)) return 1;
-
-    // Everything is checked before the large allocation, so that a hostile shape costs nothing.
-    for (size_t i = 0; i < model->n_tensors; i++) {
+    for (size_t i = first; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
         if (!entry && tensor == model->weights->slopes) continue;   // computed instead
         if (!entry)
-            return dpoi_fail(context, "%s: tensor %s is missing: import the checkpoint again", path,
+            return dpoi_fail(context, "%s: tensor %s is missing: import or make the file again",
+                             file->path, tensor->name);
+        if (entry->dtype != DPO_F32 && entry->dtype != DPO_F16 && entry->dtype != DPO_BF16)
+            return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", file->path,
                              tensor->name);
-        if (dpoi_check_entry(context, entry, tensor, path)) return 1;
+        if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
+            entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
+            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] "
+                             "in layout %d is expected", file->path, tensor->name, entry->shape[0],
+                             entry->shape[1], (int)entry->layout, tensor->shape[0],
+                             tensor->shape[1], (int)tensor->layout);
     }
-    for (size_t i = 0; i < file->n_entries; i++)
-        if (strcmp(file->entries[i].name, "config") && !dpoi_is_extra(file->entries[i].name) &&
-            !dpo_model_tensor(model, file->entries[i].name))
-            return dpoi_fail(context, "%s: tensor %s does not belong to this architecture", path,
-                             file->entries[i].name);
+    for (size_t i = 0; i < file->n_entries; i++) {
+        const char *name = file->entries[i].name;
+        if (!strcmp(name, "config") || (first && !strcmp(name, "base")) || dpoi_is_extra(name) ||
+            dpo_model_tensor(model, name))
+            continue;
+        return first ? dpoi_fail(context, "%s: tensor %s is none of the adapter's target modules "
+                                 "(%s), or half of its pair A and B is missing", file->path, name,
+                                 model->lora.targets)
+                     : dpoi_fail(context, "%s: tensor %s does not belong to this architecture",
+                                 file->path, name);
+    }
+    return 0;
+}
+
+/* Reads the tensors from `first` on. */
+static int dpoi_read_tensors(dpo_model *model, const dpo_file *file, size_t first)
+{
+    for (size_t i = first; i < model->n_tensors; i++) {
+        dpo_tensor *tensor = &model->tensors[i];
+        const dpo_entry *entry = dpo_file_find(file, tensor->name);
+        // Looking for what is not finite reads everything, which no_verify is there to avoid.
+        if (!entry || (tensor->data == entry->data && model->options.no_verify)) continue;
+        if (dpoi_tensor_read(model->context, tensor, entry, file->path)) return 1;
+    }
+    return 0;
+}
+
+static int dpoi_model_read(dpo_model *model)
+{
+    const dpo_file *file = &model->file;
+    if (dpo_config_load(model->context, &model->config, file) || dpoi_build_table(model) ||
+        dpoi_match_entries(model, file, 0))
+        return 1;
     for (size_t i = 0; i < model->n_tensors && model->options.stored; i++) {
         const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
         if (entry) model->tensors[i].dtype = entry->dtype;
@@ -4524,14 +4517,7 @@ static int dpoi_model_read(dpo_model *model, const char *path)
     dpo_tensor *slopes = model->weights->slopes;
     if (slopes && !dpo_file_find(file, slopes->name))
         dpoi_alibi_slopes(slopes->data, model->config.n_heads);
-    for (size_t i = 0; i < model->n_tensors; i++) {
-        dpo_tensor *tensor = &model->tensors[i];
-        const dpo_entry *entry = dpo_file_find(file, tensor->name);
-        // Looking for what is not finite reads everything, which no_verify is there to avoid.
-        if (!entry || (tensor->data == entry->data && model->options.no_verify)) continue;
-        if (dpoi_tensor_read(context, tensor, entry, path)) return 1;
-    }
-    return 0;
+    return dpoi_read_tensors(model, file, 0);
 }
 
 DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
@@ -4542,7 +4528,7 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
     model->options.frozen |= model->options.stored;
     if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, !model->options.no_verify))
         return 1;
-    int failed = dpoi_model_read(model, path);
+    int failed = dpoi_model_read(model);
     if (!failed && dpo_tokenizer_load(context, &model->tokenizer, &model->file))
         failed = dpoi_fail_at(context, path);
     if (!failed && model->tokenizer.n_tokens > model->config.vocab_size)
@@ -4719,21 +4705,19 @@ DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrice
     size_t piece = DPOI_FILL; // elements, or a whole row if that is more
     for (size_t i = 0; i < model->n_tensors; i++)
         piece = DPOI_MAX(piece, model->tensors[i].shape[1]);
-    int failed = dpoi_config_write(context, &config, &model->config) ||
-                 dpoi_alloc_zeroed(context, &entries, 1 + model->n_tensors + DPOI_BYTE_ENTRIES +
-                                   model->file.n_entries, sizeof *entries) ||
-                 dpoi_alloc(context, &saving.out, piece, sizeof(float)) ||
-                 dpoi_alloc(context, &saving.rows, piece, sizeof(float)) ||
-                 dpoi_alloc(context, &saving.product, piece, sizeof(float));
+    int failed = dpoi_fields_write(context, &config, &model->config, dpoi_config_fields) ||
+                 dpoi_alloc(context, &entries, 1 + model->n_tensors + DPOI_BYTE_ENTRIES +
+                            model->file.n_entries, sizeof *entries) ||
+                 dpoi_alloc(context, &saving.rows, piece, 3 * sizeof(float));
     if (!failed) {
+        saving.product = saving.rows + piece;
+        saving.out = saving.rows + 2 * piece;
         size_t n = dpoi_list_entries(model, entries, &config, matrices);
         failed = dpoi_file_write(context, path, DPO_FILE_MODEL, entries, n, dpoi_fill_tensor,
                                  &saving);
     }
     dpoi_free(context, entries);
-    dpoi_free(context, saving.out);
     dpoi_free(context, saving.rows);
-    dpoi_free(context, saving.product);
     dpo_string_free(context, &config);
     return failed;
 }
@@ -4766,50 +4750,23 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
 /* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
    of every adapted layer under PEFT's names, and of an imported one PEFT's own config. */
 
-/* A member of a JSON object; NULL with a message if it is missing or of another kind. */
-static const dpo_json_value *dpoi_member(dpo_context *context, const dpo_json *json,
-                                         const char *key, dpo_json_kind kind, const char *path)
-{
-    const dpo_json_value *value = dpo_json_member(json, json->values, key);
-    if (value && value->kind == kind) return value;
-    dpoi_fail(context, "%s: config: %s is missing or not of its type: make the file again", path,
-              key);
-    return NULL;
-}
+static const dpoi_field dpoi_lora_fields[] = {
+    { "r", DPOI_SIZE, offsetof(dpo_lora, r), 0, NULL },
+    { "alpha", DPOI_REAL, offsetof(dpo_lora, alpha), 0, NULL },
+    { "dropout", DPOI_REAL, offsetof(dpo_lora, dropout), 0, NULL },
+    { "rslora", DPOI_FLAG, offsetof(dpo_lora, rslora), 0, NULL },
+    { "target_modules", DPOI_CHARS, offsetof(dpo_lora, targets), sizeof((dpo_lora *)0)->targets,
+      NULL },
+    { "base", DPOI_CHARS, offsetof(dpo_lora, base), sizeof((dpo_lora *)0)->base, NULL }, { 0 } };
 
 DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *file)
 {
-    const dpo_entry *entry = dpo_file_find(file, "config"), *base = dpo_file_find(file, "base");
+    const dpo_entry *base = dpo_file_find(file, "base");
     *lora = (dpo_lora){ 0 };
-    if (!entry || entry->dtype != DPO_U8 || !base || base->dtype != DPO_U64 || base->bytes != 8)
+    if (!dpo_file_find(file, "config") || !base || base->dtype != DPO_U64 || base->bytes != 8)
         return dpoi_fail(context, "%s: has no config or base: make the adapter again", file->path);
-    dpo_json json = { 0 };
-    const dpo_json_value *r, *alpha, *dropout, *rslora, *targets, *path;
-    int failed =
-        dpo_json_parse(context, &json, entry->data, entry->bytes, file->path) ||
-        !(r = dpoi_member(context, &json, "r", DPO_JSON_NUMBER, file->path)) ||
-        !(alpha = dpoi_member(context, &json, "alpha", DPO_JSON_NUMBER, file->path)) ||
-        !(dropout = dpoi_member(context, &json, "dropout", DPO_JSON_NUMBER, file->path)) ||
-        !(rslora = dpoi_member(context, &json, "rslora", DPO_JSON_BOOL, file->path)) ||
-        !(targets = dpoi_member(context, &json, "target_modules", DPO_JSON_STRING, file->path)) ||
-        !(path = dpoi_member(context, &json, "base", DPO_JSON_STRING, file->path));
-    if (!failed && (!(r->number >= 1) || r->number > 1 << 20 || r->number != floor(r->number)))
-        failed = dpoi_fail(context, "%s: config: r is %g; it must be a whole number from 1 on",
-                           file->path, r->number);
-    if (!failed && (targets->n_string >= sizeof lora->targets ||
-                    path->n_string >= sizeof lora->base))
-        failed = dpoi_fail(context, "%s: config: target_modules and base have %zu and %zu bytes; "
-                           "at most %zu and %zu can be read", file->path, targets->n_string,
-                           path->n_string, sizeof lora->targets - 1, sizeof lora->base - 1);
-    if (!failed) {
-        *lora = (dpo_lora){ .r = (size_t)r->number, .alpha = alpha->number,
-                            .rslora = rslora->number != 0, .dropout = dropout->number };
-        memcpy(lora->targets, json.text.bytes + targets->string, targets->n_string);
-        memcpy(lora->base, json.text.bytes + path->string, path->n_string);
-        memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
-    }
-    dpo_json_free(context, &json);
-    return failed;
+    memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
+    return dpoi_fields_read(context, lora, dpoi_lora_fields, file);
 }
 
 /* Adds the adapter's tensors to the table, with memory for them. */
@@ -4852,69 +4809,43 @@ DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, cons
                      (unsigned long long)identity);
 }
 
-static int dpoi_lora_read_tensors(dpo_model *model, const dpo_file *file, const char *path)
-{
-    dpo_context *context = model->context;
-    dpo_lora lora;
-    const size_t first = model->n_tensors;
-    if (dpo_lora_read(context, &lora, file) ||
-        dpo_lora_check_base(context, &lora, path, model->identity))
-        return 1;
-    if (dpoi_lora_add(model, &lora, file)) return dpoi_fail_at(context, path);
-    for (size_t i = 0; i < file->n_entries; i++)
-        if (!strncmp(file->entries[i].name, "base_model.", 11) &&
-            !dpo_model_tensor(model, file->entries[i].name))
-            return dpoi_fail(context, "%s: tensor %s is none of the adapter's target modules (%s), "
-                             "or half of its pair A and B is missing", path, file->entries[i].name,
-                             lora.targets);
-    if (model->n_tensors == first)
-        return dpoi_fail(context, "%s: there is no adapter in it", path);
-    for (size_t k = first; k < model->n_tensors; k++) {
-        dpo_tensor *tensor = &model->tensors[k];
-        const dpo_entry *entry = dpo_file_find(file, tensor->name);
-        if (!entry) return dpoi_fail(context, "%s: tensor %s is missing", path, tensor->name);
-        if (dpoi_check_entry(context, entry, tensor, path) ||
-            dpoi_tensor_read(context, tensor, entry, path))
-            return 1;
-    }
-    model->adapter_identity = file->identity;
-    return 0;
-}
-
 DPO_API int dpo_lora_load(dpo_model *model, const char *path)
 {
+    dpo_context *context = model->context;
+    const size_t first = model->n_tensors;
     dpo_file file;
-    if (dpo_file_open(model->context, &file, path, DPO_FILE_ADAPTER, 1)) return 1;
-    int failed = dpoi_lora_read_tensors(model, &file, path);
-    dpo_file_close(model->context, &file);
+    dpo_lora lora;
+    if (dpo_file_open(context, &file, path, DPO_FILE_ADAPTER, 1)) return 1;
+    int failed = dpo_lora_read(context, &lora, &file) ||
+                 dpo_lora_check_base(context, &lora, path, model->identity);
+    if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
+    failed = failed || dpoi_match_entries(model, &file, first);
+    if (!failed && model->n_tensors == first)
+        failed = dpoi_fail(context, "%s: there is no adapter in it", path);
+    failed = failed || dpoi_read_tensors(model, &file, first);
+    if (!failed) model->adapter_identity = file.identity;
+    dpo_file_close(context, &file);
     return failed;
 }
 
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path)
 {
     dpo_context *context = model->context;
-    const dpo_lora *lora = &model->lora;
+    dpo_lora lora = model->lora;
     dpo_entry *entries = NULL;
     dpo_string config = { 0 }, base = { 0 };
-    char numbers[256];
-    size_t n = 0, n_base = strlen(base_path);
-    if (!lora->r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
+    size_t n = 0;
+    if (!lora.r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
     if (!dpoi_all_finite(model->adapter, model->n_trainable))
         return dpoi_fail(context, "%s: the adapter is not finite, so nothing was saved; a lower "
                          "--learning-rate may help", path);
-    snprintf(numbers, sizeof numbers, "{\"r\": %zu, \"alpha\": %.17g, \"dropout\": %.17g, "
-             "\"rslora\": %s, \"target_modules\": ", lora->r, lora->alpha, lora->dropout,
-             lora->rslora ? "true" : "false");
-    int failed = dpoi_string_append(context, &config, numbers, strlen(numbers)) ||
-                 dpo_json_quote(context, &config, lora->targets, strlen(lora->targets)) ||
-                 dpoi_string_append(context, &config, ", \"base\": ", 10) ||
-                 dpoi_string_append(context, &base, base_path,
-                                    n_base < sizeof lora->base ? n_base : 0) ||
+    int failed = dpoi_string_append(context, &base, base_path, strlen(base_path)) ||
                  dpo_string_make_valid(context, &base) ||
-                 dpo_json_quote(context, &config, base.n < sizeof lora->base ? base.bytes : "",
-                                base.n < sizeof lora->base ? base.n : 0) ||
-                 dpoi_string_append(context, &config, "}", 1) ||
-                 dpoi_alloc_zeroed(context, &entries, model->n_tensors + 2, sizeof *entries);
+                 dpoi_string_append(context, &base, "", 1);
+    snprintf(lora.base, sizeof lora.base, "%s",
+             !failed && base.n <= sizeof lora.base ? base.bytes : "");
+    failed = failed || dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
+             dpoi_alloc(context, &entries, model->n_tensors + 2, sizeof *entries);
     if (!failed) {
         entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
         entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);

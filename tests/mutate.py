@@ -706,16 +706,20 @@ MUTANTS = {
         ("model->lora.r ||", ""),
         ("|| model->workspace", ""),
     ],
-    "dpoi_lora_read_tensors": [
+    "dpo_lora_load": [
         ("dpo_lora_check_base(context, &lora, path, model->identity)", "0"),
-        ("model->adapter_identity = file->identity;", ""),
+        ("model->adapter_identity = file.identity;", ";"),
         ("model->n_tensors == first", "0"),
-        ("!strncmp(file->entries[i].name, \"base_model.\", 11)", "0"),
     ],
-    "dpo_lora_read": [
-        ("r->number != floor(r->number)", "0"),
-        (".rslora = rslora->number != 0", ".rslora = 0"),
-        ("memcpy(lora->base, json.text.bytes + path->string, path->n_string);", ""),
+    "dpoi_match_entries": [
+        ("return first ? dpoi_fail", "continue; return first ? dpoi_fail"),
+    ],
+    "dpoi_field_read": [
+        ("number == floor(number)", "1"),
+        ("*(int *)at = number != 0", "*(int *)at = 0"),
+    ],
+    "dpo_lora_save": [
+        ("!failed && base.n <= sizeof lora.base", "0"),
     ],
     "dpo_state_load": [
         ("optimizer->step = numbers[1];", ""),
