@@ -327,7 +327,7 @@ typedef struct dpo_branch {
 typedef struct dpo_example {
     const uint32_t *prompt;     // [n_prompt]; empty for language modelling, where a branch's
     size_t n_prompt;            // first token is context only and never scored
-    const dpo_branch *branches; // [n_branches], each continuing the same prompt
+    const dpo_branch *branches; // [n_branches], at least one, each continuing the same prompt
     size_t n_branches;
     size_t group;               // examples of one distinct prompt share this number
     size_t line;                // where it begins in its file, for messages; 0: nowhere
@@ -2984,8 +2984,6 @@ typedef struct dpoi_workspace {
     size_t *scored_row;                     // [S] their rows
     size_t *first_target;                   // [S + 1] the targets of each
     dpoi_target *targets;                   // [n_targets]
-    size_t token_capacity, position_capacity, span_capacity, first_span_capacity, row_capacity,
-           first_target_capacity, target_capacity;
 
     // What a block computes and its backward needs: a set a layer, or one that all layers share
     // (see dpoi_activations). x has one more: the last block's output.
@@ -3035,9 +3033,9 @@ static size_t dpoi_slab_width(const dpo_model *model)
 
 /* One list says how large each buffer is, for dpo_model_reserve, which allocates them, and for
    dpo_memory_plan, which only adds them up. Passes have up to `rows` rows and `scored` scored ones;
-   those that keep, up to `kept` rows. */
+   those that keep, up to `kept` rows. Every branch has a scored token, every example a branch. */
 typedef struct dpoi_buffer { void *at; size_t count, size; int of_head; } dpoi_buffer;
-#define DPOI_MAX_BUFFERS 32
+#define DPOI_MAX_BUFFERS 40
 
 static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_model *model,
                                 size_t rows, size_t scored, size_t kept)
@@ -3052,7 +3050,14 @@ static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_
     const size_t sums = DPOI_MAX(rows, model->options.recompute ? 0 : kept * L);
     const size_t slab = shares ? kept * L * dpoi_slab_width(model) : 0;
     const size_t rank = rows * model->lora.r, dropped = model->lora.dropout > 0 ? kept : 0;
+    const size_t turning = config->position == DPO_ROTARY ? config->rotary_dims : 0;
     const dpoi_buffer all[] = {
+        { &w->token, rows, 4, 0 }, { &w->position, rows, 4, 0 },
+        { &w->spans, 2 * scored, sizeof *w->spans, 0 }, { &w->first_span, scored + 1, 8, 0 },
+        { &w->scored_row, scored, 8, 0 }, { &w->first_target, scored + 1, 8, 0 },
+        { &w->targets, scored, sizeof *w->targets, 0 },
+        { &w->rotary, config->context_length * turning, 4, 0 },
+        { &w->slopes, config->position == DPO_ALIBI ? config->n_heads : 0, 4, 0 },
         { &w->x, inputs * C, 4, 0 }, { &w->qkv, sets * 3 * C, 4, 0 },
         { &w->attended, sets * C, 4, 0 }, { &w->lse, sums * config->n_heads, 4, 0 },
         { &w->middle, middles * C, 4, 0 }, { &w->up, sets * F, 4, 0 },
@@ -3090,18 +3095,14 @@ static void dpoi_workspace_free(dpo_model *model)
 {
     dpoi_workspace *w = model->workspace;
     if (!w) return;
-    dpo_context *context = model->context;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
     size_t n = dpoi_list_buffers(list, w, model, 0, 0, 0);
     for (size_t i = 0; i < n; i++) {
         void *buffer;
         memcpy(&buffer, list[i].at, sizeof buffer);
-        dpoi_free(context, buffer);
+        dpoi_free(model->context, buffer);
     }
-    void *rest[] = { w->token, w->position, w->spans, w->first_span, w->scored_row, w->first_target,
-                     w->targets, w->rotary, w->slopes };
-    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) dpoi_free(context, rest[i]);
-    dpoi_free(context, w);
+    dpoi_free(model->context, w);
     model->workspace = NULL;
 }
 
@@ -3127,18 +3128,11 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     size_t n = dpoi_list_buffers(list, w, model, max_rows, max_scored, kept_rows);
     for (size_t i = 0; i < n; i++)
         if (list[i].count && dpoi_alloc(context, list[i].at, list[i].count, list[i].size)) return 1;
-    if (config->position == DPO_ROTARY && config->rotary_dims) {
-        if (dpoi_alloc(context, &w->rotary, config->context_length * config->rotary_dims,
-                       sizeof *w->rotary))
-            return 1;
+    if (w->rotary)
         dpoi_rotary_table(w->rotary, config->context_length, config->rotary_dims,
                           (float)config->rotary_base);
-    }
-    if (config->position == DPO_ALIBI) {
-        if (dpoi_alloc(context, &w->slopes, config->n_heads, sizeof *w->slopes)) return 1;
-        for (size_t h = 0; h < config->n_heads; h++)
-            w->slopes[h] = dpoi_weight_at(model->weights->slopes, h) / (float)config->alibi_factor;
-    }
+    for (size_t h = 0; w->slopes && h < config->n_heads; h++)
+        w->slopes[h] = dpoi_weight_at(model->weights->slopes, h) / (float)config->alibi_factor;
     w->max_rows = max_rows;
     w->max_scored = max_scored;
     w->kept_rows = kept_rows;
@@ -3205,8 +3199,6 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     memory->scratch = (size_t)options->n_threads * sizeof(float) *
                       (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)) +
                       dpoi_piece_size(&model) * sizeof(float);
-    if (config->position == DPO_ROTARY)
-        memory->scratch += config->context_length * config->rotary_dims * sizeof(float);
     // Every position's keys and values, and its share in every head; a logit and a rank per token.
     if (options->max_positions)
         memory->cache = options->max_positions * sizeof(float) *
@@ -3224,9 +3216,21 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
 
 /* ---- 6.6 a batch as rows --------------------------------------------------------------------- */
 
+static int dpoi_check_tokens(dpo_context *context, const dpo_config *config, size_t example,
+                             const char *where, const uint32_t *tokens, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] >= config->vocab_size)
+            return dpoi_fail(context, "example %zu, %s token %u is outside the model's vocabulary "
+                             "of %zu; was it made with another tokenizer?", example, where,
+                             tokens[i], config->vocab_size);
+    return 0;
+}
+
 static int dpoi_check_example(dpo_context *context, const dpo_config *config,
                               const dpo_example *example, size_t index)
 {
+    if (!example->n_branches) return dpoi_fail(context, "example %zu has no branches", index);
     for (size_t b = 0; b < example->n_branches; b++) {
         const dpo_branch *branch = &example->branches[b];
         size_t first = branch->first_scored, length = example->n_prompt + branch->n;
@@ -3238,18 +3242,11 @@ static int dpoi_check_example(dpo_context *context, const dpo_config *config,
             return dpoi_fail(context, "example %zu: %zu tokens are longer than the model's "
                              "context of %zu; use a smaller --max-length", index, length,
                              config->context_length);
-        for (size_t i = 0; i < branch->n; i++)
-            if (branch->tokens[i] >= config->vocab_size)
-                return dpoi_fail(context, "example %zu, branch %zu: token %u is outside the "
-                                 "model's vocabulary of %zu; was it made with another tokenizer?",
-                                 index, b, branch->tokens[i], config->vocab_size);
+        char where[40];
+        snprintf(where, sizeof where, "branch %zu:", b);
+        if (dpoi_check_tokens(context, config, index, where, branch->tokens, branch->n)) return 1;
     }
-    for (size_t i = 0; i < example->n_prompt; i++)
-        if (example->prompt[i] >= config->vocab_size)
-            return dpoi_fail(context, "example %zu: prompt token %u is outside the model's "
-                             "vocabulary of %zu; was it made with another tokenizer?", index,
-                             example->prompt[i], config->vocab_size);
-    return 0;
+    return dpoi_check_tokens(context, config, index, "prompt", example->prompt, example->n_prompt);
 }
 
 /* Appends rows for tokens[0 .. n) of a span; row i stands at position n_prefix + i. */
@@ -3278,33 +3275,18 @@ static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_
 static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
 {
     dpo_context *context = model->context;
-    size_t n_branches = 0;
-    for (size_t e = 0; e < batch->n; e++) {
-        if (dpoi_check_example(context, &model->config, &batch->examples[e], e)) return 1;
-        n_branches += batch->examples[e].n_branches;
-    }
     dpo_plan_options size = { 0 };
-    dpo_plan_passes(&size, batch->examples, batch->n, SIZE_MAX, keep);
-    const size_t rows = size.max_rows, scored = size.max_scored;
-    if (!n_branches) return dpoi_fail(context, "the batch has no branches to score");
+    if (!batch->n) return dpoi_fail(context, "the batch has no branches to score");
     if (model->options.stored)
         return dpoi_fail(context, "the model was loaded as `stored`, which is for saving it only");
-    if (rows > (size_t)1 << 28)
+    for (size_t e = 0; e < batch->n; e++)
+        if (dpoi_check_example(context, &model->config, &batch->examples[e], e)) return 1;
+    dpo_plan_passes(&size, batch->examples, batch->n, SIZE_MAX, keep);
+    if (size.max_rows > (size_t)1 << 28)
         return dpoi_fail(context, "%zu tokens in one pass; use a smaller --micro-tokens or "
-                         "--max-length", rows);
-    if (dpo_model_reserve(model, rows, scored, size.max_span, keep)) return 1;
+                         "--max-length", size.max_rows);
+    if (dpo_model_reserve(model, size.max_rows, size.max_scored, size.max_span, keep)) return 1;
     dpoi_workspace *w = model->workspace;
-    if (dpoi_reserve(context, &w->token, &w->token_capacity, rows, sizeof *w->token) ||
-        dpoi_reserve(context, &w->position, &w->position_capacity, rows, sizeof *w->position) ||
-        dpoi_reserve(context, &w->spans, &w->span_capacity, batch->n + n_branches,
-                     sizeof *w->spans) ||
-        dpoi_reserve(context, &w->first_span, &w->first_span_capacity, batch->n + 1,
-                     sizeof *w->first_span) ||
-        dpoi_reserve(context, &w->scored_row, &w->row_capacity, scored, sizeof *w->scored_row) ||
-        dpoi_reserve(context, &w->first_target, &w->first_target_capacity, scored + 1,
-                     sizeof *w->first_target) ||
-        dpoi_reserve(context, &w->targets, &w->target_capacity, scored, sizeof *w->targets))
-        return 1;
     w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
     w->n_examples = batch->n;
     w->keeps = keep;
