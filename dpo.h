@@ -242,30 +242,28 @@ typedef struct dpo_string { char *bytes; size_t n, capacity; } dpo_string;   // 
 DPO_API void dpo_tokens_free(dpo_context *context, dpo_tokens *tokens);
 DPO_API void dpo_string_free(dpo_context *context, dpo_string *string);
 
+typedef struct dpo_table { const uint32_t *rows; size_t n, width; } dpo_table;      // [n, width]
+
 /* Byte-level byte-pair encoding, as Hugging Face's `tokenizers` computes it for GPT-2 and GPT-NeoX.
    The tables point into the model file they were loaded from, which must stay open. */
 typedef struct dpo_tokenizer {
-    size_t n_tokens;                            // ids are below this; 0: the file has no tokenizer
-    const uint32_t *token_ends;                 // [n_tokens] where each token's bytes end
+    size_t n_tokens;            // ids are below this; 0: the file has no tokenizer
     const char *token_bytes;
-    const uint32_t *byte_ids;                   // [256]
-    const uint32_t *merges; size_t n_merges;    // [n_merges, 3] left, right, merged, by rank
-    const uint32_t *added; size_t n_added;      // [n_added, 2] id, flags
-    const uint32_t *letters; size_t n_letters;  // [n_letters, 2] ranges of code points
-    const uint32_t *numbers; size_t n_numbers;
-    int nfc;                                    // normalise to NFC first (GPT-NeoX)
-    const uint32_t *decompositions; size_t n_decompositions;    // [.., 3]
-    const uint32_t *compositions; size_t n_compositions;        // [.., 3]
-    const uint32_t *classes; size_t n_classes;                  // [.., 2]
-    char unicode[16];                           // version of the Unicode tables, such as "14.0.0"
+    dpo_table token_ends;       // [n_tokens] where each token's bytes end
+    dpo_table byte_ids;         // [256]
+    dpo_table merges;           // [n, 3] left, right, merged, by rank
+    dpo_table added;            // [n, 2] id, flags
+    dpo_table letters, numbers; // [n, 2] ranges of code points
+    dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2]
+    int nfc;                    // normalise to NFC first (GPT-NeoX)
+    char unicode[16];           // version of the Unicode tables, such as "14.0.0"
     uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
 } dpo_tokenizer;
 
-/* Reads the tokenizer/... entries of a model file, checking every table. */
+/* Reads the tokenizer/... entries of a model file, checking every table. `file` NULL: the smallest
+   tokenizer, one token a byte, and <|endoftext|> as id 256. */
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer,
                                const dpo_file *file);
-/* The smallest tokenizer: one token a byte, and <|endoftext|> as id 256. */
-DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer);
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer);
 /* Appends the ids of n_bytes of UTF-8 text; invalid UTF-8 is an error that names the byte. */
 DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
@@ -283,8 +281,8 @@ typedef enum {
 typedef struct dpo_json_value {
     dpo_json_kind kind;
     double number;              // of a number, or 0 and 1 of a bool
-    size_t key, n_key;          // a member's key: offset and length in dpo_json.text
-    size_t string, n_string;    // a string's bytes, likewise
+    size_t key;                 // a member's key: offset in dpo_json.text, where a 0 ends it
+    size_t string, n_string;    // a string's bytes: offset and length, likewise
     size_t first_child, next;   // indices into values; 0 is "none" (value 0 is the root)
 } dpo_json_value;
 typedef struct dpo_json {
@@ -512,7 +510,7 @@ DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *
 DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, const char *path,
                                 uint64_t identity);
 /* Saves the adapter. `base_path` says where its model is, for whoever opens it; one of 1024 bytes
-   or more is left out, and the model must then be named beside the adapter. */
+   or more, or that is not UTF-8, is left out, and the model must be named beside the adapter. */
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path);
 /* The config of an open model file alone, to plan memory before the weights are loaded. */
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file);
@@ -4559,17 +4557,14 @@ static int dpoi_init_tokenizer(dpo_model *model, const char *path)
 {
     dpo_context *context = model->context;
     dpo_config *config = &model->config, source = { .bos_id = -1, .eos_id = 256 };
-    if (!path) {
-        if (dpo_tokenizer_init_bytes(context, &model->tokenizer)) return 1;
-    } else {
-        if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, 1)) return 1;
-        if (dpo_config_load(context, &source, &model->file)) return 1;
-        if (dpo_tokenizer_load(context, &model->tokenizer, &model->file))
-            return dpoi_fail_at(context, path);
-        if (!model->tokenizer.n_tokens)
-            return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has "
-                             "one", path);
-    }
+    if (path && (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, 1) ||
+                 dpo_config_load(context, &source, &model->file)))
+        return 1;
+    if (dpo_tokenizer_load(context, &model->tokenizer, path ? &model->file : NULL))
+        return path ? dpoi_fail_at(context, path) : 1;
+    if (path && !model->tokenizer.n_tokens)
+        return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has one",
+                         path);
     if (config->bos_id == -1) config->bos_id = source.bos_id;
     if (config->eos_id == -1) config->eos_id = source.eos_id;
     if (!config->vocab_size) config->vocab_size = (model->tokenizer.n_tokens + 63) / 64 * 64;
@@ -4612,7 +4607,9 @@ static const dpo_entry dpoi_byte_entries[] = {
       sizeof dpoi_byte_text },
     { "tokenizer/byte_ids", DPO_U32, DPO_PLAIN, 1, { 256, 1 }, dpoi_byte_ids, 256 * 4 },
     { "tokenizer/added", DPO_U32, DPO_PLAIN, 2, { 1, 2 }, dpoi_byte_added, 2 * 4 } };
-enum { DPOI_BYTE_ENTRIES = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
+static const dpo_file dpoi_byte_file = {
+    .entries = (dpo_entry *)dpoi_byte_entries,
+    .n_entries = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
 
 static int dpoi_all_finite(const float *x, size_t n)
 {
@@ -4659,7 +4656,7 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
 static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
                                 const dpo_string *config, dpo_dtype matrices)
 {
-    const dpo_file *file = &model->file;
+    const dpo_file *file = model->file.map ? &model->file : &dpoi_byte_file;
     size_t n = 0;
     entries[n++] = dpoi_vector("config", DPO_U8, config->bytes, config->n);
     for (size_t i = 0; i < model->n_tensors; i++) {
@@ -4673,9 +4670,7 @@ static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
                                                    !strcmp(name, "file/generation_config.json"));
         if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
     }
-    if (file->map) return n;
-    memcpy(entries + n, dpoi_byte_entries, sizeof dpoi_byte_entries);
-    return n + DPOI_BYTE_ENTRIES;
+    return n;
 }
 
 DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices)
@@ -4688,8 +4683,8 @@ DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrice
     for (size_t i = 0; i < model->n_tensors; i++)
         piece = DPOI_MAX(piece, model->tensors[i].shape[1]);
     int failed = dpoi_fields_write(context, &config, &model->config, dpoi_config_fields) ||
-                 dpoi_alloc(context, &entries, 1 + model->n_tensors + DPOI_BYTE_ENTRIES +
-                            model->file.n_entries, sizeof *entries) ||
+                 dpoi_alloc(context, &entries, 1 + model->n_tensors + model->file.n_entries +
+                            dpoi_byte_file.n_entries, sizeof *entries) ||
                  dpoi_alloc(context, &saving.rows, piece, 3 * sizeof(float));
     if (!failed) {
         saving.product = saving.rows + piece;
@@ -4810,24 +4805,24 @@ DPO_API int dpo_lora_load(dpo_model *model, const char *path)
     return failed;
 }
 
+static size_t dpoi_utf8_check(const char *text, size_t n); // part 9.1
+
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path)
 {
     dpo_context *context = model->context;
     dpo_lora lora = model->lora;
     dpo_entry *entries = NULL;
-    dpo_string config = { 0 }, base = { 0 };
+    dpo_string config = { 0 };
+    const size_t n_base = strlen(base_path);
     size_t n = 0;
     if (!lora.r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
     if (!dpoi_all_finite(model->adapter, model->n_trainable))
         return dpoi_fail(context, "%s: the adapter is not finite, so nothing was saved; a lower "
                          "--learning-rate may help", path);
-    int failed = dpoi_string_append(context, &base, base_path, strlen(base_path)) ||
-                 dpo_string_make_valid(context, &base) ||
-                 dpoi_string_append(context, &base, "", 1);
-    snprintf(lora.base, sizeof lora.base, "%s",
-             !failed && base.n <= sizeof lora.base ? base.bytes : "");
-    failed = failed || dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
-             dpoi_alloc(context, &entries, model->n_tensors + 2, sizeof *entries);
+    const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
+    snprintf(lora.base, sizeof lora.base, "%s", keep ? base_path : "");
+    int failed = dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
+                 dpoi_alloc(context, &entries, model->n_tensors + 2, sizeof *entries);
     if (!failed) {
         entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
         entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
@@ -4839,7 +4834,6 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
     }
     dpoi_free(context, entries);
     dpo_string_free(context, &config);
-    dpo_string_free(context, &base);
     return failed;
 }
 
@@ -4891,8 +4885,6 @@ static size_t dpoi_state_entries(const dpo_model *model, const dpo_optimizer *op
                                  const uint64_t numbers[3], dpo_entry *entries)
 {
     size_t n = 0;
-    entries[n++] = dpoi_vector("run", DPO_U64, numbers, 1);
-    entries[n++] = dpoi_vector("counters", DPO_U64, numbers + 1, 2);
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!tensor->trainable) continue;
@@ -4902,6 +4894,8 @@ static size_t dpoi_state_entries(const dpo_model *model, const dpo_optimizer *op
     entries[n++] = dpoi_vector("optimizer/v", DPO_F32, optimizer->v, model->n_trainable);
     if (optimizer->m)
         entries[n++] = dpoi_vector("optimizer/m", DPO_F32, optimizer->m, model->n_trainable);
+    entries[n++] = dpoi_vector("run", DPO_U64, numbers, 1);
+    entries[n++] = dpoi_vector("counters", DPO_U64, numbers + 1, 2);
     return n;
 }
 
@@ -4919,27 +4913,22 @@ DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, con
     return failed;
 }
 
-/* The file must have these n entries, notes, and no others. */
+/* A state must have the entries that would be written now, all of them and in that order. */
 static int dpoi_state_check(dpo_context *context, const dpo_file *file, const dpo_entry *entries,
                             size_t n, uint64_t run)
 {
-    const char *wrong = dpo_file_find(file, "notes") ? NULL : "notes";
-    for (size_t i = 0; i < n && !wrong; i++) {
-        const dpo_entry *found = dpo_file_find(file, entries[i].name);
-        if (!found || found->dtype != entries[i].dtype || found->bytes != entries[i].bytes)
-            wrong = entries[i].name;
-        else if (i == 0 && memcmp(found->data, &run, sizeof run))
-            return dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
-                             file->path);
+    for (size_t i = 0; i <= n; i++) {
+        const char *name = i < n ? entries[i].name : "notes";
+        const dpo_entry *found = i < file->n_entries ? &file->entries[i] : NULL;
+        if (!found || strcmp(found->name, name) || (i == n && i + 1 < file->n_entries) ||
+            (i < n && (found->dtype != entries[i].dtype || found->bytes != entries[i].bytes)))
+            return dpoi_fail(context, "%s: %s stands where %s is expected, or has another size or "
+                             "type: the state belongs to a run with other options", file->path,
+                             found ? found->name : "nothing", name);
     }
-    const dpo_file expected = { .entries = (dpo_entry *)(uintptr_t)entries, .n_entries = n };
-    for (size_t i = 0; i < file->n_entries && !wrong; i++)
-        if (!dpo_file_find(&expected, file->entries[i].name) &&
-            strcmp(file->entries[i].name, "notes"))
-            wrong = file->entries[i].name;
-    return !wrong ? 0
-         : dpoi_fail(context, "%s: %s is missing, of another size or type, or not in this run: the "
-                     "state belongs to a run with other options", file->path, wrong);
+    return !memcmp(file->entries[n - 2].data, &run, sizeof run) ? 0
+         : dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
+                     file->path);
 }
 
 DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
@@ -4957,12 +4946,11 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
         n = dpoi_state_entries(model, optimizer, numbers, entries);
         failed = dpoi_state_check(context, &file, entries, n, run);
     }
-    const dpo_entry *text = dpo_file_find(&file, "notes");
-    failed = failed || dpoi_string_append(context, notes, text->data, text->bytes);
+    failed = failed || dpoi_string_append(context, notes, file.entries[n].data,
+                                          file.entries[n].bytes);
     for (size_t i = 0; i < n && !failed; i++) {
-        const dpo_entry *entry = dpo_file_find(&file, entries[i].name);
-        memcpy((void *)(uintptr_t)entries[i].data, entry->data, entry->bytes);
-        dpoi_file_release(entry);
+        memcpy((void *)(uintptr_t)entries[i].data, file.entries[i].data, entries[i].bytes);
+        dpoi_file_release(&file.entries[i]);
     }
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
         if (model->tensors[i].master)
@@ -5073,17 +5061,16 @@ enum { DPOI_ADDED_SPECIAL = 1, DPOI_ADDED_NORMALIZED = 2 };    // flags in token
 #define DPOI_DAMAGED "%s is missing or damaged: import the model again"
 
 /* The last row whose first two numbers are at most (a, b), or NULL; rows ascend. */
-static const uint32_t *dpoi_row(const uint32_t *table, size_t n, size_t width, uint32_t a,
-                                uint32_t b)
+static const uint32_t *dpoi_row(const dpo_table *table, uint32_t a, uint32_t b)
 {
-    size_t low = 0;     // rows before this one are at most (a, b), those from n on are greater
+    size_t low = 0, n = table->n;   // rows before low are at most (a, b), those from n on greater
     while (low < n) {
         size_t middle = low + (n - low) / 2;
-        const uint32_t *row = table + middle * width;
+        const uint32_t *row = table->rows + middle * table->width;
         if (row[0] < a || (row[0] == a && row[1] <= b)) low = middle + 1;
         else n = middle;
     }
-    return low ? table + (low - 1) * width : NULL;
+    return low ? table->rows + (low - 1) * table->width : NULL;
 }
 
 /* Where the rank of a merge of two tokens stands in merge_slots: the rank is its row in merges, or
@@ -5095,7 +5082,7 @@ static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t ri
     for (;; slot = (slot + 1) & mask) {
         uint32_t rank = t->merge_slots[slot];
         if (rank == DPOI_NONE) return slot;
-        const uint32_t *merge = t->merges + 3 * (size_t)rank;
+        const uint32_t *merge = t->merges.rows + 3 * (size_t)rank;
         if (merge[0] == left && merge[1] == right) return slot;
     }
 }
@@ -5107,8 +5094,9 @@ typedef struct dpoi_text { const char *bytes; size_t n; } dpoi_text;
 static dpoi_text dpoi_token_text(const dpo_tokenizer *t, uint32_t id)
 {
     if (id >= t->n_tokens) return (dpoi_text){ "", 0 };
-    size_t start = id ? t->token_ends[id - 1] : 0;
-    return (dpoi_text){ t->token_bytes + start, t->token_ends[id] - start };
+    const uint32_t *ends = t->token_ends.rows;
+    size_t start = id ? ends[id - 1] : 0;
+    return (dpoi_text){ t->token_bytes + start, ends[id] - start };
 }
 
 /* Whether a merged token's bytes are those of its two parts. */
@@ -5134,55 +5122,55 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
         snprintf(t->unicode, sizeof t->unicode, "%s", info->text.bytes + unicode->string);
     t->nfc = flag->number != 0;
     const size_t merges = dpo_file_find(file, "tokenizer/merges") != NULL, nfc = (size_t)t->nfc;
-    size_t n_byte_ids;
     const struct {
         const char *name;
+        dpo_table *table;
         size_t width, least;        // columns, least number of rows
-        const uint32_t **rows;
-        size_t *n;
         int ascending;
     } tables[] = {
-        { "tokenizer/token_ends", 1, 1, &t->token_ends, &t->n_tokens, 1 },
-        { "tokenizer/byte_ids", 1, 256, &t->byte_ids, &n_byte_ids, 0 },
-        { "tokenizer/merges", 3, 0, &t->merges, &t->n_merges, 0 },
-        { "tokenizer/added", 2, 0, &t->added, &t->n_added, 0 },
-        { "tokenizer/letters", 2, merges, &t->letters, &t->n_letters, 1 },
-        { "tokenizer/numbers", 2, merges, &t->numbers, &t->n_numbers, 1 },
-        { "tokenizer/decompositions", 3, nfc, &t->decompositions, &t->n_decompositions, 1 },
-        { "tokenizer/compositions", 3, nfc, &t->compositions, &t->n_compositions, 1 },
-        { "tokenizer/classes", 2, nfc, &t->classes, &t->n_classes, 1 },
-    };
-    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        { "tokenizer/token_ends", &t->token_ends, 1, 1, 1 },
+        { "tokenizer/byte_ids", &t->byte_ids, 1, 256, 0 },
+        { "tokenizer/merges", &t->merges, 3, 0, 0 },
+        { "tokenizer/added", &t->added, 2, 0, 0 },
+        { "tokenizer/letters", &t->letters, 2, merges, 1 },
+        { "tokenizer/numbers", &t->numbers, 2, merges, 1 },
+        { "tokenizer/decompositions", &t->decompositions, 3, nfc, 1 },
+        { "tokenizer/compositions", &t->compositions, 3, nfc, 1 },
+        { "tokenizer/classes", &t->classes, 2, nfc, 1 } };
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         const dpo_entry *entry = dpo_file_find(file, tables[i].name);
-        const size_t w = tables[i].width, n_rows = *tables[i].n = entry ? entry->shape[0] : 0;
-        const uint32_t *row = *tables[i].rows = entry ? entry->data : NULL;
-        int bad = n_rows < tables[i].least || n_rows >= DPOI_NONE ||
+        const size_t w = tables[i].width, n = entry ? entry->shape[0] : 0;
+        const uint32_t *row = entry ? entry->data : NULL;
+        *tables[i].table = (dpo_table){ row, n, w };
+        int bad = n < tables[i].least || n >= DPOI_NONE ||
                   (entry && (entry->dtype != DPO_U32 || entry->shape[1] != w));
-        for (size_t j = 1; tables[i].ascending && !bad && j < n_rows; j++, row += w)
+        for (size_t j = 1; tables[i].ascending && !bad && j < n; j++, row += w)
             bad = row[0] > row[w] || (w > 1 && row[0] == row[w] && row[1] > row[w + 1]);
         if (bad) return dpoi_fail(context, DPOI_DAMAGED, tables[i].name);
     }
     const dpo_entry *bytes = dpo_file_find(file, "tokenizer/token_bytes");
-    if (!bytes || t->token_ends[t->n_tokens - 1] != bytes->bytes)
+    t->n_tokens = t->token_ends.n;
+    if (!bytes || t->token_ends.rows[t->n_tokens - 1] != bytes->bytes)
         return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/token_ends or token_bytes");
     t->token_bytes = bytes->data;
     const char *wrong = NULL;
     for (uint32_t i = 0; i < 256; i++) {
-        dpoi_text byte = dpoi_token_text(t, t->byte_ids[i]);
-        if (t->byte_ids[i] != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
+        const uint32_t id = t->byte_ids.rows[i];
+        dpoi_text byte = dpoi_token_text(t, id);
+        if (id != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
             wrong = "tokenizer/byte_ids";
     }
-    for (size_t i = 0; i < t->n_added; i++)
-        if (!dpoi_token_text(t, t->added[2 * i]).n) wrong = "tokenizer/added";
-    for (size_t i = 0; i < t->n_merges; i++)
-        if (!dpoi_merge_fits(t, t->merges + 3 * i)) wrong = "tokenizer/merges";
+    for (size_t i = 0; i < t->added.n; i++)
+        if (!dpoi_token_text(t, t->added.rows[2 * i]).n) wrong = "tokenizer/added";
+    for (size_t i = 0; i < t->merges.n; i++)
+        if (!dpoi_merge_fits(t, t->merges.rows + 3 * i)) wrong = "tokenizer/merges";
     if (wrong) return dpoi_fail(context, DPOI_DAMAGED, wrong);
 
-    for (t->n_merge_slots = 1; t->n_merge_slots / 2 < t->n_merges;) t->n_merge_slots *= 2;
+    for (t->n_merge_slots = 1; t->n_merge_slots / 2 < t->merges.n;) t->n_merge_slots *= 2;
     if (dpoi_alloc(context, &t->merge_slots, t->n_merge_slots, sizeof *t->merge_slots)) return 1;
     memset(t->merge_slots, 0xFF, t->n_merge_slots * sizeof *t->merge_slots);
-    const uint32_t *merge = t->merges;
-    for (uint32_t rank = 0; rank < t->n_merges; rank++, merge += 3)
+    const uint32_t *merge = t->merges.rows;
+    for (uint32_t rank = 0; rank < t->merges.n; rank++, merge += 3)
         t->merge_slots[dpoi_merge_slot(t, merge[0], merge[1])] = rank;
     return 0;
 }
@@ -5190,6 +5178,7 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file)
 {
     *tokenizer = (dpo_tokenizer){ 0 };
+    if (!file) file = &dpoi_byte_file;
     const dpo_entry *info = dpo_file_find(file, "tokenizer/info");
     if (!info) return 0;
     dpo_json json = { 0 };
@@ -5198,14 +5187,6 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
     dpo_json_free(context, &json);
     if (failed) dpo_tokenizer_free(context, tokenizer);
     return failed;
-}
-
-DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer)
-{
-    dpo_entry entries[DPOI_BYTE_ENTRIES];
-    memcpy(entries, dpoi_byte_entries, sizeof entries);
-    return dpo_tokenizer_load(context, tokenizer,
-                              &(dpo_file){ .entries = entries, .n_entries = DPOI_BYTE_ENTRIES });
 }
 
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
@@ -5257,13 +5238,12 @@ typedef struct dpoi_encoder {
 static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
 {
     const dpo_tokenizer *t = e->tokenizer;
-    const uint32_t *row = NULL;
-    if (code >= 0xC0 && depth < 8)
-        row = dpoi_row(t->decompositions, t->n_decompositions, 3, code, UINT32_MAX);
+    const uint32_t *row = code < 0xC0 || depth == 8 ? NULL
+                        : dpoi_row(&t->decompositions, code, UINT32_MAX);
     if (row && row[0] == code)
         return dpoi_decompose(e, row[1], depth + 1) ||
                (row[2] && dpoi_decompose(e, row[2], depth + 1));
-    row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(t->classes, t->n_classes, 2, code, UINT32_MAX);
+    row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(&t->classes, code, UINT32_MAX);
     const uint64_t class = row && row[0] == code ? row[1] : 0, place = e->n_run;
     if (dpoi_reserve(e->context, &e->run, &e->run_capacity, e->n_run + 1, sizeof *e->run)) return 1;
     uint64_t starter = class && place ? e->run[place - 1].first >> 32 : place;
@@ -5278,7 +5258,7 @@ static uint32_t dpoi_compose(const dpo_tokenizer *t, uint32_t first, uint32_t se
         return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
     if (first - 0xAC00 < 11172 && (first - 0xAC00) % 28 == 0 && second - 0x11A8 < 27)
         return first + second - 0x11A7;
-    const uint32_t *row = dpoi_row(t->compositions, t->n_compositions, 3, first, second);
+    const uint32_t *row = dpoi_row(&t->compositions, first, second);
     return row && row[0] == first && row[1] == second ? row[2] : DPOI_NONE;
 }
 
@@ -5349,8 +5329,8 @@ static size_t dpoi_match_added(const dpoi_encoder *e, uint32_t *id, const char *
     const dpo_tokenizer *t = e->tokenizer;
     size_t longest = 0;
     if (!e->starts_added[stage][(unsigned char)text[0]]) return 0;
-    for (size_t i = 0; i < t->n_added; i++) {
-        const uint32_t *added = t->added + 2 * i;
+    for (size_t i = 0; i < t->added.n; i++) {
+        const uint32_t *added = t->added.rows + 2 * i;
         dpoi_text token = dpoi_token_text(t, added[0]);
         if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && token.n > longest && token.n <= n &&
             !memcmp(token.bytes, text, token.n)) {
@@ -5376,9 +5356,9 @@ static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t
     if (code == 0x85 || code == 0xA0 || code == 0x1680 || code - 0x2000 < 11 || code == 0x2028 ||
         code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000)
         return DPOI_SPACE;
-    const uint32_t *row = dpoi_row(t->letters, t->n_letters, 2, code, UINT32_MAX);
+    const uint32_t *row = dpoi_row(&t->letters, code, UINT32_MAX);
     if (row && code <= row[1]) return DPOI_LETTER;
-    row = dpoi_row(t->numbers, t->n_numbers, 2, code, UINT32_MAX);
+    row = dpoi_row(&t->numbers, code, UINT32_MAX);
     return row && code <= row[1] ? DPOI_NUMBER : DPOI_OTHER;
 }
 
@@ -5390,7 +5370,7 @@ static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t
 static size_t dpoi_word(const dpo_tokenizer *t, const char *text, size_t n)
 {
     static const char endings[][3] = { "s", "t", "re", "ve", "m", "ll", "d" };
-    if (!t->n_merges) return 1;
+    if (!t->merges.n) return 1;
     for (size_t i = 0; text[0] == '\'' && i < sizeof endings / sizeof endings[0]; i++) {
         size_t n_ending = strlen(endings[i]);
         if (n_ending < n && !memcmp(text + 1, endings[i], n_ending)) return 1 + n_ending;
@@ -5435,7 +5415,7 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
     dpoi_symbol *symbols = e->symbols;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t byte = (unsigned char)text[i];
-        symbols[i] = (dpoi_symbol){ t->byte_ids[byte], i - 1, i + 1 < n ? i + 1 : DPOI_NONE };
+        symbols[i] = (dpoi_symbol){ t->byte_ids.rows[byte], i - 1, i + 1 < n ? i + 1 : DPOI_NONE };
         if (symbols[i].id == DPOI_NONE)
             return dpoi_fail(e->context, "the tokenizer has no token for byte 0x%02X", byte);
     }
@@ -5444,7 +5424,7 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
     for (uint64_t best; (best = e->tree[1]) != UINT64_MAX;) {
         uint32_t place = (uint32_t)best, gone = symbols[place].after;
         dpoi_symbol *left = &symbols[place];
-        left->id = t->merges[3 * (best >> 32) + 2];
+        left->id = t->merges.rows[3 * (best >> 32) + 2];
         left->after = symbols[gone].after;
         symbols[gone].after = DPOI_NONE;
         if (left->after != DPOI_NONE) symbols[left->after].before = place;
@@ -5493,8 +5473,8 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
     if (bad < n_bytes)
         return dpoi_fail(context, "byte %zu of the text is not UTF-8: save it as UTF-8", bad + 1);
     dpoi_encoder e = { .context = context, .tokenizer = tokenizer, .out = out };
-    for (size_t i = 0; i < tokenizer->n_added; i++) {
-        const uint32_t *added = tokenizer->added + 2 * i;
+    for (size_t i = 0; i < tokenizer->added.n; i++) {
+        const uint32_t *added = tokenizer->added.rows + 2 * i;
         int stage = (added[1] & DPOI_ADDED_NORMALIZED) != 0;
         e.starts_added[stage][(unsigned char)*dpoi_token_text(tokenizer, added[0]).bytes] = 1;
     }
@@ -5656,7 +5636,7 @@ static int dpoi_json_value(dpoi_parser *p, int depth)
     if (dpoi_json_take(p, close)) return 0;
     size_t child, last = 0, n_keys = 0;
     do {
-        size_t key = 0, n_key = 0;
+        size_t key = 0, n_key;
         if (close == '}') {
             if (dpoi_json_string(p, &key, &n_key)) return 1;
             if (dpo_json_member(json, &json->values[self], json->text.bytes + key))
@@ -5668,7 +5648,6 @@ static int dpoi_json_value(dpoi_parser *p, int depth)
         child = json->n_values;
         if (dpoi_json_value(p, depth + 1)) return 1;
         json->values[child].key = key;
-        json->values[child].n_key = n_key;
         *(last ? &json->values[last].next : &json->values[self].first_child) = child;
         last = child;
     } while (dpoi_json_take(p, ','));

@@ -719,7 +719,7 @@ MUTANTS = {
         ("*(int *)at = number != 0", "*(int *)at = 0"),
     ],
     "dpo_lora_save": [
-        ("!failed && base.n <= sizeof lora.base", "0"),
+        ("keep ? base_path :", "0 ? base_path :"),
     ],
     "dpo_state_load": [
         ("optimizer->step = numbers[1];", ""),
@@ -727,9 +727,9 @@ MUTANTS = {
         ("if (model->tensors[i].master)", "if (0)"),
     ],
     "dpoi_state_check": [
-        ("memcmp(found->data, &run, sizeof run)", "0"),
-        ("wrong = entries[i].name;", ";"),
-        ("wrong = file->entries[i].name;", ";"),
+        ("!memcmp(file->entries[n - 2].data, &run, sizeof run)", "1"),
+        ("i == n && i + 1 < file->n_entries", "0"),
+        ("strcmp(found->name, name)", "0"),
         ("found->dtype != entries[i].dtype ||", ""),
         ("|| found->bytes != entries[i].bytes", ""),
     ],
