@@ -4341,26 +4341,14 @@ static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field
                    ? dpoi_fail(context, "%s: config: %s is \"%.40s\" (%zu bytes), which this "
                                "program does not know or has no room for", file->path, field->name,
                                text, value->n_string)
-                   : dpoi_fail(context, "%s: config: %s is %g; it must be a whole number",
-                               file->path, field->name, value->number);
+                   : dpoi_fail(context, "%s: config: %s is %g; it must be a whole number, a "
+                               "size 0 or more", file->path, field->name, value->number);
     }
     dpo_json_free(context, &json);
     return failed;
 }
 
-DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file)
-{
-    *config = (dpo_config){ 0 };
-    if (dpoi_fields_read(context, config, dpoi_config_fields, file)) return 1;
-    if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
-    if (config->n_layers > file->n_entries)
-        return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: "
-                         "import the checkpoint again", file->path, config->n_layers,
-                         file->n_entries);
-    return 0;
-}
-
-/* The opposite. */
+/* Appends a struct as such a text. */
 static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *object,
                              const dpoi_field *fields)
 {
@@ -4388,6 +4376,18 @@ static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *
             return 1;
     }
     return dpoi_string_append(context, out, "}", 1);
+}
+
+DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file)
+{
+    *config = (dpo_config){ 0 };
+    if (dpoi_fields_read(context, config, dpoi_config_fields, file)) return 1;
+    if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
+    if (config->n_layers > file->n_entries)
+        return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: "
+                         "import the checkpoint again", file->path, config->n_layers,
+                         file->n_entries);
+    return 0;
 }
 
 /* Makes sure that all of an entry's elements are finite, and puts them into the tensor, unless that
@@ -4732,9 +4732,9 @@ static const dpoi_field dpoi_lora_fields[] = {
     { "alpha", DPOI_REAL, offsetof(dpo_lora, alpha), 0, NULL },
     { "dropout", DPOI_REAL, offsetof(dpo_lora, dropout), 0, NULL },
     { "rslora", DPOI_FLAG, offsetof(dpo_lora, rslora), 0, NULL },
-    { "target_modules", DPOI_CHARS, offsetof(dpo_lora, targets), sizeof((dpo_lora *)0)->targets,
+    { "target_modules", DPOI_CHARS, offsetof(dpo_lora, targets), sizeof((dpo_lora){ 0 }.targets),
       NULL },
-    { "base", DPOI_CHARS, offsetof(dpo_lora, base), sizeof((dpo_lora *)0)->base, NULL }, { 0 } };
+    { "base", DPOI_CHARS, offsetof(dpo_lora, base), sizeof((dpo_lora){ 0 }.base), NULL }, { 0 } };
 
 DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *file)
 {
