@@ -222,7 +222,7 @@ typedef struct dpo_file {
     dpo_entry *entries;         // [n_entries], in file order
     size_t n_entries;
     uint64_t identity;          // hash over header and table, the data's checksums included
-    char path[256];             // for messages; a longer one is cut
+    char path[512];             // for messages; a longer one is cut
 } dpo_file;
 
 /* Maps a container and checks all of it against the file's size; `verify` also checks the CRC-32
@@ -243,30 +243,28 @@ typedef struct dpo_string { char *bytes; size_t n, capacity; } dpo_string;   // 
 DPO_API void dpo_tokens_free(dpo_context *context, dpo_tokens *tokens);
 DPO_API void dpo_string_free(dpo_context *context, dpo_string *string);
 
+typedef struct dpo_table { const uint32_t *rows; size_t n, width; } dpo_table;      // [n, width]
+
 /* Byte-level byte-pair encoding, as Hugging Face's `tokenizers` computes it for GPT-2 and GPT-NeoX.
    The tables point into the model file they were loaded from, which must stay open. */
 typedef struct dpo_tokenizer {
-    size_t n_tokens;                            // ids are below this; 0: the file has no tokenizer
-    const uint32_t *token_ends;                 // [n_tokens] where each token's bytes end
+    size_t n_tokens;            // ids are below this; 0: the file has no tokenizer
     const char *token_bytes;
-    const uint32_t *byte_ids;                   // [256]
-    const uint32_t *merges; size_t n_merges;    // [n_merges, 3] left, right, merged, by rank
-    const uint32_t *added; size_t n_added;      // [n_added, 2] id, flags
-    const uint32_t *letters; size_t n_letters;  // [n_letters, 2] ranges of code points
-    const uint32_t *numbers; size_t n_numbers;
-    int nfc;                                    // normalise to NFC first (GPT-NeoX)
-    const uint32_t *decompositions; size_t n_decompositions;    // [.., 3]
-    const uint32_t *compositions; size_t n_compositions;        // [.., 3]
-    const uint32_t *classes; size_t n_classes;                  // [.., 2]
-    char unicode[16];                           // version of the Unicode tables, such as "14.0.0"
+    dpo_table token_ends;       // [n_tokens] where each token's bytes end
+    dpo_table byte_ids;         // [256]
+    dpo_table merges;           // [n, 3] left, right, merged, by rank
+    dpo_table added;            // [n, 2] id, flags
+    dpo_table letters, numbers; // [n, 2] ranges of code points
+    dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2]
+    int nfc;                    // normalise to NFC first (GPT-NeoX)
+    char unicode[16];           // version of the Unicode tables, such as "14.0.0"
     uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
 } dpo_tokenizer;
 
-/* Reads the tokenizer/... entries of a model file, checking every table. */
+/* Reads the tokenizer/... entries of a model file, checking every table. `file` NULL: the smallest
+   tokenizer, one token a byte, and <|endoftext|> as id 256. */
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer,
                                const dpo_file *file);
-/* The smallest tokenizer: one token a byte, and <|endoftext|> as id 256. */
-DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer);
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer);
 /* Appends the ids of n_bytes of UTF-8 text; invalid UTF-8 is an error that names the byte. */
 DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
@@ -284,8 +282,8 @@ typedef enum {
 typedef struct dpo_json_value {
     dpo_json_kind kind;
     double number;              // of a number, or 0 and 1 of a bool
-    size_t key, n_key;          // a member's key: offset and length in dpo_json.text
-    size_t string, n_string;    // a string's bytes, likewise
+    size_t key;                 // a member's key: offset in dpo_json.text, where a 0 ends it
+    size_t string, n_string;    // a string's bytes: offset and length, likewise
     size_t first_child, next;   // indices into values; 0 is "none" (value 0 is the root)
 } dpo_json_value;
 typedef struct dpo_json {
@@ -328,7 +326,7 @@ typedef struct dpo_branch {
 typedef struct dpo_example {
     const uint32_t *prompt;     // [n_prompt]; empty for language modelling, where a branch's
     size_t n_prompt;            // first token is context only and never scored
-    const dpo_branch *branches; // [n_branches], each continuing the same prompt
+    const dpo_branch *branches; // [n_branches], at least one, each continuing the same prompt
     size_t n_branches;
     size_t group;               // examples of one distinct prompt share this number
     size_t line;                // where it begins in its file, for messages; 0: nowhere
@@ -513,7 +511,7 @@ DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *
 DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, const char *path,
                                 uint64_t identity);
 /* Saves the adapter. `base_path` says where its model is, for whoever opens it; one of 1024 bytes
-   or more is left out, and the model must then be named beside the adapter. */
+   or more, or that is not UTF-8, is left out, and the model must be named beside the adapter. */
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path);
 /* The config of an open model file alone, to plan memory before the weights are loaded. */
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file);
@@ -1225,7 +1223,7 @@ static float dpoi_max(const float *x, size_t n)
    Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS. So one panel of a (6 KB,
    or 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and the strip
    (256 KB) stays in the second while a's panels pass by, each fetched ahead of its turn. a is
-   packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (10 MB), which the third cache
+   packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (7 MB), which the third cache
    holds, so that a strip of c is finished before the next one begins, and memory sees c once.
 
    Threads pack a together and then share out c, strips of columns and pieces of rows, never the sum
@@ -1299,8 +1297,8 @@ enum {
     DPOI_BLOCK_K = 256,
     DPOI_BLOCK_COLS = 256 / DPOI_TILE_COLS * DPOI_TILE_COLS,
     DPOI_BLOCK_ROWS = 96 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
-    DPOI_SHARED_ROWS = 25 * DPOI_BLOCK_ROWS,
-    DPOI_SHARED_BLOCKS = 4,
+    DPOI_SHARED_ROWS = 2112 / DPOI_TILE_ROWS * DPOI_TILE_ROWS, // those of a micro-batch
+    DPOI_SHARED_BLOCKS = 3,
     DPOI_LINE = 16,                 // floats in a cache line
     DPOI_A_PANEL = DPOI_TILE_ROWS * DPOI_BLOCK_K + DPOI_LINE,
     DPOI_B_PANEL = DPOI_TILE_COLS * DPOI_BLOCK_K + DPOI_LINE,
@@ -2655,6 +2653,38 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
 
 /* ---- 6.1 config ------------------------------------------------------------------------------ */
 
+/* A struct's fields by their JSON names: one list checks, reads and writes them. */
+typedef enum { DPOI_SIZE, DPOI_REAL, DPOI_FLAG, DPOI_ID, DPOI_CHOICE, DPOI_CHARS } dpoi_field_kind;
+typedef struct dpoi_field {
+    const char *name;
+    dpoi_field_kind kind;
+    size_t offset, most;        // in the struct; of a size, 0: any; of chars, their number
+    const char *const *choices; // of an enum, NULL at the end
+} dpoi_field;
+
+static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm", NULL };
+static const char *const dpoi_position_names[] = { "rotary", "alibi", "learned", NULL };
+static const char *const dpoi_activation_names[] = { "gelu", "gelu_new", "gelu_fast", "quick_gelu",
+                                                     "silu", "relu", "swiglu", NULL };
+
+// Within these limits no product of sizes below can overflow.
+#define DPOI_FIELD(kind, member, most) { #member, kind, offsetof(dpo_config, member), most, NULL }
+static const dpoi_field dpoi_config_fields[] = {
+    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture), 0, dpoi_architecture_names },
+    DPOI_FIELD(DPOI_SIZE, vocab_size, 1 << 24), DPOI_FIELD(DPOI_SIZE, context_length, 1 << 24),
+    DPOI_FIELD(DPOI_SIZE, d_model, 1 << 20), DPOI_FIELD(DPOI_SIZE, n_layers, 1 << 10),
+    DPOI_FIELD(DPOI_SIZE, n_heads, 1 << 20), DPOI_FIELD(DPOI_SIZE, d_ff, 1 << 20),
+    { "position", DPOI_CHOICE, offsetof(dpo_config, position), 0, dpoi_position_names },
+    DPOI_FIELD(DPOI_SIZE, rotary_dims, 0), DPOI_FIELD(DPOI_REAL, rotary_base, 0),
+    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation), 0, dpoi_activation_names },
+    DPOI_FIELD(DPOI_FLAG, parallel_residual, 0), DPOI_FIELD(DPOI_FLAG, attention_bias, 0),
+    DPOI_FIELD(DPOI_FLAG, tied_head, 0), DPOI_FIELD(DPOI_REAL, norm_epsilon, 0),
+    DPOI_FIELD(DPOI_REAL, embedding_scale, 0), DPOI_FIELD(DPOI_REAL, logit_scale, 0),
+    DPOI_FIELD(DPOI_REAL, attention_scale, 0), DPOI_FIELD(DPOI_FLAG, attention_scale_by_layer, 0),
+    DPOI_FIELD(DPOI_REAL, alibi_factor, 0), DPOI_FIELD(DPOI_REAL, mup_width_scale, 0),
+    DPOI_FIELD(DPOI_ID, bos_id, 0), DPOI_FIELD(DPOI_ID, eos_id, 0), { 0 } };
+_Static_assert(sizeof(dpo_activation) == sizeof(int), "the config's enums are read as ints");
+
 DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture)
 {
     int btlm = architecture == DPO_BTLM;
@@ -2681,15 +2711,17 @@ DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architectur
 
 DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
 {
-    // With these limits no product of sizes below can overflow.
-    const struct { const char *name; size_t value, most; } sizes[] = {
-        { "vocab_size", config->vocab_size, 1 << 24 }, { "d_model", config->d_model, 1 << 20 },
-        { "context_length", config->context_length, 1 << 24 }, { "d_ff", config->d_ff, 1 << 20 },
-        { "n_layers", config->n_layers, 1 << 10 }, { "n_heads", config->n_heads, 1 << 20 } };
-    for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
-        if (sizes[i].value < 1 || sizes[i].value > sizes[i].most)
-            return dpoi_fail(context, "config: %s is %zu; it must be 1 to %zu", sizes[i].name,
-                             sizes[i].value, sizes[i].most);
+    for (const dpoi_field *field = dpoi_config_fields; field->name; field++) {
+        const void *at = (const char *)config + field->offset;
+        const size_t size = field->most ? *(const size_t *)at : 1;
+        const double real = field->kind == DPOI_REAL ? *(const double *)at : 1.0;
+        if (field->most && (size < 1 || size > field->most))
+            return dpoi_fail(context, "config: %s is %zu; it must be 1 to %zu", field->name, size,
+                             field->most);
+        if (!(real > 0 && real < 1e9))
+            return dpoi_fail(context, "config: %s is %g; it must be a positive number", field->name,
+                             real);
+    }
     if (config->d_model % config->n_heads)
         return dpoi_fail(context, "config: d_model %zu is not a multiple of n_heads %zu",
                          config->d_model, config->n_heads);
@@ -2704,15 +2736,6 @@ DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
         return dpoi_fail(context, "config: %s; no Hugging Face model of this architecture has that",
                          btlm ? "BTLM with rotary positions, a parallel residual or without biases"
                               : "GPT-NeoX with other positions than rotary, or with SwiGLU");
-    const struct { const char *name; double value; } positive[] = {
-        { "rotary_base", config->rotary_base }, { "norm_epsilon", config->norm_epsilon },
-        { "embedding_scale", config->embedding_scale }, { "logit_scale", config->logit_scale },
-        { "attention_scale", config->attention_scale }, { "alibi_factor", config->alibi_factor },
-        { "mup_width_scale", config->mup_width_scale } };
-    for (size_t i = 0; i < sizeof positive / sizeof *positive; i++)
-        if (!(positive[i].value > 0 && positive[i].value < 1e9))
-            return dpoi_fail(context, "config: %s is %g; it must be a positive number",
-                             positive[i].name, positive[i].value);
     int64_t V = (int64_t)config->vocab_size;
     if (config->bos_id < -1 || config->bos_id >= V || config->eos_id < -1 || config->eos_id >= V)
         return dpoi_fail(context, "config: bos_id %lld or eos_id %lld is not in the vocabulary of "
@@ -2728,8 +2751,6 @@ typedef struct dpoi_block_weights {
     dpo_tensor *norm2_w, *norm2_b, *up_w, *up_b, *down_w, *down_b;
     dpo_tensor *gate_w, *gate_b;                                    // SwiGLU's, otherwise NULL
 } dpoi_block_weights;
-
-#define DPOI_LINEARS 5  // linear layers of a block, at most
 
 typedef struct dpoi_weights {
     dpo_tensor *embedding, *positions;  // positions NULL unless learned
@@ -2762,46 +2783,49 @@ static void dpoi_number_trainable(dpo_model *model)
     }
 }
 
-/* The parts of a block's linear layers and norms, weight and bias. Weights are [out, in] in
-   GPT-NeoX and [in, out] in BTLM. */
-static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, size_t layer,
-                          const char *name, size_t in, size_t out, int bias)
+/* Weight and bias of a linear layer or, with an `in` of 0, of a norm. A linear layer's weights are
+   [out, in] in GPT-NeoX and [in, out] in BTLM. */
+static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, const char *path,
+                          size_t in, size_t out, int bias)
 {
-    int btlm = model->config.architecture == DPO_BTLM;
-    char full[DPO_NAME_BYTES];
-    const char *stem = btlm ? "transformer.h" : "gpt_neox.layers";
-    snprintf(full, sizeof full, "%s.%zu.%s.weight", stem, layer, name);
-    if (in && btlm)
-        *w = dpoi_add_tensor(model, DPO_CONV1D, in, out, model->config.mup_width_scale, full);
-    else if (in)
-        *w = dpoi_add_tensor(model, DPO_LINEAR, out, in, model->config.mup_width_scale, full);
-    else
-        *w = dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, full);
-    snprintf(full, sizeof full, "%s.%zu.%s.bias", stem, layer, name);
-    *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, full) : NULL;
+    const int btlm = model->config.architecture == DPO_BTLM;
+    const double lr_scale = in ? model->config.mup_width_scale : 1.0;
+    char name[DPO_NAME_BYTES];
+    snprintf(name, sizeof name, "%s.weight", path);
+    *w = dpoi_add_tensor(model, !in ? DPO_PLAIN : btlm ? DPO_CONV1D : DPO_LINEAR,
+                         in && btlm ? in : out, in && btlm ? out : in, lr_scale, name);
+    snprintf(name, sizeof name, "%s.bias", path);
+    *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, name) : NULL;
 }
 
 static void dpoi_add_block(dpo_model *model, size_t layer)
 {
     const dpo_config *config = &model->config;
+    const int btlm = config->architecture == DPO_BTLM, bias = config->attention_bias;
+    const size_t C = config->d_model, F = config->d_ff;
     dpoi_block_weights *block = &model->weights->blocks[layer];
-    int btlm = config->architecture == DPO_BTLM;
-    size_t C = config->d_model, F = config->d_ff;
-    dpoi_add_pair(model, &block->norm1_w, &block->norm1_b, layer, btlm ? "ln_1" : "input_layernorm",
-                  0, C, 1);
-    dpoi_add_pair(model, &block->norm2_w, &block->norm2_b, layer,
-                  btlm ? "ln_2" : "post_attention_layernorm", 0, C, 1);
-    dpoi_add_pair(model, &block->qkv_w, &block->qkv_b, layer,
-                  btlm ? "attn.c_attn" : "attention.query_key_value", C, 3 * C,
-                  config->attention_bias);
-    dpoi_add_pair(model, &block->out_w, &block->out_b, layer,
-                  btlm ? "attn.c_proj" : "attention.dense", C, C, config->attention_bias);
-    dpoi_add_pair(model, &block->up_w, &block->up_b, layer, btlm ? "mlp.c_fc" : "mlp.dense_h_to_4h",
-                  C, F, 1);
-    if (config->activation == DPO_SWIGLU)
-        dpoi_add_pair(model, &block->gate_w, &block->gate_b, layer, "mlp.c_fc2", C, F, 1);
-    dpoi_add_pair(model, &block->down_w, &block->down_b, layer,
-                  btlm ? "mlp.c_proj" : "mlp.dense_4h_to_h", F, C, 1);
+    const struct {
+        dpo_tensor **w, **b;
+        const char *names[2];   // in GPT-NeoX and in BTLM
+        size_t in, out;
+        int bias;
+    } pairs[] = {
+        { &block->norm1_w, &block->norm1_b, { "input_layernorm", "ln_1" }, 0, C, 1 },
+        { &block->norm2_w, &block->norm2_b, { "post_attention_layernorm", "ln_2" }, 0, C, 1 },
+        { &block->qkv_w, &block->qkv_b, { "attention.query_key_value", "attn.c_attn" }, C, 3 * C,
+          bias },
+        { &block->out_w, &block->out_b, { "attention.dense", "attn.c_proj" }, C, C, bias },
+        { &block->up_w, &block->up_b, { "mlp.dense_h_to_4h", "mlp.c_fc" }, C, F, 1 },
+        { &block->gate_w, &block->gate_b, { "", "mlp.c_fc2" }, C, F, 1 },
+        { &block->down_w, &block->down_b, { "mlp.dense_4h_to_h", "mlp.c_proj" }, F, C, 1 } };
+    for (size_t i = 0; i < sizeof pairs / sizeof *pairs; i++) {
+        char path[DPO_NAME_BYTES - sizeof ".weight"];
+        if (pairs[i].w == &block->gate_w && config->activation != DPO_SWIGLU) continue;
+        snprintf(path, sizeof path, "%s.%zu.%s", btlm ? "transformer.h" : "gpt_neox.layers", layer,
+                 pairs[i].names[btlm]);
+        dpoi_add_pair(model, pairs[i].w, pairs[i].b, path, pairs[i].in, pairs[i].out,
+                      pairs[i].bias);
+    }
 }
 
 /* Builds the table from the config and gives every tensor its place in params. */
@@ -2812,8 +2836,8 @@ static int dpoi_build_table(dpo_model *model)
     size_t C = config->d_model, L = config->n_layers;
     int btlm = config->architecture == DPO_BTLM;
     if (dpo_config_check(context, config) ||
-        dpoi_alloc_zeroed(context, &model->tensors, (14 + 2 * DPOI_LINEARS) * L + 6,
-                          sizeof *model->tensors) ||
+        // a block's tensors, and A and B of its linear layers
+        dpoi_alloc_zeroed(context, &model->tensors, (14 + 10) * L + 6, sizeof *model->tensors) ||
         dpoi_alloc_zeroed(context, &model->weights, 1, sizeof *model->weights) ||
         dpoi_alloc_zeroed(context, &model->weights->blocks, L, sizeof *model->weights->blocks))
         return 1;
@@ -2824,12 +2848,8 @@ static int dpoi_build_table(dpo_model *model)
         weights->positions = dpoi_add_tensor(model, DPO_PLAIN, config->context_length, C, 1.0,
                                              "transformer.wpe.weight");
     for (size_t l = 0; l < L; l++) dpoi_add_block(model, l);
-    const char *norm = btlm ? "transformer.ln_f" : "gpt_neox.final_layer_norm";
-    char full[DPO_NAME_BYTES];
-    snprintf(full, sizeof full, "%s.weight", norm);
-    weights->norm_w = dpoi_add_tensor(model, DPO_PLAIN, C, 0, 1.0, full);
-    snprintf(full, sizeof full, "%s.bias", norm);
-    weights->norm_b = dpoi_add_tensor(model, DPO_PLAIN, C, 0, 1.0, full);
+    dpoi_add_pair(model, &weights->norm_w, &weights->norm_b,
+                  btlm ? "transformer.ln_f" : "gpt_neox.final_layer_norm", 0, C, 1);
     weights->head = config->tied_head ? weights->embedding
                   : dpoi_add_tensor(model, DPO_LINEAR, config->vocab_size, C, 1.0,
                                     btlm ? "lm_head.weight" : "embed_out.weight");
@@ -2946,10 +2966,12 @@ static float dpoi_lora_scale(const dpo_lora *lora)
     return (float)(lora->alpha / (lora->rslora ? sqrt((double)lora->r) : (double)lora->r));
 }
 
-/* Whether PEFT would adapt the layer with this weight: a target is a module's path or the end of
-   one from a dot on. Names that are no linear layer's count in no call; see dpoi_check_targets. */
-static int dpoi_is_target(const char *targets, const char *weight)
+/* Whether PEFT would adapt this weight, if it is a linear layer's: a target is a module's path or
+   the end of one from a dot on. The head takes no adapter. */
+static int dpoi_is_target(const dpo_model *model, const char *targets, const dpo_tensor *tensor)
 {
+    const char *weight = tensor->name;
+    if (tensor->layout == DPO_PLAIN || tensor == model->weights->head) return 0;
     size_t path = strlen(weight) - strlen(".weight");
     if (!strcmp(targets, "all-linear")) return 1;
     for (const char *name = targets; *name;) {
@@ -2962,37 +2984,22 @@ static int dpoi_is_target(const char *targets, const char *weight)
     return 0;
 }
 
-static size_t dpoi_linears(const dpoi_block_weights *block, dpo_tensor *linear[DPOI_LINEARS])
-{
-    dpo_tensor *const all[] = { block->qkv_w, block->out_w, block->up_w, block->gate_w,
-                                block->down_w };
-    size_t n = 0;
-    for (size_t i = 0; i < DPOI_LINEARS; i++)
-        if (all[i]) linear[n++] = all[i];
-    return n;
-}
-
 /* Every name among the targets must be one of this model's. */
 static int dpoi_check_targets(dpo_model *model, const char *targets)
 {
-    dpo_tensor *linear[DPOI_LINEARS];
-    size_t n_linears = dpoi_linears(&model->weights->blocks[0], linear);
     if (!*targets) return dpoi_fail(model->context, "LoRA: no target modules are named");
     if (!strcmp(targets, "all-linear")) return 0;
     for (const char *name = targets; *name;) {
         char one[sizeof model->lora.targets], known[400] = "";
-        size_t n = strcspn(name, ","), found = 0;
+        size_t n = strcspn(name, ","), found = 0, used = 0;
         snprintf(one, sizeof one, "%.*s", (int)n, name);
-        for (size_t l = 0; l < model->config.n_layers; l++) {
-            dpoi_linears(&model->weights->blocks[l], linear);
-            for (size_t i = 0; i < n_linears && strcmp(one, "all-linear"); i++)
-                found += dpoi_is_target(one, linear[i]->name);
-        }
-        for (size_t i = 0, used = 0; i < n_linears && used < sizeof known; i++) { // layer .0.
-            const char *path = strstr(linear[i]->name, ".mlp.");
-            if (!path) path = strstr(linear[i]->name, ".att");
-            used += (size_t)snprintf(known + used, sizeof known - used, "%s%.*s", i ? ", " : "",
-                                     (int)(strlen(path + 1) - strlen(".weight")), path + 1);
+        for (size_t i = 0; i < model->n_tensors; i++) {
+            const dpo_tensor *tensor = &model->tensors[i];
+            const char *path = strstr(tensor->name, ".0."); // the first layer's show the names
+            found += strcmp(one, "all-linear") && dpoi_is_target(model, one, tensor);
+            if (!path || !dpoi_is_target(model, "all-linear", tensor)) continue;
+            used += (size_t)snprintf(known + used, sizeof known - used, "%s%.*s", used ? ", " : "",
+                                     (int)(strlen(path) - strlen(".0..weight")), path + 3);
         }
         if (!n || !found)
             return dpoi_fail(model->context, "LoRA: \"%s\" is no linear layer of this model; it "
@@ -3006,27 +3013,23 @@ static int dpoi_check_targets(dpo_model *model, const char *targets)
 /* Adds A and B for every target to the table; with `file`, for those targets that it has. */
 static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
 {
-    dpo_tensor *linear[DPOI_LINEARS];
-    const size_t C = model->config.d_model;
+    const size_t C = model->config.d_model, n_tensors = model->n_tensors;
     if (lora->r < 1 || lora->r > C || !(lora->alpha > 0 && lora->alpha < 1e9) ||
         !(lora->dropout >= 0 && lora->dropout < 1))
         return dpoi_fail(model->context, "LoRA: r is %zu, alpha %g, dropout %g; r must be 1 to %zu "
                          "(the model's width), alpha positive, dropout from 0 to below 1", lora->r,
                          lora->alpha, lora->dropout, C);
     if (dpoi_check_targets(model, lora->targets)) return 1;
-    for (size_t l = 0; l < model->config.n_layers; l++) {
-        size_t n = dpoi_linears(&model->weights->blocks[l], linear);
-        for (size_t i = 0; i < n; i++) {
-            dpo_tensor *W = linear[i];
-            char name[DPO_NAME_BYTES]; // the module's path with another end
-            int path = (int)(strlen(W->name) - strlen("weight"));
-            snprintf(name, sizeof name, "base_model.model.%.*slora_A.weight", path, W->name);
-            if (!dpoi_is_target(lora->targets, W->name)) continue;
-            if (file && !dpo_file_find(file, name)) continue;
-            W->lora_a = dpoi_add_tensor(model, DPO_LINEAR, lora->r, dpoi_linear_in(W), 1.0, name);
-            snprintf(name, sizeof name, "base_model.model.%.*slora_B.weight", path, W->name);
-            W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
-        }
+    for (size_t i = 0; i < n_tensors; i++) {
+        dpo_tensor *W = &model->tensors[i];
+        char name[DPO_NAME_BYTES]; // the module's path with another end
+        int path = (int)(strlen(W->name) - strlen("weight"));
+        if (!dpoi_is_target(model, lora->targets, W)) continue;
+        snprintf(name, sizeof name, "base_model.model.%.*slora_A.weight", path, W->name);
+        if (file && !dpo_file_find(file, name)) continue;
+        W->lora_a = dpoi_add_tensor(model, DPO_LINEAR, lora->r, dpoi_linear_in(W), 1.0, name);
+        snprintf(name, sizeof name, "base_model.model.%.*slora_B.weight", path, W->name);
+        W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
     }
     dpoi_number_trainable(model);
     model->lora = *lora;
@@ -3048,8 +3051,6 @@ typedef struct dpoi_workspace {
     size_t *scored_row;                     // [S] their rows
     size_t *first_target;                   // [S + 1] the targets of each
     dpoi_target *targets;                   // [n_targets]
-    size_t token_capacity, position_capacity, span_capacity, first_span_capacity, row_capacity,
-           first_target_capacity, target_capacity;
 
     // What a block computes and its backward needs: a set a layer, or one that all layers share
     // (see dpoi_activations). x has one more: the last block's output.
@@ -3099,9 +3100,9 @@ static size_t dpoi_slab_width(const dpo_model *model)
 
 /* One list says how large each buffer is, for dpo_model_reserve, which allocates them, and for
    dpo_memory_plan, which only adds them up. Passes have up to `rows` rows and `scored` scored ones;
-   those that keep, up to `kept` rows. */
+   those that keep, up to `kept` rows. Every branch has a scored token, every example a branch. */
 typedef struct dpoi_buffer { void *at; size_t count, size; int of_head; } dpoi_buffer;
-#define DPOI_MAX_BUFFERS 32
+#define DPOI_MAX_BUFFERS 40
 
 static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_model *model,
                                 size_t rows, size_t scored, size_t kept)
@@ -3116,7 +3117,14 @@ static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_
     const size_t sums = DPOI_MAX(rows, model->options.recompute ? 0 : kept * L);
     const size_t slab = shares ? kept * L * dpoi_slab_width(model) : 0;
     const size_t rank = rows * model->lora.r, dropped = model->lora.dropout > 0 ? kept : 0;
+    const size_t turning = config->position == DPO_ROTARY ? config->rotary_dims : 0;
     const dpoi_buffer all[] = {
+        { &w->token, rows, 4, 0 }, { &w->position, rows, 4, 0 },
+        { &w->spans, 2 * scored, sizeof *w->spans, 0 }, { &w->first_span, scored + 1, 8, 0 },
+        { &w->scored_row, scored, 8, 0 }, { &w->first_target, scored + 1, 8, 0 },
+        { &w->targets, scored, sizeof *w->targets, 0 },
+        { &w->rotary, config->context_length * turning, 4, 0 },
+        { &w->slopes, config->position == DPO_ALIBI ? config->n_heads : 0, 4, 0 },
         { &w->x, inputs * C, 4, 0 }, { &w->qkv, sets * 3 * C, 4, 0 },
         { &w->attended, sets * C, 4, 0 }, { &w->lse, sums * config->n_heads, 4, 0 },
         { &w->middle, middles * C, 4, 0 }, { &w->up, sets * F, 4, 0 },
@@ -3154,18 +3162,14 @@ static void dpoi_workspace_free(dpo_model *model)
 {
     dpoi_workspace *w = model->workspace;
     if (!w) return;
-    dpo_context *context = model->context;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
     size_t n = dpoi_list_buffers(list, w, model, 0, 0, 0);
     for (size_t i = 0; i < n; i++) {
         void *buffer;
         memcpy(&buffer, list[i].at, sizeof buffer);
-        dpoi_free(context, buffer);
+        dpoi_free(model->context, buffer);
     }
-    void *rest[] = { w->token, w->position, w->spans, w->first_span, w->scored_row, w->first_target,
-                     w->targets, w->rotary, w->slopes };
-    for (size_t i = 0; i < sizeof rest / sizeof *rest; i++) dpoi_free(context, rest[i]);
-    dpoi_free(context, w);
+    dpoi_free(model->context, w);
     model->workspace = NULL;
 }
 
@@ -3191,18 +3195,11 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     size_t n = dpoi_list_buffers(list, w, model, max_rows, max_scored, kept_rows);
     for (size_t i = 0; i < n; i++)
         if (list[i].count && dpoi_alloc(context, list[i].at, list[i].count, list[i].size)) return 1;
-    if (config->position == DPO_ROTARY && config->rotary_dims) {
-        if (dpoi_alloc(context, &w->rotary, config->context_length * config->rotary_dims,
-                       sizeof *w->rotary))
-            return 1;
+    if (w->rotary)
         dpoi_rotary_table(w->rotary, config->context_length, config->rotary_dims,
                           (float)config->rotary_base);
-    }
-    if (config->position == DPO_ALIBI) {
-        if (dpoi_alloc(context, &w->slopes, config->n_heads, sizeof *w->slopes)) return 1;
-        for (size_t h = 0; h < config->n_heads; h++)
-            w->slopes[h] = dpoi_weight_at(model->weights->slopes, h) / (float)config->alibi_factor;
-    }
+    for (size_t h = 0; w->slopes && h < config->n_heads; h++)
+        w->slopes[h] = dpoi_weight_at(model->weights->slopes, h) / (float)config->alibi_factor;
     w->max_rows = max_rows;
     w->max_scored = max_scored;
     w->kept_rows = kept_rows;
@@ -3269,8 +3266,6 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     memory->scratch = sizeof(float) * (DPOI_SHARED_FLOATS + dpoi_piece_size(&model) +
                       (size_t)options->n_threads *
                       (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)));
-    if (config->position == DPO_ROTARY)
-        memory->scratch += config->context_length * config->rotary_dims * sizeof(float);
     // Every position's keys and values, and its share in every head; a logit and a rank per token.
     if (options->max_positions)
         memory->cache = options->max_positions * sizeof(float) *
@@ -3288,9 +3283,21 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
 
 /* ---- 6.6 a batch as rows --------------------------------------------------------------------- */
 
+static int dpoi_check_tokens(dpo_context *context, const dpo_config *config, size_t example,
+                             const char *where, const uint32_t *tokens, size_t n)
+{
+    for (size_t i = 0; i < n; i++)
+        if (tokens[i] >= config->vocab_size)
+            return dpoi_fail(context, "example %zu, %s token %u is outside the model's vocabulary "
+                             "of %zu; was it made with another tokenizer?", example, where,
+                             tokens[i], config->vocab_size);
+    return 0;
+}
+
 static int dpoi_check_example(dpo_context *context, const dpo_config *config,
                               const dpo_example *example, size_t index)
 {
+    if (!example->n_branches) return dpoi_fail(context, "example %zu has no branches", index);
     for (size_t b = 0; b < example->n_branches; b++) {
         const dpo_branch *branch = &example->branches[b];
         size_t first = branch->first_scored, length = example->n_prompt + branch->n;
@@ -3302,18 +3309,11 @@ static int dpoi_check_example(dpo_context *context, const dpo_config *config,
             return dpoi_fail(context, "example %zu: %zu tokens are longer than the model's "
                              "context of %zu; use a smaller --max-length", index, length,
                              config->context_length);
-        for (size_t i = 0; i < branch->n; i++)
-            if (branch->tokens[i] >= config->vocab_size)
-                return dpoi_fail(context, "example %zu, branch %zu: token %u is outside the "
-                                 "model's vocabulary of %zu; was it made with another tokenizer?",
-                                 index, b, branch->tokens[i], config->vocab_size);
+        char where[40];
+        snprintf(where, sizeof where, "branch %zu:", b);
+        if (dpoi_check_tokens(context, config, index, where, branch->tokens, branch->n)) return 1;
     }
-    for (size_t i = 0; i < example->n_prompt; i++)
-        if (example->prompt[i] >= config->vocab_size)
-            return dpoi_fail(context, "example %zu: prompt token %u is outside the model's "
-                             "vocabulary of %zu; was it made with another tokenizer?", index,
-                             example->prompt[i], config->vocab_size);
-    return 0;
+    return dpoi_check_tokens(context, config, index, "prompt", example->prompt, example->n_prompt);
 }
 
 /* Appends rows for tokens[0 .. n) of a span; row i stands at position n_prefix + i. */
@@ -3342,33 +3342,18 @@ static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_
 static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
 {
     dpo_context *context = model->context;
-    size_t n_branches = 0;
-    for (size_t e = 0; e < batch->n; e++) {
-        if (dpoi_check_example(context, &model->config, &batch->examples[e], e)) return 1;
-        n_branches += batch->examples[e].n_branches;
-    }
     dpo_plan_options size = { 0 };
-    dpo_plan_passes(&size, batch->examples, batch->n, SIZE_MAX, keep);
-    const size_t rows = size.max_rows, scored = size.max_scored;
-    if (!n_branches) return dpoi_fail(context, "the batch has no branches to score");
+    if (!batch->n) return dpoi_fail(context, "the batch has no branches to score");
     if (model->options.stored)
         return dpoi_fail(context, "the model was loaded as `stored`, which is for saving it only");
-    if (rows > (size_t)1 << 28)
+    for (size_t e = 0; e < batch->n; e++)
+        if (dpoi_check_example(context, &model->config, &batch->examples[e], e)) return 1;
+    dpo_plan_passes(&size, batch->examples, batch->n, SIZE_MAX, keep);
+    if (size.max_rows > (size_t)1 << 28)
         return dpoi_fail(context, "%zu tokens in one pass; use a smaller --micro-tokens or "
-                         "--max-length", rows);
-    if (dpo_model_reserve(model, rows, scored, size.max_span, keep)) return 1;
+                         "--max-length", size.max_rows);
+    if (dpo_model_reserve(model, size.max_rows, size.max_scored, size.max_span, keep)) return 1;
     dpoi_workspace *w = model->workspace;
-    if (dpoi_reserve(context, &w->token, &w->token_capacity, rows, sizeof *w->token) ||
-        dpoi_reserve(context, &w->position, &w->position_capacity, rows, sizeof *w->position) ||
-        dpoi_reserve(context, &w->spans, &w->span_capacity, batch->n + n_branches,
-                     sizeof *w->spans) ||
-        dpoi_reserve(context, &w->first_span, &w->first_span_capacity, batch->n + 1,
-                     sizeof *w->first_span) ||
-        dpoi_reserve(context, &w->scored_row, &w->row_capacity, scored, sizeof *w->scored_row) ||
-        dpoi_reserve(context, &w->first_target, &w->first_target_capacity, scored + 1,
-                     sizeof *w->first_target) ||
-        dpoi_reserve(context, &w->targets, &w->target_capacity, scored, sizeof *w->targets))
-        return 1;
     w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
     w->n_examples = batch->n;
     w->keeps = keep;
@@ -4078,15 +4063,12 @@ static void dpoi_crc_fill(dpoi_crc_table *table)
 {
     for (uint32_t b = 0; b < 256; b++) {
         uint32_t remainder = b;
-        for (int bit = 0; bit < 8; bit++)
-            remainder = (remainder >> 1) ^ (remainder & 1 ? 0xEDB88320u : 0);
-        table->at[0][b] = remainder;
-    }
-    for (size_t j = 1; j < 8; j++)
-        for (uint32_t b = 0; b < 256; b++) {
-            uint32_t before = table->at[j - 1][b];
-            table->at[j][b] = (before >> 8) ^ table->at[0][before & 255];
+        for (size_t j = 0; j < 8; j++) { // each byte further on divides by eight more bits
+            for (int bit = 0; bit < 8; bit++)
+                remainder = (remainder >> 1) ^ (remainder & 1 ? 0xEDB88320u : 0);
+            table->at[j][b] = remainder;
         }
+    }
 }
 
 /* The CRC of what `before` is the CRC of, 0 at the start, followed by these bytes. */
@@ -4129,6 +4111,8 @@ typedef struct dpoi_file_record {
 _Static_assert(sizeof(dpoi_file_header) == 64 && sizeof(dpoi_file_record) == 144,
                "the file format has no padding");
 
+#define DPOI_BROKEN ": the file is damaged or cut short; make it again"
+
 static const char *dpoi_kind_name(uint32_t kind)
 {
     static const char *const names[] = { "unknown file", "model", "adapter", "training state",
@@ -4136,50 +4120,51 @@ static const char *dpoi_kind_name(uint32_t kind)
     return names[kind <= DPO_FILE_TEST ? kind : 0];
 }
 
-/* Fills entries from the table, checking each against `place`, the end of the one before it. */
-static int dpoi_file_read_table(dpo_context *context, dpo_file *file, const char *path,
-                                uint64_t table_end)
+DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
 {
-    const unsigned char *start = file->map;
-    size_t place = table_end;
-    for (size_t i = 0; i < file->n_entries; i++) {
-        dpoi_file_record record;
-        memcpy(&record, start + sizeof(dpoi_file_header) + i * sizeof record, sizeof record);
-        if (!record.name[0] || !memchr(record.name, 0, sizeof record.name))
-            return dpoi_fail(context, "%s: entry %zu has no valid name: the file is damaged; make "
-                             "it again", path, i);
+    for (size_t i = 0; i < file->n_entries; i++)
+        if (!strcmp(file->entries[i].name, name)) return &file->entries[i];
+    return NULL;
+}
+
+static const dpoi_file_record *dpoi_file_records(const dpo_file *file)
+{
+    return (const void *)((const char *)file->map + sizeof(dpoi_file_header));
+}
+
+/* Takes n entries from the table, checking each against `place`, the end of the one before it. */
+static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, size_t place)
+{
+    for (const dpoi_file_record *record = dpoi_file_records(file); file->n_entries < n; record++) {
+        const size_t size = dpoi_dtype_bytes((dpo_dtype)record->dtype);
         size_t elements, bytes;
-        if (record.n_dims < 1 || record.n_dims > 2 || record.layout > DPO_CONV1D ||
-            !dpoi_dtype_bytes((dpo_dtype)record.dtype) ||
-            (record.n_dims == 1 && record.shape[1] != 1) ||
-            dpoi_multiply(&elements, record.shape[0], record.shape[1]) ||
-            dpoi_multiply(&bytes, elements, dpoi_dtype_bytes((dpo_dtype)record.dtype)) ||
-            bytes != record.bytes)
-            return dpoi_fail(context, "%s: entry %s: type, shape and length do not fit each other: "
-                             "the file is damaged; make it again", path, record.name);
-        if (record.offset != dpoi_aligned(place) || record.offset > file->bytes ||
-            record.bytes > file->bytes - record.offset)
-            return dpoi_fail(context, "%s: entry %s lies outside the file or over another entry: "
-                             "the file is damaged or cut short; make it again", path, record.name);
-        for (size_t j = 0; j < i; j++)
-            if (!strcmp(file->entries[j].name, record.name))
-                return dpoi_fail(context, "%s: entry %s appears twice: the file is damaged; make "
-                                 "it again", path, record.name);
-        place = record.offset + record.bytes;
-        dpo_entry *entry = &file->entries[i];
-        memcpy(entry->name, record.name, sizeof entry->name);
-        entry->dtype = (dpo_dtype)record.dtype;
-        entry->layout = (dpo_layout)record.layout;
-        entry->n_dims = record.n_dims;
-        entry->shape[0] = record.shape[0];
-        entry->shape[1] = record.shape[1];
-        entry->data = start + record.offset;
-        entry->bytes = record.bytes;
+        if (!record->name[0] || !memchr(record->name, 0, sizeof record->name))
+            return dpoi_fail(context, "%s: entry %zu has no valid name" DPOI_BROKEN, file->path,
+                             file->n_entries);
+        if (record->n_dims < 1 || record->n_dims > 2 || record->layout > DPO_CONV1D || !size ||
+            (record->n_dims == 1 && record->shape[1] != 1) ||
+            dpoi_multiply(&elements, record->shape[0], record->shape[1]) ||
+            dpoi_multiply(&bytes, elements, size) || bytes != record->bytes)
+            return dpoi_fail(context, "%s: entry %s: type, shape and length do not fit each other"
+                             DPOI_BROKEN, file->path, record->name);
+        if (record->offset != dpoi_aligned(place) || record->offset > file->bytes ||
+            record->bytes > file->bytes - record->offset)
+            return dpoi_fail(context, "%s: entry %s lies outside the file or over another entry"
+                             DPOI_BROKEN, file->path, record->name);
+        if (dpo_file_find(file, record->name))
+            return dpoi_fail(context, "%s: entry %s appears twice" DPOI_BROKEN, file->path,
+                             record->name);
+        place = record->offset + record->bytes;
+        dpo_entry *entry = &file->entries[file->n_entries++];
+        *entry = (dpo_entry){ .dtype = (dpo_dtype)record->dtype, .n_dims = record->n_dims,
+                              .layout = (dpo_layout)record->layout, .bytes = record->bytes,
+                              .shape = { record->shape[0], record->shape[1] },
+                              .data = (const char *)file->map + record->offset };
+        memcpy(entry->name, record->name, sizeof entry->name);
     }
-    if (place != file->bytes)
-        return dpoi_fail(context, "%s: %zu bytes follow the last entry: the file is damaged; make "
-                         "it again", path, file->bytes - place);
-    return 0;
+    return place == file->bytes ? 0
+         : dpoi_fail(context, "%s: %zu bytes follow the last entry" DPOI_BROKEN, file->path,
+                     file->bytes - place);
 }
 
 /* Lets the machine drop an entry's pages, which come back when they are read again. What was read
@@ -4193,31 +4178,29 @@ static void dpoi_file_release(const dpo_entry *entry)
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
-static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const char *path,
-                            const dpoi_crc_table *crc)
+static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const dpoi_crc_table *crc)
 {
     char *wrong; // [n_entries]
     if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
     for (size_t i = 0; i < file->n_entries; i++) {
-        dpoi_file_record record;
-        memcpy(&record, (char *)file->map + sizeof(dpoi_file_header) + i * sizeof record,
-               sizeof record);
-        wrong[i] = dpoi_crc(crc, 0, file->entries[i].data, file->entries[i].bytes) != record.crc;
-        dpoi_file_release(&file->entries[i]);
+        const dpo_entry *entry = &file->entries[i];
+        wrong[i] = dpoi_crc(crc, 0, entry->data, entry->bytes) != dpoi_file_records(file)[i].crc;
+        dpoi_file_release(entry);
     }
     size_t i = 0;
     while (i < file->n_entries && !wrong[i]) i++;
     dpoi_free(context, wrong);
     return i == file->n_entries ? 0
-         : dpoi_fail(context, "%s: the checksum of %s is wrong: the file is damaged; make it again",
-                     path, file->entries[i].name);
+         : dpoi_fail(context, "%s: the checksum of %s is wrong" DPOI_BROKEN, file->path,
+                     file->entries[i].name);
 }
 
-static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *path,
-                           dpo_file_kind kind, int verify)
+static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind kind, int verify)
 {
     dpoi_file_header header;
+    static const char zeros[sizeof header.zeros];
+    const char *path = file->path;
     if (file->bytes < sizeof header || memcmp(file->map, DPOI_MAGIC, sizeof header.magic))
         return dpoi_fail(context, "%s: not a dpo.h file; convert checkpoints with "
                          "`python3 convert.py import HF_DIR model.bin`", path);
@@ -4225,9 +4208,6 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *pat
     if (header.version != DPOI_VERSION)
         return dpoi_fail(context, "%s: file version %u, this program reads version %d; convert the "
                          "checkpoint again", path, header.version, DPOI_VERSION);
-    static const char zeros[sizeof header.zeros];
-    if (memcmp(header.zeros, zeros, sizeof zeros))
-        return dpoi_fail(context, "%s: its header is damaged; make the file again", path);
     if (header.kind != (uint32_t)kind)
         return dpoi_fail(context, "%s: the file is of the kind \"%s\"; \"%s\" is expected", path,
                          dpoi_kind_name(header.kind), dpoi_kind_name(kind));
@@ -4235,23 +4215,18 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, const char *pat
         return dpoi_fail(context, "%s: %zu bytes long, but its header says %llu: the file was cut "
                          "short or added to; copy or make it again", path, file->bytes,
                          (unsigned long long)header.file_bytes);
-    size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
-    if (header.n_entries > DPOI_MAX_ENTRIES ||
-        header.table_end != sizeof header + table_bytes || header.table_end > file->bytes)
-        return dpoi_fail(context, "%s: its table does not fit into the file: the file is damaged; "
-                         "make it again", path);
+    const size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
-    const unsigned char *start = file->map;
-    if (dpoi_crc(&crc, 0, start + sizeof header, table_bytes) != header.table_crc)
-        return dpoi_fail(context, "%s: the checksum of its table is wrong: the file is damaged; "
-                         "make it again", path);
-    file->n_entries = header.n_entries;
-    file->identity = dpo_hash(DPO_HASH_START, start, header.table_end);
-    if (dpoi_alloc(context, &file->entries, file->n_entries, sizeof *file->entries) ||
-        dpoi_file_read_table(context, file, path, header.table_end))
-        return 1;
-    return verify ? dpoi_file_verify(context, file, path, &crc) : 0;
+    if (memcmp(header.zeros, zeros, sizeof zeros) || header.n_entries > DPOI_MAX_ENTRIES ||
+        header.table_end != sizeof header + table_bytes || header.table_end > file->bytes ||
+        dpoi_crc(&crc, 0, dpoi_file_records(file), table_bytes) != header.table_crc)
+        return dpoi_fail(context, "%s: its table does not fit the header, the file or its checksum"
+                         DPOI_BROKEN, path);
+    file->identity = dpo_hash(DPO_HASH_START, file->map, header.table_end);
+    return dpoi_alloc(context, &file->entries, header.n_entries, sizeof *file->entries) ||
+           dpoi_file_read_table(context, file, header.n_entries, header.table_end) ||
+           (verify && dpoi_file_verify(context, file, &crc));
 }
 
 DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path,
@@ -4259,32 +4234,28 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
 {
     *file = (dpo_file){ 0 };
     snprintf(file->path, sizeof file->path, "%s", path);
-    int descriptor = open(path, O_RDONLY);
     struct stat status;
-    if (descriptor < 0 || fstat(descriptor, &status)) {
-        int reason = errno;
-        if (descriptor >= 0) close(descriptor);
-        return dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(reason));
+    const int descriptor = open(path, O_RDONLY);
+    int failed = descriptor < 0 || fstat(descriptor, &status);
+    if (failed)
+        dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(errno));
+    else if (!S_ISREG(status.st_mode) || status.st_size == 0)
+        failed = dpoi_fail(context, "%s: %s; a file of the kind \"%s\" is expected", path,
+                           S_ISREG(status.st_mode) ? "is empty" : "is not a file",
+                           dpoi_kind_name(kind));
+    else {
+        void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
+        if (map == MAP_FAILED)
+            failed = dpoi_fail(context, "%s: cannot be mapped: %s", path, strerror(errno));
+        else {
+            file->map = map;
+            file->bytes = (size_t)status.st_size;
+            failed = dpoi_file_check(context, file, kind, verify);
+        }
     }
-    if (!S_ISREG(status.st_mode) || status.st_size == 0) {
-        close(descriptor);
-        return dpoi_fail(context, "%s: %s; a file of the kind \"%s\" is expected", path,
-                         S_ISREG(status.st_mode) ? "is empty" : "is not a file",
-                         dpoi_kind_name(kind));
-    }
-    file->bytes = (size_t)status.st_size;
-    file->map = mmap(NULL, file->bytes, PROT_READ, MAP_PRIVATE, descriptor, 0);
-    int reason = errno;
-    close(descriptor);
-    if (file->map == MAP_FAILED) {
-        file->map = NULL;
-        return dpoi_fail(context, "%s: cannot be mapped: %s", path, strerror(reason));
-    }
-    if (dpoi_file_check(context, file, path, kind, verify)) {
-        dpo_file_close(context, file);
-        return 1;
-    }
-    return 0;
+    if (descriptor >= 0) close(descriptor);
+    if (failed) dpo_file_close(context, file);
+    return failed;
 }
 
 DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
@@ -4292,13 +4263,6 @@ DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
     if (file->map) munmap(file->map, file->bytes);
     dpoi_free(context, file->entries);
     *file = (dpo_file){ 0 };
-}
-
-DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
-{
-    for (size_t i = 0; i < file->n_entries; i++)
-        if (!strcmp(file->entries[i].name, name)) return &file->entries[i];
-    return NULL;
 }
 
 /* ---- 8.3 writing ----------------------------------------------------------------------------- */
@@ -4351,13 +4315,11 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
                            const dpo_entry *entries, size_t n_entries, dpoi_fill *fill, void *user)
 {
     char temporary[4096];
-    int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
-    if (length < 0 || (size_t)length >= sizeof temporary)
-        return dpoi_fail(context, "%s: the path is too long", path);
     dpoi_file_record *records;
-    if (n_entries > DPOI_MAX_ENTRIES)
-        return dpoi_fail(context, "%s: %zu entries; a file holds at most %d", path, n_entries,
-                         DPOI_MAX_ENTRIES);
+    int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
+    if (length < 0 || (size_t)length >= sizeof temporary || n_entries > DPOI_MAX_ENTRIES)
+        return dpoi_fail(context, "%s: the path is too long, or %zu entries are more than the %d "
+                         "that a file holds", path, n_entries, DPOI_MAX_ENTRIES);
     if (dpoi_alloc(context, &records, n_entries, sizeof *records)) return 1;
     dpoi_file_header header = { .version = DPOI_VERSION, .kind = (uint32_t)kind,
                                 .n_entries = (uint32_t)n_entries };
@@ -4365,15 +4327,12 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
     FILE *stream = fopen(temporary, "wb");
     int failed = stream ? dpoi_file_write_stream(stream, &header, records, entries, fill, user) : 1;
     int reason = errno;
-    if (stream && fclose(stream) && !failed) {
+    if (failed && stream) fclose(stream);
+    if (!failed && (fclose(stream) || rename(temporary, path))) {
         failed = 1;
         reason = errno;
     }
     dpoi_free(context, records);
-    if (!failed && rename(temporary, path)) {
-        failed = 1;
-        reason = errno;
-    }
     if (!failed) return 0;
     if (stream) unlink(temporary);
     return failed < 0 ? 1 : dpoi_fail(context, "%s: cannot be written: %s; nothing was changed",
@@ -4395,11 +4354,11 @@ static dpo_entry dpoi_vector(const char *name, dpo_dtype dtype, const void *data
     return entry;
 }
 
-/* An entry for a tensor, without its data. */
-static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype)
+/* An entry for a tensor, its data given or NULL, to be filled. */
+static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype, const void *data)
 {
     dpo_entry entry = { .dtype = dtype, .layout = tensor->layout, .n_dims = tensor->n_dims,
-                        .shape = { tensor->shape[0], tensor->shape[1] },
+                        .shape = { tensor->shape[0], tensor->shape[1] }, .data = data,
                         .bytes = tensor->n * dpoi_dtype_bytes(dtype) };
     memcpy(entry.name, tensor->name, sizeof entry.name);
     return entry;
@@ -4407,126 +4366,97 @@ static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype)
 
 /* ---- 8.4 models ------------------------------------------------------------------------------ */
 
-static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm" };
-static const char *const dpoi_position_names[] = { "rotary", "alibi", "learned" };
-static const char *const dpoi_activation_names[] = { "gelu", "gelu_new", "gelu_fast", "quick_gelu",
-                                                     "silu", "relu", "swiglu" };
-
-/* The config's fields by their JSON names: one list reads and writes them. */
-typedef enum { DPOI_SIZE, DPOI_REAL, DPOI_FLAG, DPOI_ID, DPOI_CHOICE } dpoi_field_kind;
-typedef struct dpoi_field {
-    const char *name;
-    dpoi_field_kind kind;
-    size_t offset;                          // in dpo_config
-    const char *const *choices; size_t n;   // of a DPOI_CHOICE, an enum
-} dpoi_field;
-
-#define DPOI_FIELD(kind, member) { #member, kind, offsetof(dpo_config, member), NULL, 0 }
-#define DPOI_NAMES(names) names, sizeof names / sizeof *names
-static const dpoi_field dpoi_config_fields[] = {
-    { "arch", DPOI_CHOICE, offsetof(dpo_config, architecture),
-      DPOI_NAMES(dpoi_architecture_names) },
-    DPOI_FIELD(DPOI_SIZE, vocab_size), DPOI_FIELD(DPOI_SIZE, context_length),
-    DPOI_FIELD(DPOI_SIZE, d_model), DPOI_FIELD(DPOI_SIZE, n_layers), DPOI_FIELD(DPOI_SIZE, n_heads),
-    DPOI_FIELD(DPOI_SIZE, d_ff),
-    { "position", DPOI_CHOICE, offsetof(dpo_config, position), DPOI_NAMES(dpoi_position_names) },
-    DPOI_FIELD(DPOI_SIZE, rotary_dims), DPOI_FIELD(DPOI_REAL, rotary_base),
-    { "activation", DPOI_CHOICE, offsetof(dpo_config, activation),
-      DPOI_NAMES(dpoi_activation_names) },
-    DPOI_FIELD(DPOI_FLAG, parallel_residual), DPOI_FIELD(DPOI_FLAG, attention_bias),
-    DPOI_FIELD(DPOI_FLAG, tied_head), DPOI_FIELD(DPOI_REAL, norm_epsilon),
-    DPOI_FIELD(DPOI_REAL, embedding_scale), DPOI_FIELD(DPOI_REAL, logit_scale),
-    DPOI_FIELD(DPOI_REAL, attention_scale), DPOI_FIELD(DPOI_FLAG, attention_scale_by_layer),
-    DPOI_FIELD(DPOI_REAL, alibi_factor), DPOI_FIELD(DPOI_REAL, mup_width_scale),
-    DPOI_FIELD(DPOI_ID, bos_id), DPOI_FIELD(DPOI_ID, eos_id) };
-#define DPOI_N_FIELDS (sizeof dpoi_config_fields / sizeof *dpoi_config_fields)
-
-static int dpoi_config_read(dpo_context *context, dpo_config *config, const dpo_json *json,
-                            const char *path)
+/* Puts a JSON value of the field's kind into it; 0 if it does not fit. */
+static int dpoi_field_read(const dpoi_field *field, void *at, const dpo_json_value *value,
+                           const char *text)
 {
-    *config = (dpo_config){ 0 };
-    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
-        const dpoi_field *field = &dpoi_config_fields[f];
-        void *at = (char *)config + field->offset;
-        const dpo_json_value *value = dpo_json_member(json, json->values, field->name);
-        double number = value ? value->number : 0.0;
-        dpo_json_kind wanted = field->kind == DPOI_CHOICE ? DPO_JSON_STRING :
-                               field->kind == DPOI_FLAG ? DPO_JSON_BOOL : DPO_JSON_NUMBER;
-        int whole = field->kind != DPOI_SIZE && field->kind != DPOI_ID;
-        whole = whole || (number == floor(number) && fabs(number) < 0x1p53);
-        if (!value || value->kind != wanted || !whole || (field->kind == DPOI_SIZE && number < 0))
-            return dpoi_fail(context, "%s: config: %s is missing or not of its type: import the "
-                             "checkpoint again", path, field->name);
-        size_t choice = 0;
-        switch (field->kind) {
-        case DPOI_SIZE: *(size_t *)at = (size_t)number; break;
-        case DPOI_REAL: *(double *)at = number; break;
-        case DPOI_FLAG: *(int *)at = number != 0; break;
-        case DPOI_ID: *(int64_t *)at = (int64_t)number; break;
-        case DPOI_CHOICE:
-            while (choice < field->n && (strlen(field->choices[choice]) != value->n_string ||
-                                         memcmp(field->choices[choice], json->text.bytes +
-                                                value->string, value->n_string)))
-                choice++;
-            if (choice == field->n)
-                return dpoi_fail(context, "%s: config: %s is \"%.*s\", which this program does not "
-                                 "know", path, field->name, (int)DPOI_MIN(value->n_string,
-                                 (size_t)40), json->text.bytes + value->string);
-            *(int *)at = (int)choice; // enums are ints in every supported ABI
-        }
+    const double number = value->number;
+    const int whole = number == floor(number) && fabs(number) < 0x1p53;
+    int fits = 1, choice = 0;
+    switch (field->kind) {
+    case DPOI_SIZE: if ((fits = whole && number >= 0)) *(size_t *)at = (size_t)number; break;
+    case DPOI_REAL: *(double *)at = number; break;
+    case DPOI_FLAG: *(int *)at = number != 0; break;
+    case DPOI_ID: if ((fits = whole)) *(int64_t *)at = (int64_t)number; break;
+    case DPOI_CHOICE:
+        while (field->choices[choice] && strcmp(field->choices[choice], text)) choice++;
+        fits = field->choices[choice] != NULL;
+        *(int *)at = choice; // enums are ints in every supported ABI
+        break;
+    case DPOI_CHARS: fits = snprintf(at, field->most, "%s", text) < (int)field->most; break;
     }
-    return 0;
+    return fits;
 }
 
-_Static_assert(sizeof(dpo_activation) == sizeof(int), "the config's enums are read as ints");
+/* Fills a struct from the entry "config" of a file, JSON text. */
+static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field *fields,
+                            const dpo_file *file)
+{
+    static const dpo_json_kind kinds[] = { DPO_JSON_NUMBER, DPO_JSON_NUMBER, DPO_JSON_BOOL,
+                                           DPO_JSON_NUMBER, DPO_JSON_STRING, DPO_JSON_STRING };
+    const dpo_entry *entry = dpo_file_find(file, "config");
+    dpo_json json = { 0 };
+    if (!entry || entry->dtype != DPO_U8)
+        return dpoi_fail(context, "%s: has no config: import or make the file again", file->path);
+    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, file->path);
+    for (const dpoi_field *field = fields; field->name && !failed; field++) {
+        const dpo_json_value *value = dpo_json_member(&json, json.values, field->name);
+        const char *text = value ? json.text.bytes + value->string : "";
+        if (!value || value->kind != kinds[field->kind])
+            failed = dpoi_fail(context, "%s: config: %s is missing or not of its type: import or "
+                               "make the file again", file->path, field->name);
+        else if (!dpoi_field_read(field, (char *)object + field->offset, value, text))
+            failed = value->kind == DPO_JSON_STRING
+                   ? dpoi_fail(context, "%s: config: %s is \"%.40s\" (%zu bytes), which this "
+                               "program does not know or has no room for", file->path, field->name,
+                               text, value->n_string)
+                   : dpoi_fail(context, "%s: config: %s is %g; it must be a whole number, a "
+                               "size 0 or more", file->path, field->name, value->number);
+    }
+    dpo_json_free(context, &json);
+    return failed;
+}
+
+/* Appends a struct as such a text. */
+static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *object,
+                             const dpoi_field *fields)
+{
+    for (const dpoi_field *field = fields; field->name; field++) {
+        const void *at = (const char *)object + field->offset;
+        char name[80], text[80] = "", *point;
+        snprintf(name, sizeof name, "%s\"%s\": ", field == fields ? "{" : ", ", field->name);
+        switch (field->kind) {
+        case DPOI_SIZE: snprintf(text, sizeof text, "%zu", *(const size_t *)at); break;
+        case DPOI_REAL:
+            snprintf(text, sizeof text, "%.17g", *(const double *)at);
+            point = strchr(text, *localeconv()->decimal_point);
+            if (point) *point = '.'; // whatever the host's locale
+            break;
+        case DPOI_FLAG: snprintf(text, sizeof text, *(const int *)at ? "true" : "false"); break;
+        case DPOI_ID: snprintf(text, sizeof text, "%lld", (long long)*(const int64_t *)at); break;
+        case DPOI_CHOICE:
+            snprintf(text, sizeof text, "\"%s\"", field->choices[*(const int *)at]);
+            break;
+        case DPOI_CHARS: break;
+        }
+        if (dpoi_string_append(context, out, name, strlen(name)) ||
+            (field->kind == DPOI_CHARS ? dpo_json_quote(context, out, at, strlen(at))
+                                       : dpoi_string_append(context, out, text, strlen(text))))
+            return 1;
+    }
+    return dpoi_string_append(context, out, "}", 1);
+}
 
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file)
 {
-    const dpo_entry *entry = dpo_file_find(file, "config");
-    if (!entry || entry->dtype != DPO_U8)
-        return dpoi_fail(context, "%s: has no config: import the checkpoint again", file->path);
-    dpo_json json = { 0 };
-    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, file->path) ||
-                 dpoi_config_read(context, config, &json, file->path);
-    dpo_json_free(context, &json);
-    if (failed) return 1;
+    *config = (dpo_config){ 0 };
+    if (dpoi_fields_read(context, config, dpoi_config_fields, file)) return 1;
     if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
     if (config->n_layers > file->n_entries)
         return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: "
                          "import the checkpoint again", file->path, config->n_layers,
                          file->n_entries);
     return 0;
-}
-
-static int dpoi_config_write(dpo_context *context, dpo_string *out, const dpo_config *config)
-{
-    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
-        const dpoi_field *field = &dpoi_config_fields[f];
-        const void *at = (const char *)config + field->offset;
-        char text[160];
-        int used = snprintf(text, sizeof text, "%s\"%s\": ", f ? ", " : "{", field->name);
-        char *rest = text + used;
-        size_t room = sizeof text - (size_t)used;
-        switch (field->kind) {
-        case DPOI_SIZE: snprintf(rest, room, "%zu", *(const size_t *)at); break;
-        case DPOI_REAL: {
-            snprintf(rest, room, "%.17g", *(const double *)at);
-            char *point = strchr(rest, *localeconv()->decimal_point);
-            if (point) *point = '.'; // whatever the host's locale
-            break;
-        }
-        case DPOI_FLAG: snprintf(rest, room, *(const int *)at ? "true" : "false"); break;
-        case DPOI_ID: snprintf(rest, room, "%lld", (long long)*(const int64_t *)at); break;
-        case DPOI_CHOICE: snprintf(rest, room, "\"%s\"", field->choices[*(const int *)at]); break;
-        }
-        if (dpoi_string_append(context, out, text, strlen(text))) return 1;
-    }
-    return dpoi_string_append(context, out, "}", 1);
-}
-
-static int dpoi_entry_is_float(const dpo_entry *entry)
-{
-    return entry->dtype == DPO_F32 || entry->dtype == DPO_F16 || entry->dtype == DPO_BF16;
 }
 
 /* Makes sure that all of an entry's elements are finite, and puts them into the tensor, unless that
@@ -4549,10 +4479,9 @@ static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_
     for (size_t p = 0; p < n_pieces; p++) total += bad[p];
     dpoi_free(context, bad);
     if (tensor->data != entry->data) dpoi_file_release(entry);
-    if (total)
-        return dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the "
-                         "file is damaged or its training diverged", path, entry->name, total);
-    return 0;
+    return !total ? 0
+         : dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the file is "
+                     "damaged or its training diverged", path, entry->name, total);
 }
 
 /* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for
@@ -4574,43 +4503,61 @@ static int dpoi_is_extra(const char *name)
     return !strncmp(name, "tokenizer/", 10) || !strncmp(name, "file/", 5);
 }
 
-/* Whether an entry can be read as the tensor. */
-static int dpoi_check_entry(dpo_context *context, const dpo_entry *entry, const dpo_tensor *tensor,
-                            const char *path)
-{
-    if (!dpoi_entry_is_float(entry))
-        return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", path,
-                         tensor->name);
-    if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
-        entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
-        return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] in "
-                         "layout %d is expected", path, tensor->name, entry->shape[0],
-                         entry->shape[1], (int)entry->layout, tensor->shape[0], tensor->shape[1],
-                         (int)tensor->layout);
-    return 0;
-}
-
-static int dpoi_model_read(dpo_model *model, const char *path)
+/* The tensors from `first` on must have entries of their shape, and what else looks like weights
+   does not belong here. Checked before memory is allocated, a hostile shape costs nothing. */
+static int dpoi_match_entries(const dpo_model *model, const dpo_file *file, size_t first)
 {
     dpo_context *context = model->context;
-    const dpo_file *file = &model->file;
-    if (dpo_config_load(context, &model->config, file) || dpoi_build_table(model)) return 1;
-
-    // Everything is checked before the large allocation, so that a hostile shape costs nothing.
-    for (size_t i = 0; i < model->n_tensors; i++) {
+    for (size_t i = first; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
         if (!entry && tensor == model->weights->slopes) continue;   // computed instead
         if (!entry)
-            return dpoi_fail(context, "%s: tensor %s is missing: import the checkpoint again", path,
+            return dpoi_fail(context, "%s: tensor %s is missing: import or make the file again",
+                             file->path, tensor->name);
+        if (entry->dtype != DPO_F32 && entry->dtype != DPO_F16 && entry->dtype != DPO_BF16)
+            return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", file->path,
                              tensor->name);
-        if (dpoi_check_entry(context, entry, tensor, path)) return 1;
+        if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
+            entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
+            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] "
+                             "in layout %d is expected", file->path, tensor->name, entry->shape[0],
+                             entry->shape[1], (int)entry->layout, tensor->shape[0],
+                             tensor->shape[1], (int)tensor->layout);
     }
-    for (size_t i = 0; i < file->n_entries; i++)
-        if (strcmp(file->entries[i].name, "config") && !dpoi_is_extra(file->entries[i].name) &&
-            !dpo_model_tensor(model, file->entries[i].name))
-            return dpoi_fail(context, "%s: tensor %s does not belong to this architecture", path,
-                             file->entries[i].name);
+    for (size_t i = 0; i < file->n_entries; i++) {
+        const char *name = file->entries[i].name;
+        if (!strcmp(name, "config") || (first && !strcmp(name, "base")) || dpoi_is_extra(name) ||
+            dpo_model_tensor(model, name))
+            continue;
+        return first ? dpoi_fail(context, "%s: tensor %s is none of the adapter's target modules "
+                                 "(%s), or half of its pair A and B is missing", file->path, name,
+                                 model->lora.targets)
+                     : dpoi_fail(context, "%s: tensor %s does not belong to this architecture",
+                                 file->path, name);
+    }
+    return 0;
+}
+
+/* Reads the tensors from `first` on. */
+static int dpoi_read_tensors(dpo_model *model, const dpo_file *file, size_t first)
+{
+    for (size_t i = first; i < model->n_tensors; i++) {
+        dpo_tensor *tensor = &model->tensors[i];
+        const dpo_entry *entry = dpo_file_find(file, tensor->name);
+        // Looking for what is not finite reads everything, which no_verify is there to avoid.
+        if (!entry || (tensor->data == entry->data && model->options.no_verify)) continue;
+        if (dpoi_tensor_read(model->context, tensor, entry, file->path)) return 1;
+    }
+    return 0;
+}
+
+static int dpoi_model_read(dpo_model *model)
+{
+    const dpo_file *file = &model->file;
+    if (dpo_config_load(model->context, &model->config, file) || dpoi_build_table(model) ||
+        dpoi_match_entries(model, file, 0))
+        return 1;
     for (size_t i = 0; i < model->n_tensors && model->options.stored; i++) {
         const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
         if (entry) model->tensors[i].dtype = entry->dtype;
@@ -4619,14 +4566,7 @@ static int dpoi_model_read(dpo_model *model, const char *path)
     dpo_tensor *slopes = model->weights->slopes;
     if (slopes && !dpo_file_find(file, slopes->name))
         dpoi_alibi_slopes(slopes->data, model->config.n_heads);
-    for (size_t i = 0; i < model->n_tensors; i++) {
-        dpo_tensor *tensor = &model->tensors[i];
-        const dpo_entry *entry = dpo_file_find(file, tensor->name);
-        // Looking for what is not finite reads everything, which no_verify is there to avoid.
-        if (!entry || (tensor->data == entry->data && model->options.no_verify)) continue;
-        if (dpoi_tensor_read(context, tensor, entry, path)) return 1;
-    }
-    return 0;
+    return dpoi_read_tensors(model, file, 0);
 }
 
 DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
@@ -4637,7 +4577,7 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
     model->options.frozen |= model->options.stored;
     if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, !model->options.no_verify))
         return 1;
-    int failed = dpoi_model_read(model, path);
+    int failed = dpoi_model_read(model);
     if (!failed && dpo_tokenizer_load(context, &model->tokenizer, &model->file))
         failed = dpoi_fail_at(context, path);
     if (!failed && model->tokenizer.n_tokens > model->config.vocab_size)
@@ -4686,17 +4626,14 @@ static int dpoi_init_tokenizer(dpo_model *model, const char *path)
 {
     dpo_context *context = model->context;
     dpo_config *config = &model->config, source = { .bos_id = -1, .eos_id = 256 };
-    if (!path) {
-        if (dpo_tokenizer_init_bytes(context, &model->tokenizer)) return 1;
-    } else {
-        if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, 1)) return 1;
-        if (dpo_config_load(context, &source, &model->file)) return 1;
-        if (dpo_tokenizer_load(context, &model->tokenizer, &model->file))
-            return dpoi_fail_at(context, path);
-        if (!model->tokenizer.n_tokens)
-            return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has "
-                             "one", path);
-    }
+    if (path && (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, 1) ||
+                 dpo_config_load(context, &source, &model->file)))
+        return 1;
+    if (dpo_tokenizer_load(context, &model->tokenizer, path ? &model->file : NULL))
+        return path ? dpoi_fail_at(context, path) : 1;
+    if (path && !model->tokenizer.n_tokens)
+        return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has one",
+                         path);
     if (config->bos_id == -1) config->bos_id = source.bos_id;
     if (config->eos_id == -1) config->eos_id = source.eos_id;
     if (!config->vocab_size) config->vocab_size = (model->tokenizer.n_tokens + 63) / 64 * 64;
@@ -4739,7 +4676,9 @@ static const dpo_entry dpoi_byte_entries[] = {
       sizeof dpoi_byte_text },
     { "tokenizer/byte_ids", DPO_U32, DPO_PLAIN, 1, { 256, 1 }, dpoi_byte_ids, 256 * 4 },
     { "tokenizer/added", DPO_U32, DPO_PLAIN, 2, { 1, 2 }, dpoi_byte_added, 2 * 4 } };
-enum { DPOI_BYTE_ENTRIES = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
+static const dpo_file dpoi_byte_file = {
+    .entries = (dpo_entry *)dpoi_byte_entries,
+    .n_entries = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
 
 static int dpoi_all_finite(const float *x, size_t n)
 {
@@ -4786,13 +4725,13 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
 static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
                                 const dpo_string *config, dpo_dtype matrices)
 {
-    const dpo_file *file = &model->file;
+    const dpo_file *file = model->file.map ? &model->file : &dpoi_byte_file;
     size_t n = 0;
     entries[n++] = dpoi_vector("config", DPO_U8, config->bytes, config->n);
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!strncmp(tensor->name, "base_model.", 11)) continue; // an adapter's
-        entries[n++] = dpoi_tensor_entry(tensor, tensor->shape[1] > 1 ? matrices : DPO_F32);
+        entries[n++] = dpoi_tensor_entry(tensor, tensor->shape[1] > 1 ? matrices : DPO_F32, NULL);
     }
     for (size_t i = 0; i < file->n_entries; i++) {
         const char *name = file->entries[i].name;
@@ -4800,9 +4739,7 @@ static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
                                                    !strcmp(name, "file/generation_config.json"));
         if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
     }
-    if (file->map) return n;
-    memcpy(entries + n, dpoi_byte_entries, sizeof dpoi_byte_entries);
-    return n + DPOI_BYTE_ENTRIES;
+    return n;
 }
 
 DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices)
@@ -4814,21 +4751,19 @@ DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrice
     size_t piece = DPOI_FILL; // elements, or a whole row if that is more
     for (size_t i = 0; i < model->n_tensors; i++)
         piece = DPOI_MAX(piece, model->tensors[i].shape[1]);
-    int failed = dpoi_config_write(context, &config, &model->config) ||
-                 dpoi_alloc_zeroed(context, &entries, 1 + model->n_tensors + DPOI_BYTE_ENTRIES +
-                                   model->file.n_entries, sizeof *entries) ||
-                 dpoi_alloc(context, &saving.out, piece, sizeof(float)) ||
-                 dpoi_alloc(context, &saving.rows, piece, sizeof(float)) ||
-                 dpoi_alloc(context, &saving.product, piece, sizeof(float));
+    int failed = dpoi_fields_write(context, &config, &model->config, dpoi_config_fields) ||
+                 dpoi_alloc(context, &entries, 1 + model->n_tensors + model->file.n_entries +
+                            dpoi_byte_file.n_entries, sizeof *entries) ||
+                 dpoi_alloc(context, &saving.rows, piece, 3 * sizeof(float));
     if (!failed) {
+        saving.product = saving.rows + piece;
+        saving.out = saving.rows + 2 * piece;
         size_t n = dpoi_list_entries(model, entries, &config, matrices);
         failed = dpoi_file_write(context, path, DPO_FILE_MODEL, entries, n, dpoi_fill_tensor,
                                  &saving);
     }
     dpoi_free(context, entries);
-    dpoi_free(context, saving.out);
     dpoi_free(context, saving.rows);
-    dpoi_free(context, saving.product);
     dpo_string_free(context, &config);
     return failed;
 }
@@ -4861,50 +4796,23 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
 /* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
    of every adapted layer under PEFT's names, and of an imported one PEFT's own config. */
 
-/* A member of a JSON object; NULL with a message if it is missing or of another kind. */
-static const dpo_json_value *dpoi_member(dpo_context *context, const dpo_json *json,
-                                         const char *key, dpo_json_kind kind, const char *path)
-{
-    const dpo_json_value *value = dpo_json_member(json, json->values, key);
-    if (value && value->kind == kind) return value;
-    dpoi_fail(context, "%s: config: %s is missing or not of its type: make the file again", path,
-              key);
-    return NULL;
-}
+static const dpoi_field dpoi_lora_fields[] = {
+    { "r", DPOI_SIZE, offsetof(dpo_lora, r), 0, NULL },
+    { "alpha", DPOI_REAL, offsetof(dpo_lora, alpha), 0, NULL },
+    { "dropout", DPOI_REAL, offsetof(dpo_lora, dropout), 0, NULL },
+    { "rslora", DPOI_FLAG, offsetof(dpo_lora, rslora), 0, NULL },
+    { "target_modules", DPOI_CHARS, offsetof(dpo_lora, targets), sizeof((dpo_lora){ 0 }.targets),
+      NULL },
+    { "base", DPOI_CHARS, offsetof(dpo_lora, base), sizeof((dpo_lora){ 0 }.base), NULL }, { 0 } };
 
 DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *file)
 {
-    const dpo_entry *entry = dpo_file_find(file, "config"), *base = dpo_file_find(file, "base");
+    const dpo_entry *base = dpo_file_find(file, "base");
     *lora = (dpo_lora){ 0 };
-    if (!entry || entry->dtype != DPO_U8 || !base || base->dtype != DPO_U64 || base->bytes != 8)
+    if (!dpo_file_find(file, "config") || !base || base->dtype != DPO_U64 || base->bytes != 8)
         return dpoi_fail(context, "%s: has no config or base: make the adapter again", file->path);
-    dpo_json json = { 0 };
-    const dpo_json_value *r, *alpha, *dropout, *rslora, *targets, *path;
-    int failed =
-        dpo_json_parse(context, &json, entry->data, entry->bytes, file->path) ||
-        !(r = dpoi_member(context, &json, "r", DPO_JSON_NUMBER, file->path)) ||
-        !(alpha = dpoi_member(context, &json, "alpha", DPO_JSON_NUMBER, file->path)) ||
-        !(dropout = dpoi_member(context, &json, "dropout", DPO_JSON_NUMBER, file->path)) ||
-        !(rslora = dpoi_member(context, &json, "rslora", DPO_JSON_BOOL, file->path)) ||
-        !(targets = dpoi_member(context, &json, "target_modules", DPO_JSON_STRING, file->path)) ||
-        !(path = dpoi_member(context, &json, "base", DPO_JSON_STRING, file->path));
-    if (!failed && (!(r->number >= 1) || r->number > 1 << 20 || r->number != floor(r->number)))
-        failed = dpoi_fail(context, "%s: config: r is %g; it must be a whole number from 1 on",
-                           file->path, r->number);
-    if (!failed && (targets->n_string >= sizeof lora->targets ||
-                    path->n_string >= sizeof lora->base))
-        failed = dpoi_fail(context, "%s: config: target_modules and base have %zu and %zu bytes; "
-                           "at most %zu and %zu can be read", file->path, targets->n_string,
-                           path->n_string, sizeof lora->targets - 1, sizeof lora->base - 1);
-    if (!failed) {
-        *lora = (dpo_lora){ .r = (size_t)r->number, .alpha = alpha->number,
-                            .rslora = rslora->number != 0, .dropout = dropout->number };
-        memcpy(lora->targets, json.text.bytes + targets->string, targets->n_string);
-        memcpy(lora->base, json.text.bytes + path->string, path->n_string);
-        memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
-    }
-    dpo_json_free(context, &json);
-    return failed;
+    memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
+    return dpoi_fields_read(context, lora, dpoi_lora_fields, file);
 }
 
 /* Adds the adapter's tensors to the table, with memory for them. */
@@ -4947,82 +4855,54 @@ DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, cons
                      (unsigned long long)identity);
 }
 
-static int dpoi_lora_read_tensors(dpo_model *model, const dpo_file *file, const char *path)
-{
-    dpo_context *context = model->context;
-    dpo_lora lora;
-    const size_t first = model->n_tensors;
-    if (dpo_lora_read(context, &lora, file) ||
-        dpo_lora_check_base(context, &lora, path, model->identity))
-        return 1;
-    if (dpoi_lora_add(model, &lora, file)) return dpoi_fail_at(context, path);
-    for (size_t i = 0; i < file->n_entries; i++)
-        if (!strncmp(file->entries[i].name, "base_model.", 11) &&
-            !dpo_model_tensor(model, file->entries[i].name))
-            return dpoi_fail(context, "%s: tensor %s is none of the adapter's target modules (%s), "
-                             "or half of its pair A and B is missing", path, file->entries[i].name,
-                             lora.targets);
-    if (model->n_tensors == first)
-        return dpoi_fail(context, "%s: there is no adapter in it", path);
-    for (size_t k = first; k < model->n_tensors; k++) {
-        dpo_tensor *tensor = &model->tensors[k];
-        const dpo_entry *entry = dpo_file_find(file, tensor->name);
-        if (!entry) return dpoi_fail(context, "%s: tensor %s is missing", path, tensor->name);
-        if (dpoi_check_entry(context, entry, tensor, path) ||
-            dpoi_tensor_read(context, tensor, entry, path))
-            return 1;
-    }
-    model->adapter_identity = file->identity;
-    return 0;
-}
-
 DPO_API int dpo_lora_load(dpo_model *model, const char *path)
 {
+    dpo_context *context = model->context;
+    const size_t first = model->n_tensors;
     dpo_file file;
-    if (dpo_file_open(model->context, &file, path, DPO_FILE_ADAPTER, 1)) return 1;
-    int failed = dpoi_lora_read_tensors(model, &file, path);
-    dpo_file_close(model->context, &file);
+    dpo_lora lora;
+    if (dpo_file_open(context, &file, path, DPO_FILE_ADAPTER, 1)) return 1;
+    int failed = dpo_lora_read(context, &lora, &file) ||
+                 dpo_lora_check_base(context, &lora, path, model->identity);
+    if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
+    failed = failed || dpoi_match_entries(model, &file, first);
+    if (!failed && model->n_tensors == first)
+        failed = dpoi_fail(context, "%s: there is no adapter in it", path);
+    failed = failed || dpoi_read_tensors(model, &file, first);
+    if (!failed) model->adapter_identity = file.identity;
+    dpo_file_close(context, &file);
     return failed;
 }
+
+static size_t dpoi_utf8_check(const char *text, size_t n); // part 9.1
 
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path)
 {
     dpo_context *context = model->context;
-    const dpo_lora *lora = &model->lora;
+    dpo_lora lora = model->lora;
     dpo_entry *entries = NULL;
-    dpo_string config = { 0 }, base = { 0 };
-    char numbers[256];
-    size_t n = 0, n_base = strlen(base_path);
-    if (!lora->r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
+    dpo_string config = { 0 };
+    const size_t n_base = strlen(base_path);
+    size_t n = 0;
+    if (!lora.r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
     if (!dpoi_all_finite(model->adapter, model->n_trainable))
         return dpoi_fail(context, "%s: the adapter is not finite, so nothing was saved; a lower "
                          "--learning-rate may help", path);
-    snprintf(numbers, sizeof numbers, "{\"r\": %zu, \"alpha\": %.17g, \"dropout\": %.17g, "
-             "\"rslora\": %s, \"target_modules\": ", lora->r, lora->alpha, lora->dropout,
-             lora->rslora ? "true" : "false");
-    int failed = dpoi_string_append(context, &config, numbers, strlen(numbers)) ||
-                 dpo_json_quote(context, &config, lora->targets, strlen(lora->targets)) ||
-                 dpoi_string_append(context, &config, ", \"base\": ", 10) ||
-                 dpoi_string_append(context, &base, base_path,
-                                    n_base < sizeof lora->base ? n_base : 0) ||
-                 dpo_string_make_valid(context, &base) ||
-                 dpo_json_quote(context, &config, base.n < sizeof lora->base ? base.bytes : "",
-                                base.n < sizeof lora->base ? base.n : 0) ||
-                 dpoi_string_append(context, &config, "}", 1) ||
-                 dpoi_alloc_zeroed(context, &entries, model->n_tensors + 2, sizeof *entries);
+    const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
+    snprintf(lora.base, sizeof lora.base, "%s", keep ? base_path : "");
+    int failed = dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
+                 dpoi_alloc(context, &entries, model->n_tensors + 2, sizeof *entries);
     if (!failed) {
         entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
         entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
         for (size_t i = 0; i < model->n_tensors; i++) {
             if (strncmp(model->tensors[i].name, "base_model.", 11)) continue;
-            entries[n] = dpoi_tensor_entry(&model->tensors[i], DPO_F32);
-            entries[n++].data = model->tensors[i].data;
+            entries[n++] = dpoi_tensor_entry(&model->tensors[i], DPO_F32, model->tensors[i].data);
         }
         failed = dpo_file_write(context, path, DPO_FILE_ADAPTER, entries, n);
     }
     dpoi_free(context, entries);
     dpo_string_free(context, &config);
-    dpo_string_free(context, &base);
     return failed;
 }
 
@@ -5042,28 +4922,23 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
     dpo_file file;
     if (dpo_file_open(context, &file, path, DPO_FILE_REFERENCE, 1)) return 1;
     const dpo_entry *entry = dpo_file_find(&file, "key"), *values = dpo_file_find(&file, "logp");
-    dpo_reference_key found;
-    int failed = 0;
-    if (!entry || !values || entry->dtype != DPO_U64 || entry->bytes != sizeof found ||
-        values->dtype != DPO_F64 || values->n_dims != 1)
-        failed = dpoi_fail(context, "%s: not a reference cache of this version; delete it", path);
-    else {
-        memcpy(&found, entry->data, sizeof found);
-        const char *differs = found.model != key->model ? "another reference model"
-                            : found.adapter != key->adapter ? "another adapter of that model"
-                            : found.dtype != key->dtype ? "another precision (--dtype)"
-                            : found.truncation != key->truncation ? "another truncation "
-                              "(--max-length, --max-prompt-length, --truncation)"
-                            : found.data != key->data ? "other data (or evaluation data)"
-                            : values->shape[0] != n ? "another number of answers" : NULL;
-        if (differs)
-            failed = dpoi_fail(context, "%s: was made for %s; give another file or delete it", path,
-                               differs);
-        else
-            memcpy(logp, values->data, values->bytes);
-    }
+    const dpo_reference_key *made = entry && entry->dtype == DPO_U64 &&
+                                    entry->bytes == sizeof *made ? entry->data : NULL;
+    const char *wrong = !made || !values || values->dtype != DPO_F64 || values->n_dims != 1
+                      ? "another version of this program"
+                      : made->model != key->model ? "another reference model"
+                      : made->adapter != key->adapter ? "another adapter of that model"
+                      : made->dtype != key->dtype ? "another precision (--dtype)"
+                      : made->truncation != key->truncation ? "another truncation "
+                        "(--max-length, --max-prompt-length, --truncation)"
+                      : made->data != key->data ? "other data (or evaluation data)"
+                      : values->shape[0] != n ? "another number of answers" : NULL;
+    if (wrong)
+        dpoi_fail(context, "%s: was made for %s; give another file or delete it", path, wrong);
+    else
+        memcpy(logp, values->data, values->bytes);
     dpo_file_close(context, &file);
-    return failed;
+    return wrong != NULL;
 }
 
 /* ---- 8.7 the state of a training run --------------------------------------------------------- */
@@ -5074,49 +4949,55 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
 
 enum { DPOI_STATE_EXTRAS = 5 };
 
-static size_t dpoi_state_entries(dpo_model *model, const dpo_optimizer *optimizer,
-                                 dpo_entry *entries)
+/* All entries but the notes, for data to be written from or read into. */
+static size_t dpoi_state_entries(const dpo_model *model, const dpo_optimizer *optimizer,
+                                 const uint64_t numbers[3], dpo_entry *entries)
 {
     size_t n = 0;
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!tensor->trainable) continue;
-        entries[n] = dpoi_tensor_entry(tensor, tensor->master ? DPO_F32 : tensor->dtype);
-        entries[n++].data = tensor->master ? tensor->master : tensor->data;
+        entries[n++] = tensor->master ? dpoi_tensor_entry(tensor, DPO_F32, tensor->master)
+                                      : dpoi_tensor_entry(tensor, tensor->dtype, tensor->data);
     }
     entries[n++] = dpoi_vector("optimizer/v", DPO_F32, optimizer->v, model->n_trainable);
     if (optimizer->m)
         entries[n++] = dpoi_vector("optimizer/m", DPO_F32, optimizer->m, model->n_trainable);
+    entries[n++] = dpoi_vector("run", DPO_U64, numbers, 1);
+    entries[n++] = dpoi_vector("counters", DPO_U64, numbers + 1, 2);
     return n;
 }
 
 DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, const char *path,
                            uint64_t run, const void *notes, size_t n_notes)
 {
-    dpo_context *context = model->context;
     dpo_entry *entries;
-    const uint64_t counters[] = { optimizer->step, model->passes };
-    if (dpoi_alloc_zeroed(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
-                          sizeof *entries))
+    const uint64_t numbers[] = { run, optimizer->step, model->passes };
+    if (dpoi_alloc(model->context, &entries, model->n_tensors + DPOI_STATE_EXTRAS, sizeof *entries))
         return 1;
-    size_t n = dpoi_state_entries(model, optimizer, entries);
-    entries[n++] = dpoi_vector("run", DPO_U64, &run, 1);
-    entries[n++] = dpoi_vector("counters", DPO_U64, counters, 2);
+    size_t n = dpoi_state_entries(model, optimizer, numbers, entries);
     entries[n++] = dpoi_vector("notes", DPO_U8, notes, n_notes);
-    int failed = dpo_file_write(context, path, DPO_FILE_STATE, entries, n);
-    dpoi_free(context, entries);
+    int failed = dpo_file_write(model->context, path, DPO_FILE_STATE, entries, n);
+    dpoi_free(model->context, entries);
     return failed;
 }
 
-/* The entry of that name and size; NULL with a message. */
-static const dpo_entry *dpoi_state_entry(dpo_context *context, const dpo_file *file,
-                                         const dpo_entry *wanted)
+/* A state must have the entries that would be written now, all of them and in that order. */
+static int dpoi_state_check(dpo_context *context, const dpo_file *file, const dpo_entry *entries,
+                            size_t n, uint64_t run)
 {
-    const dpo_entry *found = dpo_file_find(file, wanted->name);
-    if (found && found->dtype == wanted->dtype && found->bytes == wanted->bytes) return found;
-    dpoi_fail(context, "%s: %s is missing or of another size or type: the state belongs to a run "
-              "with other options", file->path, wanted->name);
-    return NULL;
+    for (size_t i = 0; i <= n; i++) {
+        const char *name = i < n ? entries[i].name : "notes";
+        const dpo_entry *found = i < file->n_entries ? &file->entries[i] : NULL;
+        if (!found || strcmp(found->name, name) || (i == n && i + 1 < file->n_entries) ||
+            (i < n && (found->dtype != entries[i].dtype || found->bytes != entries[i].bytes)))
+            return dpoi_fail(context, "%s: %s stands where %s is expected, or has another size or "
+                             "type: the state belongs to a run with other options", file->path,
+                             found ? found->name : "nothing", name);
+    }
+    return !memcmp(file->entries[n - 2].data, &run, sizeof run) ? 0
+         : dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
+                     file->path);
 }
 
 DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
@@ -5125,44 +5006,28 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     dpo_context *context = model->context;
     dpo_file file;
     dpo_entry *entries = NULL;
-    uint64_t found_run = 0, counters[2] = { 0 };
+    uint64_t numbers[3];
+    size_t n = 0;
     if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
-    const dpo_entry keys[] = { dpoi_vector("run", DPO_U64, &found_run, 1),
-                               dpoi_vector("counters", DPO_U64, counters, 2) };
-    const dpo_entry *texts = dpo_file_find(&file, "notes"), *entry = NULL;
-    int failed = !texts ? dpoi_fail(context, "%s: notes are missing: the file is damaged", path)
-                        : dpoi_alloc_zeroed(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
-                                            sizeof *entries);
-    for (size_t i = 0; !failed && i < 2; i++)
-        if (!(failed = !(entry = dpoi_state_entry(context, &file, &keys[i]))))
-            memcpy((void *)(uintptr_t)keys[i].data, entry->data, entry->bytes);
-    if (!failed && found_run != run)
-        failed = dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
-                           path);
-    size_t n = failed ? 0 : dpoi_state_entries(model, optimizer, entries);
-    for (size_t i = 0; i < n && !failed; i++) // all of it is checked before anything is changed
-        failed = !dpoi_state_entry(context, &file, &entries[i]);
-    for (size_t i = 0; i < file.n_entries && !failed; i++) {
-        const char *name = file.entries[i].name;
-        size_t k = 0;
-        while (k < n && strcmp(entries[k].name, name)) k++;
-        if (k == n && strcmp(name, "run") && strcmp(name, "counters") && strcmp(name, "notes"))
-            failed = dpoi_fail(context, "%s: %s is not in this run: the state belongs to a run "
-                               "with other options", path, name);
+    int failed = dpoi_alloc(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
+                            sizeof *entries);
+    if (!failed) { // all of it is checked before anything is changed
+        n = dpoi_state_entries(model, optimizer, numbers, entries);
+        failed = dpoi_state_check(context, &file, entries, n, run);
     }
+    failed = failed || dpoi_string_append(context, notes, file.entries[n].data,
+                                          file.entries[n].bytes);
     for (size_t i = 0; i < n && !failed; i++) {
-        entry = dpo_file_find(&file, entries[i].name);
-        memcpy((void *)(uintptr_t)entries[i].data, entry->data, entry->bytes);
-        dpoi_file_release(entry);
+        memcpy((void *)(uintptr_t)entries[i].data, file.entries[i].data, entries[i].bytes);
+        dpoi_file_release(&file.entries[i]);
     }
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
         if (model->tensors[i].master)
             dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,
                         model->tensors[i].n);
     if (!failed) {
-        optimizer->step = counters[0];
-        model->passes = counters[1];
-        failed = dpoi_string_append(context, notes, texts->data, texts->bytes);
+        optimizer->step = numbers[1];
+        model->passes = numbers[2];
     }
     dpoi_free(context, entries);
     dpo_file_close(context, &file);
@@ -5265,17 +5130,16 @@ enum { DPOI_ADDED_SPECIAL = 1, DPOI_ADDED_NORMALIZED = 2 };    // flags in token
 #define DPOI_DAMAGED "%s is missing or damaged: import the model again"
 
 /* The last row whose first two numbers are at most (a, b), or NULL; rows ascend. */
-static const uint32_t *dpoi_row(const uint32_t *table, size_t n, size_t width, uint32_t a,
-                                uint32_t b)
+static const uint32_t *dpoi_row(const dpo_table *table, uint32_t a, uint32_t b)
 {
-    size_t low = 0;     // rows before this one are at most (a, b), those from n on are greater
+    size_t low = 0, n = table->n;   // rows before low are at most (a, b), those from n on greater
     while (low < n) {
         size_t middle = low + (n - low) / 2;
-        const uint32_t *row = table + middle * width;
+        const uint32_t *row = table->rows + middle * table->width;
         if (row[0] < a || (row[0] == a && row[1] <= b)) low = middle + 1;
         else n = middle;
     }
-    return low ? table + (low - 1) * width : NULL;
+    return low ? table->rows + (low - 1) * table->width : NULL;
 }
 
 /* Where the rank of a merge of two tokens stands in merge_slots: the rank is its row in merges, or
@@ -5287,7 +5151,7 @@ static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t ri
     for (;; slot = (slot + 1) & mask) {
         uint32_t rank = t->merge_slots[slot];
         if (rank == DPOI_NONE) return slot;
-        const uint32_t *merge = t->merges + 3 * (size_t)rank;
+        const uint32_t *merge = t->merges.rows + 3 * (size_t)rank;
         if (merge[0] == left && merge[1] == right) return slot;
     }
 }
@@ -5299,8 +5163,9 @@ typedef struct dpoi_text { const char *bytes; size_t n; } dpoi_text;
 static dpoi_text dpoi_token_text(const dpo_tokenizer *t, uint32_t id)
 {
     if (id >= t->n_tokens) return (dpoi_text){ "", 0 };
-    size_t start = id ? t->token_ends[id - 1] : 0;
-    return (dpoi_text){ t->token_bytes + start, t->token_ends[id] - start };
+    const uint32_t *ends = t->token_ends.rows;
+    size_t start = id ? ends[id - 1] : 0;
+    return (dpoi_text){ t->token_bytes + start, ends[id] - start };
 }
 
 /* Whether a merged token's bytes are those of its two parts. */
@@ -5326,55 +5191,55 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
         snprintf(t->unicode, sizeof t->unicode, "%s", info->text.bytes + unicode->string);
     t->nfc = flag->number != 0;
     const size_t merges = dpo_file_find(file, "tokenizer/merges") != NULL, nfc = (size_t)t->nfc;
-    size_t n_byte_ids;
     const struct {
         const char *name;
+        dpo_table *table;
         size_t width, least;        // columns, least number of rows
-        const uint32_t **rows;
-        size_t *n;
         int ascending;
     } tables[] = {
-        { "tokenizer/token_ends", 1, 1, &t->token_ends, &t->n_tokens, 1 },
-        { "tokenizer/byte_ids", 1, 256, &t->byte_ids, &n_byte_ids, 0 },
-        { "tokenizer/merges", 3, 0, &t->merges, &t->n_merges, 0 },
-        { "tokenizer/added", 2, 0, &t->added, &t->n_added, 0 },
-        { "tokenizer/letters", 2, merges, &t->letters, &t->n_letters, 1 },
-        { "tokenizer/numbers", 2, merges, &t->numbers, &t->n_numbers, 1 },
-        { "tokenizer/decompositions", 3, nfc, &t->decompositions, &t->n_decompositions, 1 },
-        { "tokenizer/compositions", 3, nfc, &t->compositions, &t->n_compositions, 1 },
-        { "tokenizer/classes", 2, nfc, &t->classes, &t->n_classes, 1 },
-    };
-    for (size_t i = 0; i < sizeof tables / sizeof tables[0]; i++) {
+        { "tokenizer/token_ends", &t->token_ends, 1, 1, 1 },
+        { "tokenizer/byte_ids", &t->byte_ids, 1, 256, 0 },
+        { "tokenizer/merges", &t->merges, 3, 0, 0 },
+        { "tokenizer/added", &t->added, 2, 0, 0 },
+        { "tokenizer/letters", &t->letters, 2, merges, 1 },
+        { "tokenizer/numbers", &t->numbers, 2, merges, 1 },
+        { "tokenizer/decompositions", &t->decompositions, 3, nfc, 1 },
+        { "tokenizer/compositions", &t->compositions, 3, nfc, 1 },
+        { "tokenizer/classes", &t->classes, 2, nfc, 1 } };
+    for (size_t i = 0; i < sizeof tables / sizeof *tables; i++) {
         const dpo_entry *entry = dpo_file_find(file, tables[i].name);
-        const size_t w = tables[i].width, n_rows = *tables[i].n = entry ? entry->shape[0] : 0;
-        const uint32_t *row = *tables[i].rows = entry ? entry->data : NULL;
-        int bad = n_rows < tables[i].least || n_rows >= DPOI_NONE ||
+        const size_t w = tables[i].width, n = entry ? entry->shape[0] : 0;
+        const uint32_t *row = entry ? entry->data : NULL;
+        *tables[i].table = (dpo_table){ row, n, w };
+        int bad = n < tables[i].least || n >= DPOI_NONE ||
                   (entry && (entry->dtype != DPO_U32 || entry->shape[1] != w));
-        for (size_t j = 1; tables[i].ascending && !bad && j < n_rows; j++, row += w)
+        for (size_t j = 1; tables[i].ascending && !bad && j < n; j++, row += w)
             bad = row[0] > row[w] || (w > 1 && row[0] == row[w] && row[1] > row[w + 1]);
         if (bad) return dpoi_fail(context, DPOI_DAMAGED, tables[i].name);
     }
     const dpo_entry *bytes = dpo_file_find(file, "tokenizer/token_bytes");
-    if (!bytes || t->token_ends[t->n_tokens - 1] != bytes->bytes)
+    t->n_tokens = t->token_ends.n;
+    if (!bytes || t->token_ends.rows[t->n_tokens - 1] != bytes->bytes)
         return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/token_ends or token_bytes");
     t->token_bytes = bytes->data;
     const char *wrong = NULL;
     for (uint32_t i = 0; i < 256; i++) {
-        dpoi_text byte = dpoi_token_text(t, t->byte_ids[i]);
-        if (t->byte_ids[i] != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
+        const uint32_t id = t->byte_ids.rows[i];
+        dpoi_text byte = dpoi_token_text(t, id);
+        if (id != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
             wrong = "tokenizer/byte_ids";
     }
-    for (size_t i = 0; i < t->n_added; i++)
-        if (!dpoi_token_text(t, t->added[2 * i]).n) wrong = "tokenizer/added";
-    for (size_t i = 0; i < t->n_merges; i++)
-        if (!dpoi_merge_fits(t, t->merges + 3 * i)) wrong = "tokenizer/merges";
+    for (size_t i = 0; i < t->added.n; i++)
+        if (!dpoi_token_text(t, t->added.rows[2 * i]).n) wrong = "tokenizer/added";
+    for (size_t i = 0; i < t->merges.n; i++)
+        if (!dpoi_merge_fits(t, t->merges.rows + 3 * i)) wrong = "tokenizer/merges";
     if (wrong) return dpoi_fail(context, DPOI_DAMAGED, wrong);
 
-    for (t->n_merge_slots = 1; t->n_merge_slots / 2 < t->n_merges;) t->n_merge_slots *= 2;
+    for (t->n_merge_slots = 1; t->n_merge_slots / 2 < t->merges.n;) t->n_merge_slots *= 2;
     if (dpoi_alloc(context, &t->merge_slots, t->n_merge_slots, sizeof *t->merge_slots)) return 1;
     memset(t->merge_slots, 0xFF, t->n_merge_slots * sizeof *t->merge_slots);
-    const uint32_t *merge = t->merges;
-    for (uint32_t rank = 0; rank < t->n_merges; rank++, merge += 3)
+    const uint32_t *merge = t->merges.rows;
+    for (uint32_t rank = 0; rank < t->merges.n; rank++, merge += 3)
         t->merge_slots[dpoi_merge_slot(t, merge[0], merge[1])] = rank;
     return 0;
 }
@@ -5382,6 +5247,7 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, const dpo_file *file)
 {
     *tokenizer = (dpo_tokenizer){ 0 };
+    if (!file) file = &dpoi_byte_file;
     const dpo_entry *info = dpo_file_find(file, "tokenizer/info");
     if (!info) return 0;
     dpo_json json = { 0 };
@@ -5390,14 +5256,6 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
     dpo_json_free(context, &json);
     if (failed) dpo_tokenizer_free(context, tokenizer);
     return failed;
-}
-
-DPO_API int dpo_tokenizer_init_bytes(dpo_context *context, dpo_tokenizer *tokenizer)
-{
-    dpo_entry entries[DPOI_BYTE_ENTRIES];
-    memcpy(entries, dpoi_byte_entries, sizeof entries);
-    return dpo_tokenizer_load(context, tokenizer,
-                              &(dpo_file){ .entries = entries, .n_entries = DPOI_BYTE_ENTRIES });
 }
 
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
@@ -5449,13 +5307,12 @@ typedef struct dpoi_encoder {
 static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
 {
     const dpo_tokenizer *t = e->tokenizer;
-    const uint32_t *row = NULL;
-    if (code >= 0xC0 && depth < 8)
-        row = dpoi_row(t->decompositions, t->n_decompositions, 3, code, UINT32_MAX);
+    const uint32_t *row = code < 0xC0 || depth == 8 ? NULL
+                        : dpoi_row(&t->decompositions, code, UINT32_MAX);
     if (row && row[0] == code)
         return dpoi_decompose(e, row[1], depth + 1) ||
                (row[2] && dpoi_decompose(e, row[2], depth + 1));
-    row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(t->classes, t->n_classes, 2, code, UINT32_MAX);
+    row = code < DPOI_FIRST_MARK ? NULL : dpoi_row(&t->classes, code, UINT32_MAX);
     const uint64_t class = row && row[0] == code ? row[1] : 0, place = e->n_run;
     if (dpoi_reserve(e->context, &e->run, &e->run_capacity, e->n_run + 1, sizeof *e->run)) return 1;
     uint64_t starter = class && place ? e->run[place - 1].first >> 32 : place;
@@ -5470,7 +5327,7 @@ static uint32_t dpoi_compose(const dpo_tokenizer *t, uint32_t first, uint32_t se
         return 0xAC00 + ((first - 0x1100) * 21 + second - 0x1161) * 28;
     if (first - 0xAC00 < 11172 && (first - 0xAC00) % 28 == 0 && second - 0x11A8 < 27)
         return first + second - 0x11A7;
-    const uint32_t *row = dpoi_row(t->compositions, t->n_compositions, 3, first, second);
+    const uint32_t *row = dpoi_row(&t->compositions, first, second);
     return row && row[0] == first && row[1] == second ? row[2] : DPOI_NONE;
 }
 
@@ -5541,8 +5398,8 @@ static size_t dpoi_match_added(const dpoi_encoder *e, uint32_t *id, const char *
     const dpo_tokenizer *t = e->tokenizer;
     size_t longest = 0;
     if (!e->starts_added[stage][(unsigned char)text[0]]) return 0;
-    for (size_t i = 0; i < t->n_added; i++) {
-        const uint32_t *added = t->added + 2 * i;
+    for (size_t i = 0; i < t->added.n; i++) {
+        const uint32_t *added = t->added.rows + 2 * i;
         dpoi_text token = dpoi_token_text(t, added[0]);
         if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && token.n > longest && token.n <= n &&
             !memcmp(token.bytes, text, token.n)) {
@@ -5568,9 +5425,9 @@ static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t
     if (code == 0x85 || code == 0xA0 || code == 0x1680 || code - 0x2000 < 11 || code == 0x2028 ||
         code == 0x2029 || code == 0x202F || code == 0x205F || code == 0x3000)
         return DPOI_SPACE;
-    const uint32_t *row = dpoi_row(t->letters, t->n_letters, 2, code, UINT32_MAX);
+    const uint32_t *row = dpoi_row(&t->letters, code, UINT32_MAX);
     if (row && code <= row[1]) return DPOI_LETTER;
-    row = dpoi_row(t->numbers, t->n_numbers, 2, code, UINT32_MAX);
+    row = dpoi_row(&t->numbers, code, UINT32_MAX);
     return row && code <= row[1] ? DPOI_NUMBER : DPOI_OTHER;
 }
 
@@ -5582,7 +5439,7 @@ static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t
 static size_t dpoi_word(const dpo_tokenizer *t, const char *text, size_t n)
 {
     static const char endings[][3] = { "s", "t", "re", "ve", "m", "ll", "d" };
-    if (!t->n_merges) return 1;
+    if (!t->merges.n) return 1;
     for (size_t i = 0; text[0] == '\'' && i < sizeof endings / sizeof endings[0]; i++) {
         size_t n_ending = strlen(endings[i]);
         if (n_ending < n && !memcmp(text + 1, endings[i], n_ending)) return 1 + n_ending;
@@ -5627,7 +5484,7 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
     dpoi_symbol *symbols = e->symbols;
     for (uint32_t i = 0; i < n; i++) {
         uint32_t byte = (unsigned char)text[i];
-        symbols[i] = (dpoi_symbol){ t->byte_ids[byte], i - 1, i + 1 < n ? i + 1 : DPOI_NONE };
+        symbols[i] = (dpoi_symbol){ t->byte_ids.rows[byte], i - 1, i + 1 < n ? i + 1 : DPOI_NONE };
         if (symbols[i].id == DPOI_NONE)
             return dpoi_fail(e->context, "the tokenizer has no token for byte 0x%02X", byte);
     }
@@ -5636,7 +5493,7 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
     for (uint64_t best; (best = e->tree[1]) != UINT64_MAX;) {
         uint32_t place = (uint32_t)best, gone = symbols[place].after;
         dpoi_symbol *left = &symbols[place];
-        left->id = t->merges[3 * (best >> 32) + 2];
+        left->id = t->merges.rows[3 * (best >> 32) + 2];
         left->after = symbols[gone].after;
         symbols[gone].after = DPOI_NONE;
         if (left->after != DPOI_NONE) symbols[left->after].before = place;
@@ -5685,8 +5542,8 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
     if (bad < n_bytes)
         return dpoi_fail(context, "byte %zu of the text is not UTF-8: save it as UTF-8", bad + 1);
     dpoi_encoder e = { .context = context, .tokenizer = tokenizer, .out = out };
-    for (size_t i = 0; i < tokenizer->n_added; i++) {
-        const uint32_t *added = tokenizer->added + 2 * i;
+    for (size_t i = 0; i < tokenizer->added.n; i++) {
+        const uint32_t *added = tokenizer->added.rows + 2 * i;
         int stage = (added[1] & DPOI_ADDED_NORMALIZED) != 0;
         e.starts_added[stage][(unsigned char)*dpoi_token_text(tokenizer, added[0]).bytes] = 1;
     }
@@ -5848,7 +5705,7 @@ static int dpoi_json_value(dpoi_parser *p, int depth)
     if (dpoi_json_take(p, close)) return 0;
     size_t child, last = 0, n_keys = 0;
     do {
-        size_t key = 0, n_key = 0;
+        size_t key = 0, n_key;
         if (close == '}') {
             if (dpoi_json_string(p, &key, &n_key)) return 1;
             if (dpo_json_member(json, &json->values[self], json->text.bytes + key))
@@ -5860,7 +5717,6 @@ static int dpoi_json_value(dpoi_parser *p, int depth)
         child = json->n_values;
         if (dpoi_json_value(p, depth + 1)) return 1;
         json->values[child].key = key;
-        json->values[child].n_key = n_key;
         *(last ? &json->values[last].next : &json->values[self].first_child) = child;
         last = child;
     } while (dpoi_json_take(p, ','));

@@ -214,7 +214,7 @@ static dpo_config make_config(dpo_context *context, const settings *s)
 
     source other = {0};
     if (s->tokenizer) open_model(context, &other, s->tokenizer, NULL);
-    else check(context, dpo_tokenizer_init_bytes(context, &other.tokenizer));
+    else check(context, dpo_tokenizer_load(context, &other.tokenizer, NULL));
     size_t n_tokens = other.tokenizer.n_tokens;
     close_model(context, &other);
     c.vocab_size = s->tokenizer && p->vocab_size > n_tokens ? p->vocab_size : n_tokens;

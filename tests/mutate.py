@@ -726,32 +726,36 @@ MUTANTS = {
         ("model->lora.r ||", ""),
         ("|| model->workspace", ""),
     ],
-    "dpoi_lora_read_tensors": [
+    "dpo_lora_load": [
         ("dpo_lora_check_base(context, &lora, path, model->identity)", "0"),
-        ("model->adapter_identity = file->identity;", ""),
+        ("model->adapter_identity = file.identity;", ";"),
         ("model->n_tensors == first", "0"),
-        ("!strncmp(file->entries[i].name, \"base_model.\", 11)", "0"),
     ],
-    "dpo_lora_read": [
-        ("r->number != floor(r->number)", "0"),
-        (".rslora = rslora->number != 0", ".rslora = 0"),
-        ("memcpy(lora->base, json.text.bytes + path->string, path->n_string);", ""),
+    "dpoi_match_entries": [
+        ("return first ? dpoi_fail", "continue; return first ? dpoi_fail"),
+    ],
+    "dpoi_field_read": [
+        ("number == floor(number)", "1"),
+        ("*(int *)at = number != 0", "*(int *)at = 0"),
+    ],
+    "dpo_lora_save": [
+        ("keep ? base_path :", "0 ? base_path :"),
     ],
     "dpo_state_load": [
-        ("optimizer->step = counters[0];", ""),
-        ("model->passes = counters[1];", ""),
-        ("found_run != run", "0"),
-        ("failed = !dpoi_state_entry(context, &file, &entries[i]);", "break;"),
-        ("if (k == n &&", "if (0 &&"),
+        ("optimizer->step = numbers[1];", ""),
+        ("model->passes = numbers[2];", ""),
         ("if (model->tensors[i].master)", "if (0)"),
     ],
-    "dpoi_state_entry": [
-        ("found->dtype == wanted->dtype &&", ""),
-        ("&& found->bytes == wanted->bytes", ""),
+    "dpoi_state_check": [
+        ("!memcmp(file->entries[n - 2].data, &run, sizeof run)", "1"),
+        ("i == n && i + 1 < file->n_entries", "0"),
+        ("strcmp(found->name, name)", "0"),
+        ("found->dtype != entries[i].dtype ||", ""),
+        ("|| found->bytes != entries[i].bytes", ""),
     ],
     "dpoi_state_entries": [
         ("if (optimizer->m)", "if (0)"),
-        ("tensor->master ? tensor->master : tensor->data", "tensor->data"),
+        ("tensor->master ? dpoi_tensor_entry", "0 ? dpoi_tensor_entry"),
     ],
 
     # ---- 10 generation

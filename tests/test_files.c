@@ -368,8 +368,7 @@ static void write_config(const dpo_file *file, const char *key, const char *valu
 
 static void test_config(const dpo_file *file)
 {
-    for (size_t f = 0; f < DPOI_N_FIELDS; f++) {
-        const dpoi_field *field = &dpoi_config_fields[f];
+    for (const dpoi_field *field = dpoi_config_fields; field->name; field++) {
         static const char *const wrong[][6] = { // for each kind
             [DPOI_SIZE] = { "-1", "1.5", "1e300", "16777217", "true", "\"8\"" },
             [DPOI_REAL] = { "true", "\"1\"", "null", "[1]", "-1", "1e400" },

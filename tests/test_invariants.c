@@ -624,8 +624,8 @@ static void test_metrics(void)
 static void compare_models(dpo_model *a, dpo_model *b, const char *name)
 {
     dpo_string text[2] = { { 0 } };
-    check_must(dpoi_config_write(&context, &text[0], &a->config) ||
-               dpoi_config_write(&context, &text[1], &b->config), &context);
+    check_must(dpoi_fields_write(&context, &text[0], &a->config, dpoi_config_fields) ||
+               dpoi_fields_write(&context, &text[1], &b->config, dpoi_config_fields), &context);
     check(text[0].n == text[1].n && !memcmp(text[0].bytes, text[1].bytes, text[0].n),
           "%s: another config", name);
     check(a->n_params == b->n_params && !memcmp(a->params, b->params, a->n_params * sizeof(float)),

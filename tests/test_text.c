@@ -98,7 +98,7 @@ static void test_byte_tokenizer(void)
     dpo_tokenizer tokenizer;
     dpo_tokens ids = { 0 };
     dpo_string back = { 0 };
-    check_must(dpo_tokenizer_init_bytes(&context, &tokenizer), &context);
+    check_must(dpo_tokenizer_load(&context, &tokenizer, NULL), &context);
     check_must(dpo_tokenizer_encode(&context, &ids, &tokenizer, text, sizeof text - 1), &context);
     check(ids.n == 17 && ids.ids[0] == 'a' && ids.ids[1] == 0 && ids.ids[2] == 256 &&
           ids.ids[3] == 0xC3 && ids.ids[4] == 0xA9 && ids.ids[5] == '<', "byte tokenizer");
@@ -600,7 +600,7 @@ int main(void)
     test_byte_tokenizer();
     test_json();
     test_jsonl();
-    check_must(dpo_tokenizer_init_bytes(&context, &bytes), &context);
+    check_must(dpo_tokenizer_load(&context, &bytes, NULL), &context);
     test_pairs();
     test_truncation();
     test_transcripts();
