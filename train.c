@@ -15,7 +15,9 @@
 #include "dpo.h"
 #include "tools.h"
 #include <dirent.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/statvfs.h>
 
 enum { INIT = 1, SFT = 2, DPO = 4, MERGE = 8, PLAN = 16, TRAIN = SFT | DPO, FROM = TRAIN | MERGE,
@@ -430,10 +432,7 @@ static void check_directory(const run *r)
 {
     const char *directory = r->s->output;
     if (r->s->resume) {
-        if (path_exists(r->state_path)) {
-            remove_temporaries(directory);
-            return;
-        }
+        if (path_exists(r->state_path)) return;
         fail("%s cannot be resumed: it has no state.bin%s", directory,
              path_exists(r->result_path) ? ", because the run is complete"
              : "; begin anew with another -o (its reference.bin serves as --reference-cache)");
@@ -444,16 +443,51 @@ static void check_directory(const run *r)
                  path_exists(r->state_path) ? ", or go on with that one by --resume" : "");
 }
 
+/* Directories that were made for the run, the innermost last; a run that does not get as far as a
+   file takes them away again. */
+static char *made_directories[64];
+static size_t n_made_directories;
+
+static void remove_empty_directories(void)
+{
+    while (n_made_directories && !rmdir(made_directories[--n_made_directories]));
+}
+
 static void make_directories(const char *path)
 {
+    enum { MOST = sizeof made_directories / sizeof *made_directories };
     char *copy = path_join(path, "");
+    atexit(remove_empty_directories);
     for (char *slash = strchr(copy + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
-        if (mkdir(copy, 0777) && errno != EEXIST) fail("cannot make %s: %s", copy, strerror(errno));
+        if (!mkdir(copy, 0777)) {
+            if (n_made_directories < MOST) made_directories[n_made_directories++] = strdup(copy);
+        } else if (errno != EEXIST) {
+            fail("cannot make %s: %s", copy, strerror(errno));
+        }
         *slash = '/';
     }
     if (!is_directory(path)) fail("%s is not a directory", path);
     free(copy);
+}
+
+/* One process at a time trains in a directory: it holds a lock on it until it ends, however it
+   ends. A file system without locks has to do without. */
+static void lock_directory(const char *directory)
+{
+    int descriptor = open(directory, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) fail("cannot open %s: %s", directory, strerror(errno));
+    if (!flock(descriptor, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return;
+    n_made_directories = 0;     // it is the other's now
+    fail("another process is training in %s; wait for it, or choose another -o", directory);
+}
+
+/* From here on the run directory, which exists, is this process's alone. */
+static void enter_directory(const run *r)
+{
+    lock_directory(r->s->output);
+    check_directory(r);
+    remove_temporaries(r->s->output);
 }
 
 /* The run's files at the worst moment: the best model beside its successor, and two states. */
@@ -1217,7 +1251,8 @@ static size_t result_bytes(const run *r)
 static void prepare(run *r, const option *options, size_t n_options)
 {
     const settings *s = r->s;
-    check_directory(r);
+    const int exists = is_directory(s->output);
+    if (exists) enter_directory(r);
     open_found(r->context, &r->source);
     r->reference_source = r->source;
     if (s->reference) {
@@ -1233,7 +1268,10 @@ static void prepare(run *r, const option *options, size_t n_options)
     plan_memory(r);
     if (s->resume) settle_config(r, options, n_options);
     if (r->bit == DPO) read_reference(r);
-    make_directories(s->output);
+    if (!exists) {
+        make_directories(s->output);
+        enter_directory(r);
+    }
     if (!s->resume) check_can_make(r->result_path);
     if (!s->resume && s->reference_cache && !path_exists(s->reference_cache))
         check_can_make(s->reference_cache);

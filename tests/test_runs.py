@@ -215,6 +215,28 @@ def test_resume_refusals(data, base):
     shutil.rmtree(other)
 
 
+def test_one_process(data, base):
+    """Two processes never train in one directory, and a start that fails leaves none behind."""
+    out = data / "deep" / "run"
+    process = start(*begin(base, data, out, "--max-steps", "500", "--save-steps", "1"))
+    while not (out / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    temporary = out / "best.bin.tmp-1"
+    temporary.write_text("the other process is writing this")
+    refused(["./train", "dpo", "--resume", "-o", out], "another process is training in", "deep/run")
+    refused(begin(base, data, out), "another process is training in")
+    check(temporary.exists(), "a process that has no business there cleans up")
+    process.kill()
+    process.communicate()
+    shutil.rmtree(data / "deep")
+    (data / "used").mkdir()
+    for path in (data / "used", data / "deep" / "run"):
+        refused(begin(base, data, path, "--reference-cache", data / "none" / "cache.bin"),
+                "cannot create")
+    check((data / "used").exists() and not (data / "deep").exists(), "directories after a failure")
+    (data / "used").rmdir()
+
+
 def test_best(data, base):
     """best.bin is the first of the best evaluations after step 0; patience counts from it."""
     out = data / "best"
@@ -389,6 +411,7 @@ def main():
         test_resume(data, base)
         test_killed(data, base)
         test_resume_refusals(data, base)
+        test_one_process(data, base)
         test_best(data, base)
         test_adapters(data, base)
         test_reference_cache(data, base)
