@@ -324,6 +324,7 @@ typedef struct position {
     size_t log_bytes, eval_bytes, samples_bytes;    // lengths of the files then
     dpo_metrics first_eval, last_eval, best;        // best.n 0: none yet
     size_t last_eval_step, best_step, evaluations;
+    uint64_t best_identity;                         // of best.bin; 0: none yet
     size_t waited;                                  // evaluations without a better one ...
     double to_beat;                                 // ... than this by --min-delta
 } position;
@@ -351,11 +352,13 @@ typedef struct run {
     size_t steps, warmup;
     position at;
     double started;             // clock at the start, less what earlier parts of the run took
-    double saved;               // clock when the state was saved last
+    double saved;               // clock when the state was saved last ...
+    size_t saved_step;          // ... and after which update
     dpo_memory memory;          // the plan
     csv log, eval_log;
     FILE *samples;
-    const char *config_path, *reference_path, *result_path, *best_path, *state_path, *samples_path;
+    const char *config_path, *reference_path, *result_path, *best_path, *next_best_path;
+    const char *state_path, *samples_path;
     uint64_t identity;          // of config.json: tells runs apart
     int failed;                 // an update came out not finite
 } run;
@@ -408,7 +411,7 @@ static dpo_model_options model_options(const run *r)
 
 static const char *const run_files[] = {
     "config.json", "log.csv", "eval.csv", "samples.jsonl", "reference.bin", "model.bin",
-    "adapter.bin", "best.bin", "state.bin",
+    "adapter.bin", "best.bin", "next_best.bin", "state.bin",
 };
 enum { N_RUN_FILES = sizeof run_files / sizeof *run_files };
 
@@ -496,7 +499,7 @@ static void check_disk(const run *r, size_t result)
     const settings *s = r->s;
     struct statvfs disk;
     if (statvfs(s->output, &disk)) return;
-    int states = s->save_steps || s->save_minutes > 0 ? 2 : 1;
+    int states = s->save_steps || s->save_minutes > 0 || r->eval.n ? 2 : 1;
     double bytes = (double)result * (r->eval.n ? 3 : 1) +
                    (double)states * (double)r->memory.state_file +
                    16.0 * (double)(r->data.n + r->eval.n);
@@ -724,6 +727,40 @@ static void save_state(run *r)
     check(r->context, dpo_state_save(&r->model, &r->optimizer, r->state_path, r->identity, &r->at,
                                      sizeof r->at));
     r->saved = now();
+    r->saved_step = r->at.step;
+}
+
+/* Of a model or adapter; 0 if there is none. */
+static uint64_t file_identity(dpo_context *context, const char *path)
+{
+    dpo_file file;
+    if (!path_exists(path)) return 0;
+    check(context, dpo_file_open(context, &file, path, is_adapter(path) ? DPO_FILE_ADAPTER
+                                                                        : DPO_FILE_MODEL, 0));
+    uint64_t identity = file.identity;
+    dpo_file_close(context, &file);
+    return identity;
+}
+
+/* best.bin and what state.bin says of it change together: the new file waits under another name
+   until a state is saved that knows it. Whatever the instant of a kill, here the two agree again. */
+static void settle_best(run *r)
+{
+    position *at = &r->at;
+    if (path_exists(r->next_best_path)) {
+        const int known = file_identity(r->context, r->next_best_path) == at->best_identity;
+        if (known ? rename(r->next_best_path, r->best_path) : remove(r->next_best_path))
+            fail("cannot change %s: %s", r->next_best_path, strerror(errno));
+    }
+    const uint64_t identity = file_identity(r->context, r->best_path);
+    if (identity == at->best_identity) return;
+    if (identity)
+        fail("%s is not the model that the run's state.bin knows as its best; put that one back, "
+             "or move this one away", r->best_path);
+    say("note    %s is not there any more: the best of the evaluations from here on will be",
+        r->best_path);
+    at->best = (dpo_metrics){0};
+    at->best_identity = 0;
 }
 
 static void load_state(run *r)
@@ -733,6 +770,7 @@ static void load_state(run *r)
     if (notes.n != sizeof r->at) fail("%s is of another version of this program", r->state_path);
     memcpy(&r->at, notes.bytes, sizeof r->at);
     dpo_string_free(r->context, &notes);
+    settle_best(r);
     say("resumed after update %zu of %zu", r->at.step, r->steps);
 }
 
@@ -1035,7 +1073,10 @@ static void keep_best(run *r)
     if (at->best.n && !(now_merit > merit(r, &at->best))) return;
     at->best = at->last_eval;
     at->best_step = at->step;
-    save_result(r, r->best_path);
+    save_result(r, r->next_best_path);
+    at->best_identity = file_identity(r->context, r->next_best_path);
+    save_state(r);
+    settle_best(r);
 }
 
 static int out_of_patience(const run *r)
@@ -1080,10 +1121,11 @@ static void evaluate(run *r)
 
 /* ---- the loop -------------------------------------------------------------------------------- */
 
-/* Whether it is time to write the run's state. */
+/* Whether it is time to write the run's state. A new best.bin has had it written already. */
 static int state_is_due(const run *r)
 {
     const settings *s = r->s;
+    if (r->saved_step == r->at.step) return 0;
     return (s->save_steps && r->at.step % s->save_steps == 0) ||
            (s->save_minutes > 0 && now() - r->saved >= 60 * s->save_minutes);
 }
@@ -1313,6 +1355,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     }
     r.result_path = path_join(s->output, s->lora || r.source.adapter ? "adapter.bin" : "model.bin");
     r.best_path = path_join(s->output, "best.bin");
+    r.next_best_path = path_join(s->output, "next_best.bin");
     r.state_path = path_join(s->output, "state.bin");
     r.config_path = path_join(s->output, "config.json");
     r.reference_path = path_join(s->output, "reference.bin");

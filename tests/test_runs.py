@@ -74,6 +74,53 @@ def same_files(a, b, names, what):
             check((a / name).read_bytes() == (b / name).read_bytes(), f"{what}: another {name}")
 
 
+# Before a program's own functions: the N-th rename to a name kills it at that instant, and a disk has
+# as little room as a test wants.
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+int rename(const char *from, const char *to)
+{
+    static int n;
+    int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
+    const char *name = getenv("KILL_BEFORE"), *slash = strrchr(to, '/');
+    if (name && !strcmp(slash ? slash + 1 : to, name) && ++n == atoi(getenv("KILL_AT")))
+        raise(SIGKILL);
+    return real(from, to);
+}
+int statvfs(const char *path, struct statvfs *disk)
+{
+    int (*real)(const char *, struct statvfs *) = dlsym(RTLD_NEXT, "statvfs");
+    int failed = real(path, disk);
+    if (getenv("FREE_BYTES")) disk->f_bavail = atoll(getenv("FREE_BYTES")) / disk->f_frsize;
+    return failed;
+}
+"""
+
+
+def shim(data):
+    """The environment that puts SHIM before a program; None where there is no such thing."""
+    source, library = data / "shim.c", data / "shim.so"
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not sys.platform.startswith("linux") or not compiler:
+        return None
+    if not library.exists():
+        source.write_text(SHIM)
+        run(compiler, "-shared", "-fPIC", source, "-o", library, "-ldl")
+    return {**os.environ, "LD_PRELOAD": str(library)}
+
+
+def killed(words, environment, name, n):
+    """Runs a program that is killed when it is about to give a file its name for the n-th time."""
+    process = start(*words, env={**environment, "KILL_BEFORE": name, "KILL_AT": str(n)})
+    _, err = process.communicate(timeout=120)
+    return check(process.returncode == -signal.SIGKILL, f"not killed at {name} {n}: {err}")
+
+
 def write_pairs(path, seed, n):
     random.seed(seed)
     with open(path, "w") as file:
@@ -83,6 +130,21 @@ def write_pairs(path, seed, n):
                                    "chosen": " " + random.choice(KIND) + thing,
                                    "rejected": " " + random.choice(RUDE) * random.randint(1, 3)}))
             file.write("\n")
+
+
+def write_hard_pairs(data):
+    """Pairs of which no one can be told from another, some of them trained on and some not: their
+    accuracies go up and down."""
+    random.seed(3)
+    word = lambda n: "".join(random.choice("abcdefghijklmnop") for _ in range(n))
+    lines = [json.dumps({"prompt": f"\n\nHuman: {word(6)}\n\nAssistant:", "chosen": " " + word(10),
+                         "rejected": " " + word(10)}) + "\n" for _ in range(50)]
+    (data / "hard.jsonl").write_text("".join(lines[:40]))
+    (data / "hard_held.jsonl").write_text("".join(lines[30:]))
+
+
+def hard(data):
+    return ["-d", data / "hard.jsonl", "--eval-data", data / "hard_held.jsonl"]
 
 
 def begin(base, data, out, *more):
@@ -112,7 +174,7 @@ def test_resume(data, base):
         shutil.copy(base, data / "copy.bin")
         copy = [] if "--lora" in options else ["-m", data / "copy.bin"]    # adapters say where
         text = run("./train", "dpo", "--resume", "-o", cut, "--threads", "3", *copy)
-        check("resumed after update 5 of 10" in text, f"{name}: {text}")
+        check("resumed after update" in text, f"{name}: {text}")
         same_files(whole, cut, ["model.bin", "adapter.bin", "best.bin", "eval.csv",
                                 "samples.jsonl", "reference.bin"], f"{name}, resumed")
         changing = ("tokens_per_second", "seconds")
@@ -129,7 +191,7 @@ def test_resume(data, base):
 def test_killed(data, base):
     """Killed at any instant, again and again, a run still comes to the same end."""
     whole, cut = data / "whole", data / "cut"
-    more = ["--max-steps", "30", "--save-steps", "1"]
+    more = ["--max-steps", "30", "--save-steps", "1", *hard(data)]
     run(*begin(base, data, whole, *more))
     random.seed(1)
     kills, finished = 0, False
@@ -153,7 +215,7 @@ def test_killed(data, base):
     same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after {kills} kills")
     for number in (signal.SIGINT, signal.SIGTERM):
         shutil.rmtree(cut)
-        process = start(*begin(base, data, cut, "--max-steps", "30"))
+        process = start(*begin(base, data, cut, "--max-steps", "30", *hard(data)))
         while not (cut / "log.csv").exists() or len((cut / "log.csv").read_text().split()) < 4:
             time.sleep(0.002)
         process.send_signal(number)
@@ -237,30 +299,70 @@ def test_one_process(data, base):
     (data / "used").rmdir()
 
 
+def test_best_and_state(data, base):
+    """Killed at any instant between a new best.bin and the state that knows of it, a run that is
+    resumed reports the model that best.bin holds."""
+    environment = shim(data)
+    if not environment:
+        return
+    whole, cut, models = data / "whole", data / "cut", data / "models"
+    words = ["--max-steps", "12", "--eval-steps", "1", "--save-minutes", "0", *hard(data)]
+    run(*begin(base, data, whole, *words))
+    models.mkdir()
+    bests, highest = [], -1
+    for row in rows(whole / "eval.csv")[1:]:
+        if float(row["eval_rewards/accuracies"]) > highest:
+            highest = float(row["eval_rewards/accuracies"])
+            bests.append(int(row["step"]))
+    check(len(bests) > 1, f"only the evaluations after {bests} were the best so far")
+    for name in ("next_best.bin", "state.bin", "best.bin"):
+        for n in range(1, 3):
+            killed(begin(base, data, cut, *words), environment, name, n)
+            known = n if name == "best.bin" else n - 1     # what the last state knows
+            state = cut / "state.bin"
+            if not check(state.exists() == (known > 0), f"killed before {name} {n}: state.bin"):
+                continue
+            if known:
+                (cut / "log.csv").rename(cut / "hidden")    # it ends when all but that is read
+                refused(["./train", "dpo", "--resume", "-o", cut], "log.csv")
+                (cut / "hidden").rename(cut / "log.csv")
+                check(not (cut / "next_best.bin").exists(), "next_best.bin is left")
+                model = models / f"{known}.bin"
+                if not model.exists():
+                    shutil.copy(cut / "best.bin", model)
+                check((cut / "best.bin").read_bytes() == model.read_bytes(),
+                      f"killed before {name} {n}: best.bin is not what the state knows")
+                text = run("./train", "dpo", "--resume", "-o", cut)
+                check(f"resumed after update {bests[known - 1]} of" in text, f"{name} {n}: {text}")
+                same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"{name} {n}")
+            shutil.rmtree(cut)
+    killed(begin(base, data, cut, *words), environment, "best.bin", 2)
+    (cut / "best.bin").write_bytes((whole / "model.bin").read_bytes())
+    (cut / "next_best.bin").unlink()
+    refused(["./train", "dpo", "--resume", "-o", cut], "is not the model that", "best.bin")
+    (cut / "best.bin").unlink()
+    text = run("./train", "dpo", "--resume", "-o", cut)
+    check("best.bin is not there any more" in text, text)
+    for path in (whole, cut, models):
+        shutil.rmtree(path)
+
+
 def test_best(data, base):
     """best.bin is the first of the best evaluations after step 0; patience counts from it."""
     out = data / "best"
-    text = run(*begin(base, data, out, "--max-steps", "24", "--eval-steps", "1"))
+    text = run(*begin(base, data, out, *hard(data), "--max-steps", "24", "--eval-steps", "1"))
     log = rows(out / "eval.csv")
     accuracy = [float(row["eval_rewards/accuracies"]) for row in log]
     best = 1 + max(range(len(accuracy) - 1), key=lambda i: (accuracy[i + 1], -i))
     check(f"step {best}, accuracy {accuracy[best]:.4f}" in text and "confirm it" in text,
           f"best is step {best}: {text}")
     again = data / "again"      # the same run, up to that step
-    run(*begin(base, data, again, "--max-steps", "24", "--eval-steps", str(best)))
-    if best < 24:
-        shutil.rmtree(again)
-        process = start(*begin(base, data, again, "--max-steps", "24", "--eval-steps", "1",
-                               "--save-steps", str(best)))
-        while not (again / "state.bin").exists() and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
+    run(*begin(base, data, again, *hard(data), "--max-steps", "24", "--eval-steps", str(best)))
     check((again / "best.bin").read_bytes() == (out / "best.bin").read_bytes(),
           "best.bin is not the model of its step")
     for patience, delta in ((3, 0), (2, 0.05)):
         shutil.rmtree(again)
-        text = run(*begin(base, data, again, "--max-steps", "24", "--eval-steps", "1",
+        text = run(*begin(base, data, again, *hard(data), "--max-steps", "24", "--eval-steps", "1",
                           "--patience", str(patience), "--min-delta", str(delta)))
         highest, waited, end = None, 0, 24
         for step in range(1, 25):
@@ -274,29 +376,29 @@ def test_best(data, base):
                                               f"{end}: {text}")
     refused(["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", data / "no",
              "--patience", "2"], "--eval-data", status=2)
-    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", data / "held.jsonl",
+    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", data / "hard_held.jsonl",
                "--versus", out, "--skip", "4", "--max-length", "96", "--json")
     result = json.loads(text[text.index("{"):text.rindex("}") + 1])
     paths = [data / "a.csv", data / "b.csv"]
     for path, model in zip(paths, (out / "best.bin", out)):
-        run("./eval", "prefs", "-m", model, "-r", base, "-d", data / "held.jsonl", "--skip", "4",
+        run("./eval", "prefs", "-m", model, "-r", base, "-d", data / "hard_held.jsonl", "--skip", "4",
             "--max-length", "96", "--out", path)
     hits = [[float(row["rewards/margins"]) > 0 for row in rows(path)] for path in paths]
     mean = sum(a - b for a, b in zip(*hits)) / len(hits[0])
-    skipped = (data / "held.jsonl").read_text().splitlines()[4:]
+    skipped = (data / "hard_held.jsonl").read_text().splitlines()[4:]
     check(result["prompts"] == len({json.loads(line)["prompt"] for line in skipped}),
           f"prompts after --skip: {result}")
     check(result["pairs"] == len(hits[0]) and abs(result["accuracies_difference"] - mean) < 1e-9
           and abs(result["versus_accuracies"] - sum(hits[1]) / len(hits[1])) < 1e-9,
           f"versus: {result}, not {mean}")
     differences, prompts = [a - b for a, b in zip(*hits)], {}
-    records = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()][4:]
+    records = [json.loads(line) for line in (data / "hard_held.jsonl").read_text().splitlines()][4:]
     for record, difference in zip(records, differences):
         prompts.setdefault(record["prompt"], []).append(difference - mean)
     squares = sum(sum(values) ** 2 for values in prompts.values())
     error = (squares * len(prompts) / (len(prompts) - 1)) ** 0.5 / len(differences)
     check(abs(result["difference_se"] - error) < 1e-9, f"paired error {error}: {result}")
-    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", data / "held.jsonl", "--skip", "1000"],
+    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", data / "hard_held.jsonl", "--skip", "1000"],
             "--skip 1000")
     shutil.rmtree(out)
     shutil.rmtree(again)
@@ -407,11 +509,13 @@ def main():
         base = data / "base.bin"
         write_pairs(data / "pairs.jsonl", 1, 40)
         write_pairs(data / "held.jsonl", 2, 24)
+        write_hard_pairs(data)
         run("./train", "init", "-o", base, "--d-model", "32", "--context-length", "128")
         test_resume(data, base)
         test_killed(data, base)
         test_resume_refusals(data, base)
         test_one_process(data, base)
+        test_best_and_state(data, base)
         test_best(data, base)
         test_adapters(data, base)
         test_reference_cache(data, base)
