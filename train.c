@@ -51,6 +51,9 @@ typedef struct settings {
     int dtype, stochastic_rounding, recompute, lora, rslora, resume;
     size_t lora_r, save_steps, patience;
     double lora_alpha, lora_dropout, save_minutes, min_delta;
+    // Of a run that goes on: what config.json says of a reference that is not named anew.
+    int reference_known;
+    uint64_t reference_identity, reference_adapter_identity;
 } settings;
 
 /* Fewer numbers learn at a higher rate, so defaults depend on whether an adapter is trained. */
@@ -493,22 +496,33 @@ static void enter_directory(const run *r)
     remove_temporaries(r->s->output);
 }
 
-/* The run's files at the worst moment: the best model beside its successor, and two states. */
+/* The run's files at the worst moment: the best model beside its successor, the result of an
+   interrupt (beside its own successor, where there is no best), and two states. Those that are there
+   already will be replaced. */
 static void check_disk(const run *r, size_t result)
 {
     const settings *s = r->s;
+    const char *const files[] = {r->result_path, r->best_path, r->next_best_path, r->state_path,
+                                 r->reference_path};
     struct statvfs disk;
+    struct stat status;
     if (statvfs(s->output, &disk)) return;
-    int states = s->save_steps || s->save_minutes > 0 || r->eval.n ? 2 : 1;
-    double bytes = (double)result * (r->eval.n ? 3 : 1) +
-                   (double)states * (double)r->memory.state_file +
-                   16.0 * (double)(r->data.n + r->eval.n);
+    int states = s->resume || s->save_steps || s->save_minutes > 0 || r->eval.n ? 2 : 1;
+    int results = r->eval.n ? 3 : path_exists(r->result_path) ? 2 : 1;
+    double bytes = (double)results * (double)result +
+                   (double)states * (double)r->memory.state_file, own = 0;
+    if (r->bit == DPO) bytes += 16.0 * (double)(r->data.n + r->eval.n);
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (!stat(files[i], &status)) own += (double)status.st_size;
     double free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
-    say("disk    %10.1f MB of %.1f MB free: result %.1f MB%s, state %.1f MB (while the run lasts)",
-        1e-6 * bytes, 1e-6 * free_bytes, 1e-6 * (double)result, r->eval.n ? " and best.bin" : "",
+    say("disk    %10.1f MB of %.1f MB free%s: result %.1f MB%s, state %.1f MB (while the run lasts)",
+        1e-6 * bytes, 1e-6 * (free_bytes + own), own > 0 ? " or the run's" : "",
+        1e-6 * (double)result, r->eval.n ? " and best.bin" : "",
         1e-6 * (double)r->memory.state_file);
-    if (bytes > free_bytes && !s->resume)
-        fail("%s: the disk has too little room for the run", s->output);
+    if (bytes > free_bytes + own)
+        fail("the run needs %.1f MB of disk in %s%s, and %.1f MB are free there; make room, or %s",
+             1e-6 * (bytes - own), s->output, own > 0 ? " besides what it has" : "",
+             1e-6 * free_bytes, s->resume ? "move the directory to a larger disk" : "choose an -o on another disk");
 }
 
 /* Options that change neither results nor the run's files. Paths are free, since fingerprints of
@@ -644,9 +658,18 @@ static void settle_config(run *r, const option *options, size_t n_options)
     free(text);
 }
 
+static uint64_t read_identity(const dpo_json *json, const char *name)
+{
+    const dpo_json_value *value = dpo_json_member(json, json->values, name);
+    char digits[17] = "";
+    if (value && value->kind == DPO_JSON_STRING && value->n_string < sizeof digits)
+        memcpy(digits, json->text.bytes + value->string, value->n_string);
+    return strtoull(digits, NULL, 16);
+}
+
 /* Gives every option the value that config.json says a run had. */
 static void read_config(const char *directory, unsigned bit, const option *options,
-                        size_t n_options)
+                        size_t n_options, settings *s)
 {
     dpo_context context;
     dpo_json json = {0};
@@ -673,6 +696,8 @@ static void read_config(const char *directory, unsigned bit, const option *optio
         else if (value->kind == DPO_JSON_STRING) parse_value(o, copy);
         else parse_value(o, real_text(number, value->number));
     }
+    s->reference_identity = read_identity(&json, "reference_identity");
+    s->reference_adapter_identity = read_identity(&json, "reference_adapter_identity");
     dpo_json_free(&context, &json);
     dpo_context_free(&context);
     free(text);
@@ -743,7 +768,7 @@ static uint64_t file_identity(dpo_context *context, const char *path)
 }
 
 /* best.bin and what state.bin says of it change together: the new file waits under another name
-   until a state is saved that knows it. Whatever the instant of a kill, here the two agree again. */
+   until a state that knows it is saved. Whatever the instant of a kill, here the two agree again. */
 static void settle_best(run *r)
 {
     position *at = &r->at;
@@ -1248,6 +1273,14 @@ static void plan_updates(run *r, dpo_plan_options *plan)
     r->at.step = 0;
 }
 
+#define LESS_TRAINING_MEMORY "lower --micro-tokens or --max-length, use --lora, --dtype bf16, " \
+    "--gradient-checkpointing or --stochastic-rounding, or a smaller model"
+
+static size_t reference_bytes(const run *r)
+{
+    return r->bit == DPO ? 2 * (r->data.n + r->eval.n) * sizeof(double) : 0;
+}
+
 static void plan_memory(run *r)
 {
     const settings *s = r->s;
@@ -1262,21 +1295,24 @@ static void plan_memory(run *r)
     for (size_t i = 0; sample_prompt(r, i, &longest); i++)
         if (longest + SAMPLE_TOKENS > plan.max_positions)
             plan.max_positions = longest + SAMPLE_TOKENS;
-    size_t reference = 2 * (r->data.n + r->eval.n) * sizeof(double);
-    const char *advice = "lower --micro-tokens or --max-length, use --lora, --dtype bf16, "
-                         "--gradient-checkpointing or --stochastic-rounding, or a smaller model";
-    r->memory = check_memory(r->context, &r->source.config, &plan, reference, s->max_memory, 1,
-                             advice);
+    r->memory = check_memory(r->context, &r->source.config, &plan, reference_bytes(r),
+                             s->max_memory, 1, LESS_TRAINING_MEMORY);
     say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
-    if (!s->reference) return;
-    plan.train = 0;
-    plan.kept_rows = plan.max_positions = 0;
-    plan.file = &r->reference_source.file;
-    plan.lora = r->reference_source.lora;
+}
+
+/* Another model than the policy scores the pairs before the policy is loaded. */
+static void plan_reference_memory(const run *r)
+{
+    const source *from = &r->reference_source;
+    dpo_plan_options plan = {.model = model_options(r), .file = &from->file, .lora = from->lora,
+                             .n_threads = r->context->n_threads};
     plan.model.frozen = 1;
-    check_memory(r->context, &r->reference_source.config, &plan, reference, s->max_memory, 0,
-                 advice);
+    plan_scoring(&plan, &r->data, r->s->micro_tokens);
+    plan_scoring(&plan, &r->eval, r->s->micro_tokens);
+    check_memory(r->context, &from->config, &plan, reference_bytes(r), r->s->max_memory, 0,
+                 "for the model of --reference; lower --micro-tokens or --max-length, use "
+                 "--dtype bf16, or make a --reference-cache on a larger machine");
 }
 
 /* What the result takes on disk: an adapter, or the model with tokenizer and original files. */
@@ -1297,7 +1333,11 @@ static void prepare(run *r, const option *options, size_t n_options)
     if (exists) enter_directory(r);
     open_found(r->context, &r->source);
     r->reference_source = r->source;
-    if (s->reference) {
+    if (s->reference_known) {       // its log-probabilities are in reference.bin
+        r->reference_source = (source){.path = s->reference,
+            .adapter_identity = s->reference_adapter_identity,
+            .file = {.identity = s->reference_identity}};
+    } else if (s->reference) {
         open_model(r->context, &r->reference_source, s->reference, NULL);
         check_same_tokenizer(&r->source, &r->reference_source);
     }
@@ -1310,6 +1350,7 @@ static void prepare(run *r, const option *options, size_t n_options)
     plan_memory(r);
     if (s->resume) settle_config(r, options, n_options);
     if (r->bit == DPO) read_reference(r);
+    if (s->reference && !r->reference_cached) plan_reference_memory(r);
     if (!exists) {
         make_directories(s->output);
         enter_directory(r);
@@ -1364,7 +1405,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     else load_policy(&r);
     if (!s->resume) settle_config(&r, options, n_options);
     close_model(context, &r.source);
-    if (s->reference) close_model(context, &r.reference_source);
+    if (s->reference && !s->reference_known) close_model(context, &r.reference_source);
     check(context, dpo_optimizer_init(&r.model, &r.optimizer, (dpo_optimizer_kind)s->optimizer));
     r.optimizer.beta1 = s->adam_beta1;
     r.optimizer.beta2 = s->optimizer == DPO_RMSPROP ? s->rmsprop_alpha : s->adam_beta2;
@@ -1432,8 +1473,10 @@ int main(int argc, char **argv)
     const char *output = given_value(argc, argv, "output", 'o');
     const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
     if (resumes && !output) usage_fail("--resume needs -o DIR, the run to go on with");
-    if (resumes)
-        read_config(output, bit, options, n_options);
+    if (resumes) {
+        read_config(output, bit, options, n_options, &s);
+        s.reference_known = s.reference && !given_value(argc, argv, "reference", 0);
+    }
     parse_options(argc, argv, c, bit, options, n_options);
     if (bit & TRAIN) check_lora_options(argc, argv, &s);
 

@@ -44,9 +44,9 @@ def start(*words, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def run(*words, status=0):
+def run(*words, status=0, **options):
     """Runs a program; returns stdout + stderr, and counts an unexpected exit status as a failure."""
-    process = start(*words)
+    process = start(*words, **options)
     out, err = process.communicate(timeout=120)
     if process.returncode != status:
         check(False, f"{' '.join(map(str, words))}: exit status {process.returncode}, "
@@ -299,6 +299,81 @@ def test_one_process(data, base):
     (data / "used").rmdir()
 
 
+def test_disk(data, base):
+    """Too little disk is refused before training, also of a run that goes on, whose own files count
+    as room."""
+    environment, out = shim(data), data / "run"
+    if not environment:
+        return
+    few = {**environment, "FREE_BYTES": "300000"}
+    words = ["--max-steps", "4", "--eval-steps", "2"]
+    text = run(*begin(base, data, out, *words), status=1, env=few)
+    check("the run needs 1.5 MB of disk" in text and "0.3 MB are free" in text and
+          "choose an -o on another disk" in text and not out.exists(), text)
+    killed(begin(base, data, out, *words), environment, "model.bin", 1)
+    resume = ["./train", "dpo", "--resume", "-o", out]
+    own = sum((out / name).stat().st_size for name in ("best.bin", "state.bin", "reference.bin"))
+    text = run(*resume, status=1, env={**few, "FREE_BYTES": "100000"})
+    needs = float(text.split("the run needs ")[1].split()[0])
+    check(abs(needs - 1.5 + own / 1e6) < 0.06 and "besides what it has" in text and
+          "larger disk" in text, f"{own} bytes are there: {text}")
+    run(*resume, env={**few, "FREE_BYTES": "1000000"})
+    shutil.rmtree(out)
+    # Without held-out pairs, an interrupt leaves a result that its successor is written beside.
+    alone = ["./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--max-length",
+             "96", "--max-prompt-length", "48", "--save-minutes", "0", "--epochs", "1000"]
+    process = start(*alone)
+    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().split()) < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    disk = [float(line.split()[1]) for line in err.splitlines() if line.startswith("disk")][0]
+    size = (out / "model.bin").stat().st_size / 1e6
+    state = (out / "state.bin").stat().st_size / 1e6
+    text = run("./train", "sft", "--resume", "-o", out, status=1, env={**few, "FREE_BYTES": "1000"})
+    again = [float(line.split()[1]) for line in text.splitlines() if line.startswith("disk")][0]
+    check(abs(disk - size - state) < 0.1 and abs(again - disk - size - state) < 0.1,
+          f"{disk} MB, and {again} after an interrupt, with {size} MB of result")
+    shutil.rmtree(out)
+
+
+def test_reference_model(data, base):
+    """--reference names another model: its memory is checked unless a cache has what it said, its
+    rewards are not 0 at step 0, which is yet never the best, and resuming does without it."""
+    other, out, cache = data / "reference_model.bin", data / "run", data / "cache.bin"
+    run("./train", "init", "-o", other, "--d-model", "512", "--context-length", "128", "--seed", "3")
+    words = [*hard(data), "--reference", other, "--max-steps", "6", "--eval-steps", "1",
+             "--learning-rate", "1e-4"]
+    refused(begin(base, data, out, *words, "--max-memory", "20M"), "20.0 MB are allowed",
+            "--reference;")
+    run(*begin(base, data, out, *words, "--reference-cache", cache))
+    shutil.rmtree(out)
+    process = start(*begin(base, data, out, *words, "--reference-cache", cache, "--max-memory",
+                           "20M", "--save-steps", "1", "--epochs", "9", "--max-steps", "300"))
+    while not (out / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    _, err = process.communicate()
+    check((out / "state.bin").exists(), f"a cache that spares the model: {err}")
+    first, best = rows(out / "eval.csv")[0], (out / "best.bin").exists()
+    check(float(first["eval_rewards/accuracies"]) > 0 and best, f"step 0: {first}")
+    hidden = other.rename(data / "hidden.bin")
+    cache.unlink()
+    process = start("./train", "dpo", "--resume", "-o", out)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("resumed"):
+            process.send_signal(signal.SIGINT)
+    process.communicate()
+    check(process.returncode == 128 + signal.SIGINT, "".join(lines))
+    refused(["./train", "dpo", "--resume", "-o", out, "--reference", base],
+            "reference_identity")
+    refused(["./train", "dpo", "--resume", "-o", out, "--reference", other], "reference_model.bin")
+    hidden.unlink()
+    shutil.rmtree(out)
+
+
 def test_best_and_state(data, base):
     """Killed at any instant between a new best.bin and the state that knows of it, a run that is
     resumed reports the model that best.bin holds."""
@@ -515,6 +590,8 @@ def main():
         test_killed(data, base)
         test_resume_refusals(data, base)
         test_one_process(data, base)
+        test_disk(data, base)
+        test_reference_model(data, base)
         test_best_and_state(data, base)
         test_best(data, base)
         test_adapters(data, base)
