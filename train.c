@@ -188,7 +188,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "updates between saves of the run's state; 0: only by time"),
         FLAG(TRAIN, "resume", &s->resume,
             "go on with the interrupted run in -o, by its config.json"),
-        COUNT(MAKE, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
+        COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
         COUNT(TRAIN | PLAN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(FROM, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -362,7 +362,8 @@ typedef struct run {
     FILE *samples;
     const char *config_path, *reference_path, *result_path, *best_path, *next_best_path;
     const char *state_path, *samples_path;
-    uint64_t identity;          // of config.json: tells runs apart
+    char *description;          // what config.json says, and ...
+    uint64_t identity;          // ... its fingerprint: tells runs apart
     int failed;                 // an update came out not finite
 } run;
 
@@ -537,9 +538,10 @@ static int is_free(const char *name)
     return 0;
 }
 
+/* Files and directories are written as a run finds them from wherever it goes on. */
 static void write_option(dpo_context *context, FILE *file, const option *o)
 {
-    char number[32];
+    char number[32], *absolute;
     int length;
     const char *text;
     switch (o->kind) {
@@ -552,8 +554,11 @@ static void write_option(dpo_context *context, FILE *file, const option *o)
         break;
     default:
         text = *(const char **)o->value;
+        absolute = text && strcmp(o->argument, "NAMES") ? realpath(text, NULL) : NULL;
+        if (absolute) text = absolute;
         if (text) write_quoted(context, file, text, strlen(text));
         else fputs("null", file);
+        free(absolute);
     }
 }
 
@@ -603,6 +608,15 @@ static char *read_text(const char *path)
     return text;
 }
 
+/* The next line that two descriptions of runs do not share; a line is one member, so it names what
+   is different. */
+typedef struct difference {
+    char name[64];
+    int is_option;
+    const char *before, *after;
+    int n_before, n_after;
+} difference;
+
 /* What a line of config.json, `"name": value,`, says of a name; its length in *length. */
 static const char *line_value(const char *line, int *length)
 {
@@ -612,27 +626,70 @@ static const char *line_value(const char *line, int *length)
     return line + start;
 }
 
-/* Compares two descriptions line by line; a line is one member, so the first that differs names
-   what is different. */
+static int next_difference(const char **before, const char **after, difference *d)
+{
+    while (**before && **after) {
+        const char *x = *before, *y = *after;
+        size_t n = strcspn(x, "\n"), m = strcspn(y, "\n");
+        int indentation = 0;
+        *before += n + (x[n] == '\n');
+        *after += m + (y[m] == '\n');
+        if (n == m && !memcmp(x, y, n)) continue;
+        *d = (difference){0};
+        d->before = line_value(x, &d->n_before);
+        d->after = line_value(y, &d->n_after);
+        sscanf(x, " %n\"%63[^\"]", &indentation, d->name);
+        d->is_option = indentation == 4;
+        return 1;
+    }
+    return 0;
+}
+
+/* Fails if a difference is that of a file's content, naming the option and the file. */
+static void check_same_file(const run *r, const char *name)
+{
+    const settings *s = r->s;
+    const char *reference = s->reference ? "reference" : "model";
+    const struct { const char *name, *option, *path; } files[] = {
+        {"model_identity", "model", r->source.path},
+        {"adapter_identity", s->adapter ? "adapter" : "model", r->source.adapter},
+        {"reference_identity", reference, r->reference_source.path},
+        {"reference_adapter_identity", reference, r->reference_source.adapter},
+        {"data_hash", "data", s->data}, {"eval_data_hash", "eval-data", s->eval_data},
+    };
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (!strcmp(files[i].name, name))
+            fail("%s cannot go on: %s (--%s) has not the content that the run began with; give "
+                 "the file that has it, or begin another run", s->output,
+                 files[i].path ? files[i].path : "no file", files[i].option);
+}
+
 static void check_same_run(const run *r, const char *then, const char *now_text)
 {
-    while (*then && *now_text) {
-        size_t n = strcspn(then, "\n"), m = strcspn(now_text, "\n");
-        int indentation = 0, before, after;
-        char name[64] = "";
-        sscanf(then, " %n\"%63[^\"]", &indentation, name);
-        int same = n == m && !memcmp(then, now_text, n);
-        if (!same && !strcmp(name, "compiler")) {
+    difference d;
+    while (next_difference(&then, &now_text, &d)) {
+        if (!strcmp(d.name, "compiler")) {
             say("note    the run was begun by another build: its last bits may differ");
-        } else if (!same && !is_free(name)) {
-            const char *old = line_value(then, &before), *new = line_value(now_text, &after);
-            fail("%s cannot go on: %s%s was %.*s there, and is %.*s now; only threads, memory, "
-                 "paths and the times of saving may change, for all else begin another run",
-                 r->s->output, indentation == 4 ? "--" : "", name, before, old, after, new);
+        } else if (!is_free(d.name)) {
+            check_same_file(r, d.name);
+            fail("%s cannot go on: %s%s was %.*s there, and is %.*s now; only --threads, "
+                 "--max-memory, paths and the times of saving may change, for all else begin "
+                 "another run", r->s->output, d.is_option ? "--" : "", d.name, d.n_before, d.before,
+                 d.n_after, d.after);
         }
-        then += n + (then[n] == '\n');
-        now_text += m + (now_text[m] == '\n');
     }
+}
+
+/* A file that is there whole or not at all. */
+static void write_text(const char *path, const char *text, size_t n)
+{
+    char *temporary = temporary_path(path);
+    FILE *file = create_file(temporary);
+    fwrite(text, 1, n, file);
+    if (fflush(file) || fsync(fileno(file))) fail("cannot write %s: %s", path, strerror(errno));
+    close_file(file, path);
+    if (rename(temporary, path)) fail("cannot write %s: %s", path, strerror(errno));
+    free(temporary);
 }
 
 /* Writes config.json, or compares it with this run when that goes on. */
@@ -644,18 +701,15 @@ static void settle_config(run *r, const option *options, size_t n_options)
     if (!memory) fail("out of memory");
     describe_run(r, memory, options, n_options);
     fclose(memory);
+    r->description = text;
     if (r->s->resume) {
-        char *then = read_text(r->config_path);
-        check_same_run(r, then, text);
-        r->identity = dpo_hash(DPO_HASH_START, then, strlen(then));
-        free(then);
+        r->description = read_text(r->config_path);
+        check_same_run(r, r->description, text);
+        free(text);
     } else {
-        FILE *file = create_file(r->config_path);
-        fwrite(text, 1, n, file);
-        close_file(file, r->config_path);
-        r->identity = dpo_hash(DPO_HASH_START, text, n);
+        write_text(r->config_path, text, n);
     }
-    free(text);
+    r->identity = dpo_hash(DPO_HASH_START, r->description, strlen(r->description));
 }
 
 static uint64_t read_identity(const dpo_json *json, const char *name)
@@ -749,8 +803,13 @@ static void save_state(run *r)
     r->at.log_bytes = synced_bytes(r->log.file, r->log.path);
     r->at.eval_bytes = synced_bytes(r->eval_log.file, r->eval_log.path);
     r->at.samples_bytes = synced_bytes(r->samples, r->samples_path);
-    check(r->context, dpo_state_save(&r->model, &r->optimizer, r->state_path, r->identity, &r->at,
-                                     sizeof r->at));
+    size_t n = strlen(r->description);      // so that a state can say whose it is
+    char *notes = allocate(sizeof r->at + n, 1);
+    memcpy(notes, &r->at, sizeof r->at);
+    memcpy(notes + sizeof r->at, r->description, n);
+    check(r->context, dpo_state_save(&r->model, &r->optimizer, r->state_path, r->identity, notes,
+                                     sizeof r->at + n));
+    free(notes);
     r->saved = now();
     r->saved_step = r->at.step;
 }
@@ -788,11 +847,38 @@ static void settle_best(run *r)
     at->best_identity = 0;
 }
 
+/* Fails if a state is whole and says of what other run it is. */
+static void check_whose_state(const run *r)
+{
+    dpo_file file;
+    if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1)) return;
+    const dpo_entry *notes = dpo_file_find(&file, "notes");
+    const size_t n = notes && notes->bytes > sizeof r->at ? notes->bytes - sizeof r->at : 0;
+    char *text = allocate(n + 1, 1);
+    if (n) memcpy(text, (const char *)notes->data + sizeof r->at, n);
+    const char *there = text, *here = r->description;
+    difference d, next;
+    int found = next_difference(&there, &here, &d);
+    while (found && is_free(d.name) && next_difference(&there, &here, &next)) d = next;
+    if (found)
+        fail("%s belongs to another run than the config.json beside it: %s%s was %.*s there, and "
+             "is %.*s here", r->state_path, d.is_option ? "--" : "", d.name, d.n_before, d.before,
+             d.n_after, d.after);
+    free(text);
+    dpo_file_close(r->context, &file);
+}
+
 static void load_state(run *r)
 {
     dpo_string notes = {0};
-    check(r->context, dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes));
-    if (notes.n != sizeof r->at) fail("%s is of another version of this program", r->state_path);
+    int failed = dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes);
+    if (failed) {
+        char error[sizeof r->context->error];
+        memcpy(error, r->context->error, sizeof error);
+        check_whose_state(r);
+        fail("%s", error);
+    }
+    if (notes.n < sizeof r->at) fail("%s is of another version of this program", r->state_path);
     memcpy(&r->at, notes.bytes, sizeof r->at);
     dpo_string_free(r->context, &notes);
     settle_best(r);

@@ -228,53 +228,88 @@ def test_killed(data, base):
     shutil.rmtree(cut)
 
 
-def test_resume_refusals(data, base):
-    cut = data / "cut"
-    resume = ["./train", "dpo", "--resume", "-o", cut]
-    refused(resume, "cannot be resumed", "config.json")
-    process = start(*begin(base, data, cut, "--max-steps", "200", "--save-steps", "2"))
-    while not (cut / "state.bin").exists() and process.poll() is None:
+def leave(words, out):
+    """Starts a run and kills it when it has a state."""
+    process = start(*words, "--save-steps", "1")
+    while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
-    process.communicate()
-    state = (cut / "state.bin").read_bytes()
-    for option, value, now in (("beta", "0.2", "0.1"), ("learning-rate", "1e-4", "0.001"),
-                               ("optim", "rmsprop", "adamw"), ("seed", "9", "0")):
-        refused(resume + ["--" + option, value], option, value if option != "learning-rate"
-                else "0.0001", now)
+    _, err = process.communicate()
+    check((out / "state.bin").exists(), f"no state was left: {err}")
+
+
+def replaced(path, content, words, *say):
+    """What is refused while a file has another content."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    refused(words, *say)
+    path.write_bytes(before)
+
+
+def test_resume_refusals(data, base):
+    cut, other = data / "cut", data / "other"
+    resume = ["./train", "dpo", "--resume", "-o", cut]
+    refused(resume, "cannot be resumed", "config.json")
+    begun = ["--max-steps", "500", "--adapter", data / "adapter", "--reference", data / "ref.bin"]
+    run(*begin(base, data, data / "adapter", "--max-steps", "1", "--lora"))
+    run("./train", "init", "-o", data / "ref.bin", "--seed", "8", "--d-model", "32")
+    run(*begin(base, data, other, "--max-steps", "1", "--lora", "--seed", "2"))
+    leave(begin(os.path.relpath(base, ROOT), data, cut, *begun), cut)
+    config, state = json.loads((cut / "config.json").read_text()), (cut / "state.bin").read_bytes()
+    check(all(config["options"][name].startswith(str(data.resolve())) for name in
+              ("model", "adapter", "reference", "data", "eval-data", "output")),
+          f"paths are not absolute: {config['options']}")
+    for option, value, now in (("beta", "0.2", "0.1"), ("learning-rate", "0.0001", "0.001"),
+                               ("optim", "rmsprop", "adamw"), ("seed", "9", "0"),
+                               ("dtype", "bf16", "fp32"), ("micro-tokens", "900", "2048"),
+                               ("lr-scheduler-type", "cosine", "constant"), ("limit", "9", "0")):
+        refused(resume + ["--" + option, value], f"--{option} was ", now, value, "--max-memory")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
     refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
     refused(begin(base, data, cut), "holds another run", "--resume")
-    pairs = (data / "pairs.jsonl").read_text()
-    (data / "pairs.jsonl").write_text(pairs.replace("Gladly", "Kindly"))
-    refused(resume, "data_hash")
-    (data / "pairs.jsonl").write_text(pairs)
-    model = pathlib.Path(base).read_bytes()
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
-    shutil.copy(data / "other.bin", base)
-    refused(resume, "model_identity")
-    pathlib.Path(base).write_bytes(model)
-    (cut / "state.bin").write_bytes(state[:-10])
-    refused(resume, "state.bin", "cut")
-    (cut / "state.bin").write_bytes(model)
-    refused(resume, 'the kind "model"; "training state" is expected')
-    other = data / "other"
-    process = start(*begin(base, data, other, "--max-steps", "200", "--save-steps", "2", "--seed",
-                           "4"))
-    while not (other / "state.bin").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    shutil.copy(other / "state.bin", cut)
-    refused(resume, "state.bin", "another run")
-    (cut / "state.bin").write_bytes(state)
+    for name, option in (("pairs.jsonl", "--data"), ("held.jsonl", "--eval-data")):
+        path = data / name
+        replaced(path, path.read_bytes().replace(b"Gladly", b"Kindly"), resume, name, option,
+                 "has not the content")
+    replaced(data / "adapter" / "adapter.bin", (other / "adapter.bin").read_bytes(), resume,
+             "adapter.bin (--adapter)", "has not the content")
+    refused(resume + ["--reference", data / "other.bin"], "other.bin (--reference)",
+            "has not the content")
+    shutil.rmtree(other)
+    model = pathlib.Path(base).read_bytes()
+    replaced(cut / "state.bin", state[:-10], resume, "state.bin", "cut")
+    replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
+    leave(begin(base, data, other, *begun, "--seed", "4"), other)
+    replaced(cut / "state.bin", (other / "state.bin").read_bytes(), resume, "state.bin",
+             "another run", "--seed was 4 there, and is 0 here")
+    damaged = bytearray(state)
+    damaged[-100] ^= 1
+    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum")
     (cut / "reference.bin").unlink()
     refused(resume, "reference.bin is missing")
     (cut / "state.bin").unlink()
     refused(resume, "no state.bin")
+    for path in (cut, other, data / "adapter"):
+        shutil.rmtree(path)
+    leave(begin(base, data, cut, "--max-steps", "500"), cut)
+    refused(resume + ["--lora"], "--lora was false there, and is true now")
+    replaced(pathlib.Path(base), (data / "other.bin").read_bytes(), resume, "base.bin (--model)",
+             "has not the content")
     shutil.rmtree(cut)
-    shutil.rmtree(other)
+    leave(begin(base, data, cut, "--max-steps", "500", "--lora"), cut)
+    refused(resume + ["--lora-r", "8"], "--lora-r was 16 there, and is 8 now")
+    shutil.rmtree(cut)
+    environment = shim(data)
+    if environment:     # a run that has no whole config.json was never there
+        sft = ["./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", cut, "--max-length",
+               "96", "--max-prompt-length", "48"]
+        killed(sft, environment, "config.json", 1)
+        check(not (cut / "config.json").exists(), "half a config.json")
+        run(*sft)
+        check(not list(cut.glob("*.tmp-*")), "a temporary file is left")
+        shutil.rmtree(cut)
 
 
 def test_one_process(data, base):
@@ -368,7 +403,7 @@ def test_reference_model(data, base):
     process.communicate()
     check(process.returncode == 128 + signal.SIGINT, "".join(lines))
     refused(["./train", "dpo", "--resume", "-o", out, "--reference", base],
-            "reference_identity")
+            "base.bin (--reference)", "has not the content")
     refused(["./train", "dpo", "--resume", "-o", out, "--reference", other], "reference_model.bin")
     hidden.unlink()
     shutil.rmtree(out)
@@ -512,6 +547,7 @@ def test_adapters(data, base):
     check(half.stat().st_size < 0.7 * merged.stat().st_size, "bf16 is half as large")
     run("./eval", "generate", "-m", half, "--dtype", "bf16", *generate)
     refused(["./train", "merge", "-m", base, "-o", half], "exists already")
+    check("--seed" not in run("./train", "merge", "--help"), "merge has nothing to draw")
     run("./train", "init", "-o", data / "alien.bin", "--seed", "5")
     refused(["./train", "merge", "-m", data / "alien.bin", "--adapter", dpo, "-o", data / "x.bin"],
             "another model")
