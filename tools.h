@@ -652,10 +652,11 @@ static inline void open_found(dpo_context *context, source *s)
     check(context, dpo_tokenizer_load(context, &s->tokenizer, &s->file));
     if (!s->tokenizer.n_tokens)
         fail("%s has no tokenizer; import it from a folder that has one", s->path);
-    dpo_plan_options plan = {.n_threads = 1};
+    dpo_plan_options plan = {.n_threads = 1, .model.frozen = s->adapter != NULL, .lora = s->lora};
     dpo_memory memory;
     const dpo_config *c = &s->config;
-    check(context, dpo_memory_plan(context, &memory, c, &plan));
+    if (dpo_memory_plan(context, &memory, c, &plan))
+        fail("%s: %s", s->adapter ? s->adapter : s->path, context->error);
     say("model   %s: %s, %zu layers, width %zu, %zu heads, vocabulary %zu, context %zu, "
         "%.2f M parameters, %016llx", s->path, c->architecture == DPO_BTLM ? "btlm" : "gpt_neox",
         c->n_layers, c->d_model, c->n_heads, c->vocab_size, c->context_length,

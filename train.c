@@ -113,7 +113,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         FLAG(TRAIN | PLAN, "gradient-checkpointing", &s->recompute,
             "compute blocks again in the backward: less memory, a third more time"),
         FLAG(TRAIN, "lora", &s->lora, "train an adapter, leaving the model as it is"),
-        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1e5, "rank of the adapter"),
+        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1 << 20, "rank of the adapter"),
         REAL(TRAIN, "lora-alpha", &s->lora_alpha, 1e-6, 1e6, "it counts alpha / r times"),
         FLAG(TRAIN, "use-rslora", &s->rslora, "it counts alpha / sqrt(r) times"),
         REAL(TRAIN, "lora-dropout", &s->lora_dropout, 0, 0.99, "of the adapter's inputs"),
@@ -188,7 +188,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "updates between saves of the run's state; 0: only by time"),
         FLAG(TRAIN, "resume", &s->resume,
             "go on with the interrupted run in -o, by its config.json"),
-        COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
+        COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE,
+            "of weights, or of the order of the data"),
         COUNT(TRAIN | PLAN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(FROM, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -308,10 +309,9 @@ static void print_plans(dpo_context *context, const settings *s)
                 .kept_rows = s->micro_tokens, .max_scored = s->micro_tokens,
                 .max_span = s->max_length, .n_threads = context->n_threads};
             plan.model.recompute = s->recompute;
-            int impossible = dpo_memory_plan(context, &memory, &config, &plan);  // r > width
+            check(context, dpo_memory_plan(context, &memory, &config, &plan));
             if (!j) printf("\n%-14s %8.1f M", p->name, 1e-6 * (double)memory.params);
-            if (impossible) printf(" %17s", "-");
-            else printf(" %17.2f", 1e-9 * (double)memory.total);
+            printf(" %17.2f", 1e-9 * (double)memory.total);
         }
     }
     putchar('\n');

@@ -16,6 +16,9 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import convert
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 passed = failed = 0
 KIND = ["Gladly! ", "Good question. ", "Happy to help. "]
@@ -557,12 +560,15 @@ def test_adapters(data, base):
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "attention.dense,qkv"),
             "qkv", "mlp.dense_h_to_4h")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "embed_out"),
-            "the head takes no adapter")
+            "the head takes no adapter here")
+    refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "dense,"),
+            '"" is no linear layer')
     refused(begin(base, data, data / "x", "--lora-r", "8"), "--lora-r goes with --lora", status=2)
     refused(begin(sft, data, data / "x", "--lora-r", "8"), "its own", status=2)
     refused(begin(sft, data, data / "x", "--lora", "--lora-r", "8"), status=2)
     refused(begin(sft, data, data / "x", "--lora"), "merge", status=2)
-    refused(begin(base, data, data / "x", "--lora", "--lora-r", "70000"), "r is 70000")
+    run(*begin(base, data, data / "high", "--lora", "--lora-r", "150", "--max-steps", "1"))
+    run("./train", "merge", "-m", data / "high", "-o", data / "high.bin")
     refused(begin(base, data, data / "x", "--stochastic-rounding"), "--dtype bf16", status=2)
     moved = data / "moved"
     shutil.copytree(sft, moved)
@@ -570,7 +576,20 @@ def test_adapters(data, base):
     refused(["./eval", "generate", "-m", moved, *generate], "base model", "not there")
     run("./eval", "generate", "-m", hidden, "--adapter", moved, *generate)
     hidden.rename(base)
-    for path in (sft, dpo, other, moved, data / "named"):
+    # An adapter that cannot be, from a file that another program made: its path, whoever reads it
+    bad = data / "bad.bin"
+    entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
+    contents = {name: convert.read_entry(entry) for name, entry in entries.items()}
+    contents["config"] = contents["config"].replace(b'"alpha": 32', b'"alpha": -2')
+    convert.write_container(str(bad), convert.ADAPTER, [
+        (name, entry.dtype, entry.shape, entry.layout, contents[name])
+        for name, entry in entries.items()])
+    for words in (begin(bad, data, data / "x"), begin(base, data, data / "x", "--adapter", bad),
+                  ["./eval", "generate", "-m", bad, *generate],
+                  ["./eval", "prefs", "-m", base, "-r", bad, "-d", data / "pairs.jsonl"],
+                  ["./train", "merge", "-m", bad, "-o", data / "x.bin"]):
+        refused(words, "bad.bin: LoRA: r is 4, alpha -2")
+    for path in (sft, dpo, other, moved, data / "named", data / "high"):
         shutil.rmtree(path)
 
 
