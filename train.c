@@ -180,7 +180,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(TRAIN, "patience", &s->patience, 0, 1e9,
             "stop after this many evaluations without a better one; 0: off"),
         REAL(TRAIN, "min-delta", &s->min_delta, 0, 1e9,
-            "for --patience: better is more than this above the last that was"),
+            "for --patience: better is more than this (and 1e-9) above the last that was"),
         COUNT(TRAIN, "sample", &s->samples, 0, 1e6, "prompts to answer at each evaluation"),
         REAL(TRAIN, "save-minutes", &s->save_minutes, 0, 1e6,
             "between saves of the run's state; 0: not by time"),
@@ -328,6 +328,7 @@ typedef struct position {
     dpo_metrics first_eval, last_eval, best;        // best.n 0: none yet
     size_t last_eval_step, best_step, evaluations;
     uint64_t best_identity;                         // of best.bin; 0: none yet
+    size_t n_equal, equal_steps[8];                 // later evaluations as good, the first of them
     size_t waited;                                  // evaluations without a better one ...
     double to_beat;                                 // ... than this by --min-delta
 } position;
@@ -342,6 +343,7 @@ typedef struct run {
     dpo_optimizer optimizer;
     dpo_loss_options loss;
     dpo_data data, eval;        // eval.n is 0 without --eval-data
+    dpo_data_options cut;       // the lengths that they were cut to in the end
     size_t n_branches;          // of every example: 2 for dpo, 1 for sft
     double *reference;          // [2 data.n, then 2 eval.n] reference log-probabilities; dpo only
     int reference_cached;       // they were read from a file
@@ -399,9 +401,10 @@ static size_t count_scored(const dpo_example *e)
 static void load_examples(run *r, dpo_data *data, const char *path, size_t limit)
 {
     const settings *s = r->s;
-    load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, (dpo_data_options){
+    r->cut = (dpo_data_options){
         .use = r->bit == DPO ? DPO_USE_PAIRS : DPO_USE_SFT, .max_length = s->max_length,
-        .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = limit});
+        .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = limit};
+    load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, &r->cut);
 }
 
 static dpo_model_options model_options(const run *r)
@@ -498,8 +501,8 @@ static void enter_directory(const run *r)
 }
 
 /* The run's files at the worst moment: the best model beside its successor, the result of an
-   interrupt (beside its own successor, where there is no best), and two states. Those that are there
-   already will be replaced. */
+   interrupt (beside its own successor, where there is no best), and two states. Those that are
+   there already will be replaced. */
 static void check_disk(const run *r, size_t result)
 {
     const settings *s = r->s;
@@ -516,14 +519,15 @@ static void check_disk(const run *r, size_t result)
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
         if (!stat(files[i], &status)) own += (double)status.st_size;
     double free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
-    say("disk    %10.1f MB of %.1f MB free%s: result %.1f MB%s, state %.1f MB (while the run lasts)",
-        1e-6 * bytes, 1e-6 * (free_bytes + own), own > 0 ? " or the run's" : "",
+    say("disk    %10.1f MB of %.1f MB free%s: result %.1f MB%s, state %.1f MB (while the run "
+        "lasts)", 1e-6 * bytes, 1e-6 * (free_bytes + own), own > 0 ? " or the run's" : "",
         1e-6 * (double)result, r->eval.n ? " and best.bin" : "",
         1e-6 * (double)r->memory.state_file);
     if (bytes > free_bytes + own)
         fail("the run needs %.1f MB of disk in %s%s, and %.1f MB are free there; make room, or %s",
              1e-6 * (bytes - own), s->output, own > 0 ? " besides what it has" : "",
-             1e-6 * free_bytes, s->resume ? "move the directory to a larger disk" : "choose an -o on another disk");
+             1e-6 * free_bytes, s->resume ? "move the directory to a larger disk"
+                                          : "choose an -o on another disk");
 }
 
 /* Options that change neither results nor the run's files. Paths are free, since fingerprints of
@@ -827,7 +831,7 @@ static uint64_t file_identity(dpo_context *context, const char *path)
 }
 
 /* best.bin and what state.bin says of it change together: the new file waits under another name
-   until a state that knows it is saved. Whatever the instant of a kill, here the two agree again. */
+   until a state that knows it is saved. Whenever the run is killed, here the two agree again. */
 static void settle_best(run *r)
 {
     position *at = &r->at;
@@ -1057,7 +1061,7 @@ static dpo_reference_key reference_key(const run *r)
 {
     const settings *s = r->s;
     const source *from = &r->reference_source;
-    size_t cut[] = {s->max_length, s->max_prompt_length, (size_t)s->truncation};
+    size_t cut[] = {r->cut.max_length, r->cut.max_prompt_length, (size_t)s->truncation};
     return (dpo_reference_key){.model = from->file.identity, .adapter = from->adapter_identity,
         .dtype = (uint64_t)dtypes[s->dtype],
         .truncation = dpo_hash(DPO_HASH_START, cut, sizeof cut),
@@ -1177,11 +1181,18 @@ static void keep_best(run *r)
     position *at = &r->at;
     const double now_merit = merit(r, &at->last_eval);
     at->waited++;
-    if (!at->evaluations++ || now_merit - at->to_beat > r->s->min_delta) {
+    // Fractions are not exact, and 11/20 - 10/20 is not to be more than 0.05.
+    if (!at->evaluations++ || now_merit - at->to_beat > r->s->min_delta + 1e-9) {
         at->waited = 0;
         at->to_beat = now_merit;
     }
+    if (at->best.n && now_merit == merit(r, &at->best)) {
+        if (at->n_equal < sizeof at->equal_steps / sizeof *at->equal_steps)
+            at->equal_steps[at->n_equal] = at->step;
+        at->n_equal++;
+    }
     if (at->best.n && !(now_merit > merit(r, &at->best))) return;
+    at->n_equal = 0;
     at->best = at->last_eval;
     at->best_step = at->step;
     save_result(r, r->next_best_path);
@@ -1274,6 +1285,26 @@ static void train(run *r)
     if (interrupted) save_state(r);
 }
 
+static void print_best(const run *r)
+{
+    const position *at = &r->at;
+    const size_t most = sizeof at->equal_steps / sizeof *at->equal_steps;
+    const char *what = r->bit == DPO ? "accuracy" : "loss";
+    printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
+           "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
+           at->best_step, what, r->bit == DPO ? at->best.accuracy : at->best.loss,
+           out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+    if (at->n_equal) printf("no better, but as good: step");
+    for (size_t i = 0; i < at->n_equal && i < most; i++)
+        printf("%s %zu", i ? "," : "", at->equal_steps[i]);
+    if (at->n_equal > most) printf(" and %zu more", at->n_equal - most);
+    if (at->n_equal) printf("\n");
+    if (merit(r, &at->first_eval) >= merit(r, &at->best))
+        printf("step 0, the model that training started from, was %s: %s %.4f\n",
+               merit(r, &at->first_eval) > merit(r, &at->best) ? "better" : "as good", what,
+               r->bit == DPO ? at->first_eval.accuracy : at->first_eval.loss);
+}
+
 static void print_results(const run *r)
 {
     double first[N_METRICS], last[N_METRICS], best[N_METRICS];
@@ -1293,12 +1324,7 @@ static void print_results(const run *r)
                    at->last_eval.accuracy_error, at->best.accuracy_error, "ties",
                    at->first_eval.ties, at->last_eval.ties, at->best.ties);
     }
-    if (at->best.n)
-        printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
-               "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
-               at->best_step, r->bit == DPO ? "accuracy" : "loss",
-               r->bit == DPO ? at->best.accuracy : at->best.loss,
-               out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+    if (at->best.n) print_best(r);
     printf("%zu of %zu updates, %zu examples, %zu tokens; %s saved: %s\n", at->step, r->steps,
            at->examples, at->tokens, r->lora.r ? "adapter" : "model", r->result_path);
 }

@@ -48,7 +48,7 @@ def start(*words, **options):
 
 
 def run(*words, status=0, **options):
-    """Runs a program; returns stdout + stderr, and counts an unexpected exit status as a failure."""
+    """Runs a program; returns stdout + stderr. An unexpected exit status counts as a failure."""
     process = start(*words, **options)
     out, err = process.communicate(timeout=120)
     if process.returncode != status:
@@ -77,8 +77,8 @@ def same_files(a, b, names, what):
             check((a / name).read_bytes() == (b / name).read_bytes(), f"{what}: another {name}")
 
 
-# Before a program's own functions: the N-th rename to a name kills it at that instant, and a disk has
-# as little room as a test wants.
+# Comes before a program's own functions: the N-th rename to a name kills it at that instant, and a
+# disk has as little room as a test wants.
 SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -143,7 +143,8 @@ def write_hard_pairs(data):
     lines = [json.dumps({"prompt": f"\n\nHuman: {word(6)}\n\nAssistant:", "chosen": " " + word(10),
                          "rejected": " " + word(10)}) + "\n" for _ in range(50)]
     (data / "hard.jsonl").write_text("".join(lines[:40]))
-    (data / "hard_held.jsonl").write_text("".join(lines[30:]))
+    tie = {"prompt": "\n\nHuman: a tie?\n\nAssistant:", "chosen": " yes", "rejected": " yes"}
+    (data / "hard_held.jsonl").write_text("".join(lines[30:49]) + json.dumps(tie) + "\n")
 
 
 def hard(data):
@@ -158,11 +159,16 @@ def begin(base, data, out, *more):
 
 def test_resume(data, base):
     """10 updates equal 5, killed, and 5 more, whatever the mode and the threads."""
-    for name, options in MODES.items():
+    adapter = data / "adapter"
+    run(*begin(base, data, adapter, "--max-steps", "2", "--lora"))
+    more = {"SFT": [], "SFT of an adapter": ["--lora"], "an adapter trained further": []}
+    for name, options in {**MODES, **more}.items():
         whole, cut = data / "whole", data / "cut"
-        run(*begin(base, data, whole, "--max-steps", "10", "--sample", "1", *options))
-        process = start(*begin(base, data, cut, "--max-steps", "10", "--sample", "1",
-                               "--save-steps", "5", "--threads", "1", *options))
+        model = adapter if "further" in name else base
+        words = begin(model, data, "", "--max-steps", "10", "--sample", "1", *options)
+        words[1] = "sft" if "SFT" in name else "dpo"
+        run(*words, "-o", whole)
+        process = start(*words, "-o", cut, "--save-steps", "5", "--threads", "1")
         while not (cut / "state.bin").exists() and process.poll() is None:
             time.sleep(0.002)
         process.kill()
@@ -175,8 +181,9 @@ def test_resume(data, base):
         cut.rename(moved)
         cut = moved
         shutil.copy(base, data / "copy.bin")
-        copy = [] if "--lora" in options else ["-m", data / "copy.bin"]    # adapters say where
-        text = run("./train", "dpo", "--resume", "-o", cut, "--threads", "3", *copy)
+        copy = [] if "--lora" in options or model != base else ["-m", data / "copy.bin"]
+        # (adapters say where their base is, and would be other files)
+        text = run("./train", words[1], "--resume", "-o", cut, "--threads", "3", *copy)
         check("resumed after update" in text, f"{name}: {text}")
         same_files(whole, cut, ["model.bin", "adapter.bin", "best.bin", "eval.csv",
                                 "samples.jsonl", "reference.bin"], f"{name}, resumed")
@@ -189,12 +196,13 @@ def test_resume(data, base):
         check(left == ["notes.tmp-123"], f"{name}: a finished run keeps {left}")
         shutil.rmtree(whole)
         shutil.rmtree(cut)
+    shutil.rmtree(adapter)
 
 
-def test_killed(data, base):
+def test_killed(data, base, *options):
     """Killed at any instant, again and again, a run still comes to the same end."""
     whole, cut = data / "whole", data / "cut"
-    more = ["--max-steps", "30", "--save-steps", "1", *hard(data)]
+    more = ["--max-steps", "30", "--save-steps", "1", *hard(data), *options]
     run(*begin(base, data, whole, *more))
     random.seed(1)
     kills, finished = 0, False
@@ -215,18 +223,20 @@ def test_killed(data, base):
             process.communicate()
             kills += 1
     check(finished and kills > 1, f"{kills} kills, finished: {finished}")
-    same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after {kills} kills")
+    files = ["model.bin", "adapter.bin", "best.bin", "eval.csv"]
+    same_files(whole, cut, files, f"{options}, after {kills} kills")
     for number in (signal.SIGINT, signal.SIGTERM):
         shutil.rmtree(cut)
-        process = start(*begin(base, data, cut, "--max-steps", "30", *hard(data)))
+        process = start(*begin(base, data, cut, "--max-steps", "30", *hard(data), *options))
         while not (cut / "log.csv").exists() or len((cut / "log.csv").read_text().split()) < 4:
             time.sleep(0.002)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         check(process.returncode == 128 + number and "--resume" in err, f"signal {number}: {err}")
-        check((cut / "state.bin").exists() and (cut / "model.bin").exists(), "no state was left")
+        check((cut / "state.bin").exists() and any((cut / name).exists() for name in files[:2]),
+              "no state was left")
         run("./train", "dpo", "--resume", "-o", cut)
-        same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after signal {number}")
+        same_files(whole, cut, files, f"{options}, after signal {number}")
     shutil.rmtree(whole)
     shutil.rmtree(cut)
 
@@ -315,6 +325,26 @@ def test_resume_refusals(data, base):
         shutil.rmtree(cut)
 
 
+def test_save_minutes(data, base):
+    """--save-minutes alone saves the state, and 0 does not."""
+    out = data / "run"
+    words = ["./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--max-length",
+             "96", "--max-prompt-length", "48", "--epochs", "30"]
+    process = start(*words, "--save-minutes", "1e-4", "--epochs", "10000")
+    while not (out / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    check((out / "state.bin").exists(), "no state after 6 milliseconds")
+    shutil.rmtree(out)
+    environment = shim(data)
+    if environment:
+        text = run(*words, "--save-minutes", "0",
+                   env={**environment, "KILL_BEFORE": "state.bin", "KILL_AT": "1"})
+        check("30 of 30 updates" in text, text)
+        shutil.rmtree(out)
+
+
 def test_one_process(data, base):
     """Two processes never train in one directory, and a start that fails leaves none behind."""
     out = data / "deep" / "run"
@@ -379,12 +409,16 @@ def test_reference_model(data, base):
     """--reference names another model: its memory is checked unless a cache has what it said, its
     rewards are not 0 at step 0, which is yet never the best, and resuming does without it."""
     other, out, cache = data / "reference_model.bin", data / "run", data / "cache.bin"
-    run("./train", "init", "-o", other, "--d-model", "512", "--context-length", "128", "--seed", "3")
+    run("./train", "init", "-o", other, "--d-model", "512", "--context-length", "128")
     words = [*hard(data), "--reference", other, "--max-steps", "6", "--eval-steps", "1",
              "--learning-rate", "1e-4"]
     refused(begin(base, data, out, *words, "--max-memory", "20M"), "20.0 MB are allowed",
             "--reference;")
-    run(*begin(base, data, out, *words, "--reference-cache", cache))
+    text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
+    log = rows(out / "eval.csv")
+    accuracy = float(log[0]["eval_rewards/accuracies"])
+    check(accuracy > 0 and "step 1, accuracy" in text and
+          "as good: step 2, 3, 4, 5, 6\n" in text and f"started from, was as good: accuracy {accuracy:.4f}" in text, f"step 0: {text}")
     shutil.rmtree(out)
     process = start(*begin(base, data, out, *words, "--reference-cache", cache, "--max-memory",
                            "20M", "--save-steps", "1", "--epochs", "9", "--max-steps", "300"))
@@ -393,8 +427,6 @@ def test_reference_model(data, base):
     process.kill()
     _, err = process.communicate()
     check((out / "state.bin").exists(), f"a cache that spares the model: {err}")
-    first, best = rows(out / "eval.csv")[0], (out / "best.bin").exists()
-    check(float(first["eval_rewards/accuracies"]) > 0 and best, f"step 0: {first}")
     hidden = other.rename(data / "hidden.bin")
     cache.unlink()
     process = start("./train", "dpo", "--resume", "-o", out)
@@ -462,24 +494,40 @@ def test_best_and_state(data, base):
 
 def test_best(data, base):
     """best.bin is the first of the best evaluations after step 0; patience counts from it."""
-    out = data / "best"
+    out, held = data / "best", data / "hard_held.jsonl"
     text = run(*begin(base, data, out, *hard(data), "--max-steps", "24", "--eval-steps", "1"))
     log = rows(out / "eval.csv")
     accuracy = [float(row["eval_rewards/accuracies"]) for row in log]
     best = 1 + max(range(len(accuracy) - 1), key=lambda i: (accuracy[i + 1], -i))
     check(f"step {best}, accuracy {accuracy[best]:.4f}" in text and "confirm it" in text,
           f"best is step {best}: {text}")
+    equal = [step for step in range(best + 1, 25) if accuracy[step] == accuracy[best]]
+    said = ", ".join(map(str, equal[:8])) + (f" and {len(equal) - 8} more" if equal[8:] else "")
+    check(f"as good: step {said}\n" in text if equal else "as good" not in text,
+          f"equal to the best are {equal}: {text}")
+    report = {line.split()[0]: line.split()[1:] for line in text.splitlines()
+              if line.startswith(("eval_", "step     "))}
+    check(report["step"] == ["0", "24", "best", str(best)], f"columns: {report}")
+    for name, values in report.items():
+        if name != "step":
+            column = [float(row[name]) for row in log]
+            check(all(abs(float(a) - b) < 6e-5 for a, b in
+                      zip(values, (column[0], column[24], column[best]))), f"{name}: {values}")
+    check(report["eval_ties"] == ["20", "1", "1"], f"ties: {report}")
+    for row, mean in zip(log, accuracy):    # every prompt stands alone
+        error = (mean * (1 - mean) / 19) ** 0.5
+        check(abs(float(row["eval_rewards/accuracies_se"]) - error) < 1e-8, f"{mean}: {row}")
     again = data / "again"      # the same run, up to that step
     run(*begin(base, data, again, *hard(data), "--max-steps", "24", "--eval-steps", str(best)))
     check((again / "best.bin").read_bytes() == (out / "best.bin").read_bytes(),
           "best.bin is not the model of its step")
-    for patience, delta in ((3, 0), (2, 0.05)):
+    for patience, delta in ((3, 0), (2, 0.05), (4, 0.05), (6, 0.05)):
         shutil.rmtree(again)
         text = run(*begin(base, data, again, *hard(data), "--max-steps", "24", "--eval-steps", "1",
                           "--patience", str(patience), "--min-delta", str(delta)))
         highest, waited, end = None, 0, 24
         for step in range(1, 25):
-            better = highest is None or accuracy[step] - highest > delta
+            better = highest is None or accuracy[step] - highest > delta + 1e-9
             waited = 0 if better else waited + 1
             highest = accuracy[step] if better else highest
             if waited == patience:
@@ -489,29 +537,36 @@ def test_best(data, base):
                                               f"{end}: {text}")
     refused(["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", data / "no",
              "--patience", "2"], "--eval-data", status=2)
-    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", data / "hard_held.jsonl",
-               "--versus", out, "--skip", "4", "--max-length", "96", "--json")
+    shutil.rmtree(again)
+    words = begin(base, data, again, "--max-steps", "6", "--learning-rate", "3")
+    words[1] = "sft"
+    text = run(*words)
+    losses = [float(row["eval_loss"]) for row in rows(again / "eval.csv")]
+    check(min(losses[1:]) > losses[0] and "training started from, was better: loss "
+          f"{losses[0]:.4f}" in text, f"SFT that only worsens, {losses}: {text}")
+    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", held, "--versus",
+               out, "--skip", "4", "--max-length", "96", "--json")
     result = json.loads(text[text.index("{"):text.rindex("}") + 1])
     paths = [data / "a.csv", data / "b.csv"]
     for path, model in zip(paths, (out / "best.bin", out)):
-        run("./eval", "prefs", "-m", model, "-r", base, "-d", data / "hard_held.jsonl", "--skip", "4",
+        run("./eval", "prefs", "-m", model, "-r", base, "-d", held, "--skip", "4",
             "--max-length", "96", "--out", path)
     hits = [[float(row["rewards/margins"]) > 0 for row in rows(path)] for path in paths]
     mean = sum(a - b for a, b in zip(*hits)) / len(hits[0])
-    skipped = (data / "hard_held.jsonl").read_text().splitlines()[4:]
+    skipped = (held).read_text().splitlines()[4:]
     check(result["prompts"] == len({json.loads(line)["prompt"] for line in skipped}),
           f"prompts after --skip: {result}")
     check(result["pairs"] == len(hits[0]) and abs(result["accuracies_difference"] - mean) < 1e-9
           and abs(result["versus_accuracies"] - sum(hits[1]) / len(hits[1])) < 1e-9,
           f"versus: {result}, not {mean}")
     differences, prompts = [a - b for a, b in zip(*hits)], {}
-    records = [json.loads(line) for line in (data / "hard_held.jsonl").read_text().splitlines()][4:]
+    records = [json.loads(line) for line in (held).read_text().splitlines()][4:]
     for record, difference in zip(records, differences):
         prompts.setdefault(record["prompt"], []).append(difference - mean)
     squares = sum(sum(values) ** 2 for values in prompts.values())
     error = (squares * len(prompts) / (len(prompts) - 1)) ** 0.5 / len(differences)
     check(abs(result["difference_se"] - error) < 1e-9, f"paired error {error}: {result}")
-    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", data / "hard_held.jsonl", "--skip", "1000"],
+    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", held, "--skip", "1000"],
             "--skip 1000")
     shutil.rmtree(out)
     shutil.rmtree(again)
@@ -561,6 +616,12 @@ def test_adapters(data, base):
             "qkv", "mlp.dense_h_to_4h")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "embed_out"),
             "the head takes no adapter here")
+    words = ["./train", "dpo", "-m", sft, "--model", base, "-d", data / "pairs.jsonl", "-o",
+             data / "x", "-o", data / "last", "--max-steps", "1"]
+    run(*words)     # the last of a repeated option counts, for defaults as well
+    rate = json.loads((data / "last" / "config.json").read_text())["options"]["learning-rate"]
+    check(rate == 1e-6, f"all weights are trained at {rate}")
+    shutil.rmtree(data / "last")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "dense,"),
             '"" is no linear layer')
     refused(begin(base, data, data / "x", "--lora-r", "8"), "--lora-r goes with --lora", status=2)
@@ -599,6 +660,14 @@ def test_reference_cache(data, base):
     run(*begin(base, data, data / "a", *with_cache))
     text = run(*begin(base, data, data / "b", *with_cache, "--beta", "0.4", "--loss-type", "ipo"))
     check("read from" in text, f"the cache serves another beta and loss: {text}")
+    long = data / "long.bin"        # the context is 128: what counts is what was applied
+    run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long, "--max-length",
+               "600", "--max-prompt-length", "900"))
+    shutil.rmtree(data / "long")
+    text = run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long,
+                      "--max-length", "700", "--max-prompt-length", "800"))
+    check("read from" in text, f"a cache of the same tokens: {text}")
+    shutil.rmtree(data / "long")
     words = begin(base, data, data / "c", *with_cache)
     refused(words + ["--dtype", "bf16"], "another precision")
     check(not (data / "c").exists(), "a cache that does not fit leaves a directory")
@@ -643,7 +712,9 @@ def main():
         run("./train", "init", "-o", base, "--d-model", "32", "--context-length", "128")
         test_resume(data, base)
         test_killed(data, base)
+        test_killed(data, base, "--lora", "--dtype", "bf16", "--lora-dropout", "0.1")
         test_resume_refusals(data, base)
+        test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
         test_reference_model(data, base)
