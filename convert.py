@@ -1339,7 +1339,8 @@ def import_adapter(directory, output, base):
         if found[name].shape != shape:
             fail(source, f"tensor {name!r} has shape {list(found[name].shape)}, by r and the base "
                          f"{list(shape)}; fetch both again, and give their base")
-    config = {**settings, "target_modules": target_names(hf, layers, adapted), "base": base}
+    config = {**settings, "target_modules": target_names(hf, layers, adapted),
+              "base": os.path.realpath(base)}
     tensors = {name: found[name]._replace(layout=LINEAR) for name in shapes}
     write_container(output, ADAPTER, [
         blob("config", json.dumps(config).encode()),

@@ -2961,6 +2961,8 @@ static void dpoi_tensor_get(const dpo_tensor *tensor, size_t first, float *x, si
        y = x W^T + b + scale * (x A^T) B^T,   A[r, in], B[out, r], scale = alpha / r:
    r (in + out) numbers instead of in x out. B begins as zero, so training begins at the model
    itself. A and B stay fp32, and so do their products, whatever W is. */
+enum { DPOI_MAX_RANK = 1 << 20 };
+
 static float dpoi_lora_scale(const dpo_lora *lora)
 {
     return (float)(lora->alpha / (lora->rslora ? sqrt((double)lora->r) : (double)lora->r));
@@ -2989,7 +2991,7 @@ static int dpoi_check_targets(dpo_model *model, const char *targets)
 {
     if (!*targets) return dpoi_fail(model->context, "LoRA: no target modules are named");
     if (!strcmp(targets, "all-linear")) return 0;
-    for (const char *name = targets; *name;) {
+    for (const char *name = targets;; name++) {
         char one[sizeof model->lora.targets], known[400] = "";
         size_t n = strcspn(name, ","), found = 0, used = 0;
         snprintf(one, sizeof one, "%.*s", (int)n, name);
@@ -3003,22 +3005,23 @@ static int dpoi_check_targets(dpo_model *model, const char *targets)
         }
         if (!n || !found)
             return dpoi_fail(model->context, "LoRA: \"%s\" is no linear layer of this model; it "
-                             "has %s; \"all-linear\" means all of them; the head takes no adapter",
-                             one, known);
-        name += n + (name[n] == ',');
+                             "has %s; \"all-linear\" means all of them; the head takes no adapter "
+                             "here, though PEFT gives it one when it is named", one, known);
+        name += n;
+        if (!*name) return 0;
     }
-    return 0;
 }
 
-/* Adds A and B for every target to the table; with `file`, for those targets that it has. */
+/* Adds A and B for every target to the table; a `file`, if there is one, must have them. r may
+   exceed a layer's sizes, where it buys nothing, as PEFT allows it. */
 static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
 {
-    const size_t C = model->config.d_model, n_tensors = model->n_tensors;
-    if (lora->r < 1 || lora->r > C || !(lora->alpha > 0 && lora->alpha < 1e9) ||
+    const size_t n_tensors = model->n_tensors;
+    if (lora->r < 1 || lora->r > DPOI_MAX_RANK || !(lora->alpha > 0 && lora->alpha < 1e9) ||
         !(lora->dropout >= 0 && lora->dropout < 1))
-        return dpoi_fail(model->context, "LoRA: r is %zu, alpha %g, dropout %g; r must be 1 to %zu "
-                         "(the model's width), alpha positive, dropout from 0 to below 1", lora->r,
-                         lora->alpha, lora->dropout, C);
+        return dpoi_fail(model->context, "LoRA: r is %zu, alpha %g, dropout %g; r must be 1 to %d, "
+                         "alpha positive, dropout from 0 to below 1", lora->r, lora->alpha,
+                         lora->dropout, DPOI_MAX_RANK);
     if (dpoi_check_targets(model, lora->targets)) return 1;
     for (size_t i = 0; i < n_tensors; i++) {
         dpo_tensor *W = &model->tensors[i];
@@ -3026,7 +3029,9 @@ static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_f
         int path = (int)(strlen(W->name) - strlen("weight"));
         if (!dpoi_is_target(model, lora->targets, W)) continue;
         snprintf(name, sizeof name, "base_model.model.%.*slora_A.weight", path, W->name);
-        if (file && !dpo_file_find(file, name)) continue;
+        if (file && !dpo_file_find(file, name))
+            return dpoi_fail(model->context, "tensor %s is missing, though the adapter's target "
+                             "modules name its layer: make the file again", name);
         W->lora_a = dpoi_add_tensor(model, DPO_LINEAR, lora->r, dpoi_linear_in(W), 1.0, name);
         snprintf(name, sizeof name, "base_model.model.%.*slora_B.weight", path, W->name);
         W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
@@ -4866,8 +4871,6 @@ DPO_API int dpo_lora_load(dpo_model *model, const char *path)
                  dpo_lora_check_base(context, &lora, path, model->identity);
     if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
     failed = failed || dpoi_match_entries(model, &file, first);
-    if (!failed && model->n_tensors == first)
-        failed = dpoi_fail(context, "%s: there is no adapter in it", path);
     failed = failed || dpoi_read_tensors(model, &file, first);
     if (!failed) model->adapter_identity = file.identity;
     dpo_file_close(context, &file);

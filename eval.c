@@ -130,7 +130,7 @@ static void load(dpo_context *context, const settings *s, source *models, size_t
     }
     if (s->max_length && s->max_length < longest) longest = s->max_length;
     else if (s->max_length > longest) say("note    --max-length becomes %zu, the context", longest);
-    load_data(context, data, s->data, &models[0].tokenizer, &models[0].config, (dpo_data_options){
+    load_data(context, data, s->data, &models[0].tokenizer, &models[0].config, &(dpo_data_options){
         .use = use, .max_length = longest, .max_prompt_length = s->max_prompt_length,
         .keep_start = s->truncation, .limit = s->limit ? s->limit + s->skip : 0});
     if (s->skip >= data->n) fail("--skip %zu leaves none of %zu pairs", s->skip, data->n);

@@ -370,19 +370,20 @@ static inline char *run_file(const char *directory, const char *name)
 }
 
 /* What an argument of a command line names: the word after --name or its letter, also as
-   --name=word; NULL without one. For what must be known before options are read. */
+   --name=word; the last if there are several, as parse_options has it, and NULL without one. For
+   what must be known before options are read. */
 static inline const char *given_value(int argc, char **argv, const char *name, char letter)
 {
+    const char *value = NULL;
     size_t n = strlen(name);
     for (int i = 2; i < argc; i++) {
-        const char *word = argv[i];
-        if (word[0] == '-' && word[1] == letter && letter)
-            return word[2] ? word + 2 : i + 1 < argc ? argv[i + 1] : "";
+        const char *word = argv[i], *next = i + 1 < argc ? argv[i + 1] : "";
+        if (word[0] == '-' && word[1] == letter && letter) value = word[2] ? word + 2 : next;
         if (strncmp(word, "--", 2) || strncmp(word + 2, name, n)) continue;
-        if (word[2 + n] == '=') return word + 3 + n;
-        if (!word[2 + n]) return i + 1 < argc ? argv[i + 1] : "";
+        if (word[2 + n] == '=') value = word + 3 + n;
+        if (!word[2 + n]) value = next;
     }
-    return NULL;
+    return value;
 }
 
 static inline FILE *create_file(const char *path)
@@ -652,10 +653,11 @@ static inline void open_found(dpo_context *context, source *s)
     check(context, dpo_tokenizer_load(context, &s->tokenizer, &s->file));
     if (!s->tokenizer.n_tokens)
         fail("%s has no tokenizer; import it from a folder that has one", s->path);
-    dpo_plan_options plan = {.n_threads = 1};
+    dpo_plan_options plan = {.n_threads = 1, .model.frozen = s->adapter != NULL, .lora = s->lora};
     dpo_memory memory;
     const dpo_config *c = &s->config;
-    check(context, dpo_memory_plan(context, &memory, c, &plan));
+    if (dpo_memory_plan(context, &memory, c, &plan))
+        fail("%s: %s", s->adapter ? s->adapter : s->path, context->error);
     say("model   %s: %s, %zu layers, width %zu, %zu heads, vocabulary %zu, context %zu, "
         "%.2f M parameters, %016llx", s->path, c->architecture == DPO_BTLM ? "btlm" : "gpt_neox",
         c->n_layers, c->d_model, c->n_heads, c->vocab_size, c->context_length,
@@ -702,25 +704,25 @@ static inline void check_same_tokenizer(const source *a, const source *b)
     }
 }
 
-/* Loads a data file for a model; lengths beyond its context are lowered to it. */
+/* Loads a data file for a model; lengths beyond its context are lowered to it, in *options, too. */
 static inline void load_data(dpo_context *context, dpo_data *data, const char *path,
                              const dpo_tokenizer *tokenizer, const dpo_config *config,
-                             dpo_data_options options)
+                             dpo_data_options *options)
 {
-    if (options.max_length > config->context_length) {
-        options.max_length = config->context_length;
-        say("note    --max-length becomes %zu, the model's context", options.max_length);
+    if (options->max_length > config->context_length) {
+        options->max_length = config->context_length;
+        say("note    --max-length becomes %zu, the model's context", options->max_length);
     }
-    if (options.max_prompt_length >= options.max_length) {
-        options.max_prompt_length = options.max_length / 2;
+    if (options->max_prompt_length >= options->max_length) {
+        options->max_prompt_length = options->max_length / 2;
         say("note    --max-prompt-length becomes %zu, half of --max-length",
-            options.max_prompt_length);
+            options->max_prompt_length);
     }
     if (config->eos_id < 0)
         fail("the model names no end token (eos_token_id in config.json), and answers need one");
     check(context, dpo_data_load(context, data, path, tokenizer, (uint32_t)config->eos_id,
-                                 &options));
-    print_counts(path, data, options.use == DPO_USE_PAIRS ? "pairs" : "answers");
+                                 options));
+    print_counts(path, data, options->use == DPO_USE_PAIRS ? "pairs" : "answers");
 }
 
 static inline void write_quoted(dpo_context *context, FILE *file, const char *bytes, size_t n)

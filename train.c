@@ -15,7 +15,9 @@
 #include "dpo.h"
 #include "tools.h"
 #include <dirent.h>
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/file.h>
 #include <sys/statvfs.h>
 
 enum { INIT = 1, SFT = 2, DPO = 4, MERGE = 8, PLAN = 16, TRAIN = SFT | DPO, FROM = TRAIN | MERGE,
@@ -49,6 +51,9 @@ typedef struct settings {
     int dtype, stochastic_rounding, recompute, lora, rslora, resume;
     size_t lora_r, save_steps, patience;
     double lora_alpha, lora_dropout, save_minutes, min_delta;
+    // Of a run that goes on: what config.json says of a reference that is not named anew.
+    int reference_known;
+    uint64_t reference_identity, reference_adapter_identity;
 } settings;
 
 /* Fewer numbers learn at a higher rate, so defaults depend on whether an adapter is trained. */
@@ -108,7 +113,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         FLAG(TRAIN | PLAN, "gradient-checkpointing", &s->recompute,
             "compute blocks again in the backward: less memory, a third more time"),
         FLAG(TRAIN, "lora", &s->lora, "train an adapter, leaving the model as it is"),
-        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1e5, "rank of the adapter"),
+        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1 << 20, "rank of the adapter"),
         REAL(TRAIN, "lora-alpha", &s->lora_alpha, 1e-6, 1e6, "it counts alpha / r times"),
         FLAG(TRAIN, "use-rslora", &s->rslora, "it counts alpha / sqrt(r) times"),
         REAL(TRAIN, "lora-dropout", &s->lora_dropout, 0, 0.99, "of the adapter's inputs"),
@@ -175,7 +180,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(TRAIN, "patience", &s->patience, 0, 1e9,
             "stop after this many evaluations without a better one; 0: off"),
         REAL(TRAIN, "min-delta", &s->min_delta, 0, 1e9,
-            "for --patience: better is more than this above the last that was"),
+            "for --patience: better is more than this (and 1e-9) above the last that was"),
         COUNT(TRAIN, "sample", &s->samples, 0, 1e6, "prompts to answer at each evaluation"),
         REAL(TRAIN, "save-minutes", &s->save_minutes, 0, 1e6,
             "between saves of the run's state; 0: not by time"),
@@ -183,7 +188,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "updates between saves of the run's state; 0: only by time"),
         FLAG(TRAIN, "resume", &s->resume,
             "go on with the interrupted run in -o, by its config.json"),
-        COUNT(MAKE, "seed", &s->seed, 0, MAX_JSON_WHOLE, "of weights, or of the order of the data"),
+        COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE,
+            "of weights, or of the order of the data"),
         COUNT(TRAIN | PLAN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(FROM, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -303,10 +309,9 @@ static void print_plans(dpo_context *context, const settings *s)
                 .kept_rows = s->micro_tokens, .max_scored = s->micro_tokens,
                 .max_span = s->max_length, .n_threads = context->n_threads};
             plan.model.recompute = s->recompute;
-            int impossible = dpo_memory_plan(context, &memory, &config, &plan);  // r > width
+            check(context, dpo_memory_plan(context, &memory, &config, &plan));
             if (!j) printf("\n%-14s %8.1f M", p->name, 1e-6 * (double)memory.params);
-            if (impossible) printf(" %17s", "-");
-            else printf(" %17.2f", 1e-9 * (double)memory.total);
+            printf(" %17.2f", 1e-9 * (double)memory.total);
         }
     }
     putchar('\n');
@@ -322,6 +327,8 @@ typedef struct position {
     size_t log_bytes, eval_bytes, samples_bytes;    // lengths of the files then
     dpo_metrics first_eval, last_eval, best;        // best.n 0: none yet
     size_t last_eval_step, best_step, evaluations;
+    uint64_t best_identity;                         // of best.bin; 0: none yet
+    size_t n_equal, equal_steps[8];                 // later evaluations as good, the first of them
     size_t waited;                                  // evaluations without a better one ...
     double to_beat;                                 // ... than this by --min-delta
 } position;
@@ -336,6 +343,7 @@ typedef struct run {
     dpo_optimizer optimizer;
     dpo_loss_options loss;
     dpo_data data, eval;        // eval.n is 0 without --eval-data
+    dpo_data_options cut;       // the lengths that they were cut to in the end
     size_t n_branches;          // of every example: 2 for dpo, 1 for sft
     double *reference;          // [2 data.n, then 2 eval.n] reference log-probabilities; dpo only
     int reference_cached;       // they were read from a file
@@ -349,12 +357,15 @@ typedef struct run {
     size_t steps, warmup;
     position at;
     double started;             // clock at the start, less what earlier parts of the run took
-    double saved;               // clock when the state was saved last
+    double saved;               // clock when the state was saved last ...
+    size_t saved_step;          // ... and after which update
     dpo_memory memory;          // the plan
     csv log, eval_log;
     FILE *samples;
-    const char *config_path, *reference_path, *result_path, *best_path, *state_path, *samples_path;
-    uint64_t identity;          // of config.json: tells runs apart
+    const char *config_path, *reference_path, *result_path, *best_path, *next_best_path;
+    const char *state_path, *samples_path;
+    char *description;          // what config.json says, and ...
+    uint64_t identity;          // ... its fingerprint: tells runs apart
     int failed;                 // an update came out not finite
 } run;
 
@@ -390,9 +401,10 @@ static size_t count_scored(const dpo_example *e)
 static void load_examples(run *r, dpo_data *data, const char *path, size_t limit)
 {
     const settings *s = r->s;
-    load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, (dpo_data_options){
+    r->cut = (dpo_data_options){
         .use = r->bit == DPO ? DPO_USE_PAIRS : DPO_USE_SFT, .max_length = s->max_length,
-        .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = limit});
+        .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = limit};
+    load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, &r->cut);
 }
 
 static dpo_model_options model_options(const run *r)
@@ -406,7 +418,7 @@ static dpo_model_options model_options(const run *r)
 
 static const char *const run_files[] = {
     "config.json", "log.csv", "eval.csv", "samples.jsonl", "reference.bin", "model.bin",
-    "adapter.bin", "best.bin", "state.bin",
+    "adapter.bin", "best.bin", "next_best.bin", "state.bin",
 };
 enum { N_RUN_FILES = sizeof run_files / sizeof *run_files };
 
@@ -430,10 +442,7 @@ static void check_directory(const run *r)
 {
     const char *directory = r->s->output;
     if (r->s->resume) {
-        if (path_exists(r->state_path)) {
-            remove_temporaries(directory);
-            return;
-        }
+        if (path_exists(r->state_path)) return;
         fail("%s cannot be resumed: it has no state.bin%s", directory,
              path_exists(r->result_path) ? ", because the run is complete"
              : "; begin anew with another -o (its reference.bin serves as --reference-cache)");
@@ -444,34 +453,81 @@ static void check_directory(const run *r)
                  path_exists(r->state_path) ? ", or go on with that one by --resume" : "");
 }
 
+/* Directories that were made for the run, the innermost last; a run that does not get as far as a
+   file takes them away again. */
+static char *made_directories[64];
+static size_t n_made_directories;
+
+static void remove_empty_directories(void)
+{
+    while (n_made_directories && !rmdir(made_directories[--n_made_directories]));
+}
+
 static void make_directories(const char *path)
 {
+    enum { MOST = sizeof made_directories / sizeof *made_directories };
     char *copy = path_join(path, "");
+    atexit(remove_empty_directories);
     for (char *slash = strchr(copy + 1, '/'); slash; slash = strchr(slash + 1, '/')) {
         *slash = 0;
-        if (mkdir(copy, 0777) && errno != EEXIST) fail("cannot make %s: %s", copy, strerror(errno));
+        if (!mkdir(copy, 0777)) {
+            if (n_made_directories < MOST) made_directories[n_made_directories++] = strdup(copy);
+        } else if (errno != EEXIST) {
+            fail("cannot make %s: %s", copy, strerror(errno));
+        }
         *slash = '/';
     }
     if (!is_directory(path)) fail("%s is not a directory", path);
     free(copy);
 }
 
-/* The run's files at the worst moment: the best model beside its successor, and two states. */
+/* One process at a time trains in a directory: it holds a lock on it until it ends, however it
+   ends. A file system without locks has to do without. */
+static void lock_directory(const char *directory)
+{
+    int descriptor = open(directory, O_RDONLY | O_CLOEXEC);
+    if (descriptor < 0) fail("cannot open %s: %s", directory, strerror(errno));
+    if (!flock(descriptor, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return;
+    n_made_directories = 0;     // it is the other's now
+    fail("another process is training in %s; wait for it, or choose another -o", directory);
+}
+
+/* From here on the run directory, which exists, is this process's alone. */
+static void enter_directory(const run *r)
+{
+    lock_directory(r->s->output);
+    check_directory(r);
+    remove_temporaries(r->s->output);
+}
+
+/* The run's files at the worst moment: the best model beside its successor, the result of an
+   interrupt (beside its own successor, where there is no best), and two states. Those that are
+   there already will be replaced. */
 static void check_disk(const run *r, size_t result)
 {
     const settings *s = r->s;
+    const char *const files[] = {r->result_path, r->best_path, r->next_best_path, r->state_path,
+                                 r->reference_path};
     struct statvfs disk;
+    struct stat status;
     if (statvfs(s->output, &disk)) return;
-    int states = s->save_steps || s->save_minutes > 0 ? 2 : 1;
-    double bytes = (double)result * (r->eval.n ? 3 : 1) +
-                   (double)states * (double)r->memory.state_file +
-                   16.0 * (double)(r->data.n + r->eval.n);
+    int states = s->resume || s->save_steps || s->save_minutes > 0 || r->eval.n ? 2 : 1;
+    int results = r->eval.n ? 3 : path_exists(r->result_path) ? 2 : 1;
+    double bytes = (double)results * (double)result +
+                   (double)states * (double)r->memory.state_file, own = 0;
+    if (r->bit == DPO) bytes += 16.0 * (double)(r->data.n + r->eval.n);
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (!stat(files[i], &status)) own += (double)status.st_size;
     double free_bytes = (double)disk.f_bavail * (double)disk.f_frsize;
-    say("disk    %10.1f MB of %.1f MB free: result %.1f MB%s, state %.1f MB (while the run lasts)",
-        1e-6 * bytes, 1e-6 * free_bytes, 1e-6 * (double)result, r->eval.n ? " and best.bin" : "",
+    say("disk    %10.1f MB of %.1f MB free%s: result %.1f MB%s, state %.1f MB (while the run "
+        "lasts)", 1e-6 * bytes, 1e-6 * (free_bytes + own), own > 0 ? " or the run's" : "",
+        1e-6 * (double)result, r->eval.n ? " and best.bin" : "",
         1e-6 * (double)r->memory.state_file);
-    if (bytes > free_bytes && !s->resume)
-        fail("%s: the disk has too little room for the run", s->output);
+    if (bytes > free_bytes + own)
+        fail("the run needs %.1f MB of disk in %s%s, and %.1f MB are free there; make room, or %s",
+             1e-6 * (bytes - own), s->output, own > 0 ? " besides what it has" : "",
+             1e-6 * free_bytes, s->resume ? "move the directory to a larger disk"
+                                          : "choose an -o on another disk");
 }
 
 /* Options that change neither results nor the run's files. Paths are free, since fingerprints of
@@ -486,9 +542,10 @@ static int is_free(const char *name)
     return 0;
 }
 
+/* Files and directories are written as a run finds them from wherever it goes on. */
 static void write_option(dpo_context *context, FILE *file, const option *o)
 {
-    char number[32];
+    char number[32], *absolute;
     int length;
     const char *text;
     switch (o->kind) {
@@ -501,8 +558,11 @@ static void write_option(dpo_context *context, FILE *file, const option *o)
         break;
     default:
         text = *(const char **)o->value;
+        absolute = text && strcmp(o->argument, "NAMES") ? realpath(text, NULL) : NULL;
+        if (absolute) text = absolute;
         if (text) write_quoted(context, file, text, strlen(text));
         else fputs("null", file);
+        free(absolute);
     }
 }
 
@@ -552,6 +612,15 @@ static char *read_text(const char *path)
     return text;
 }
 
+/* The next line that two descriptions of runs do not share; a line is one member, so it names what
+   is different. */
+typedef struct difference {
+    char name[64];
+    int is_option;
+    const char *before, *after;
+    int n_before, n_after;
+} difference;
+
 /* What a line of config.json, `"name": value,`, says of a name; its length in *length. */
 static const char *line_value(const char *line, int *length)
 {
@@ -561,27 +630,70 @@ static const char *line_value(const char *line, int *length)
     return line + start;
 }
 
-/* Compares two descriptions line by line; a line is one member, so the first that differs names
-   what is different. */
+static int next_difference(const char **before, const char **after, difference *d)
+{
+    while (**before && **after) {
+        const char *x = *before, *y = *after;
+        size_t n = strcspn(x, "\n"), m = strcspn(y, "\n");
+        int indentation = 0;
+        *before += n + (x[n] == '\n');
+        *after += m + (y[m] == '\n');
+        if (n == m && !memcmp(x, y, n)) continue;
+        *d = (difference){0};
+        d->before = line_value(x, &d->n_before);
+        d->after = line_value(y, &d->n_after);
+        sscanf(x, " %n\"%63[^\"]", &indentation, d->name);
+        d->is_option = indentation == 4;
+        return 1;
+    }
+    return 0;
+}
+
+/* Fails if a difference is that of a file's content, naming the option and the file. */
+static void check_same_file(const run *r, const char *name)
+{
+    const settings *s = r->s;
+    const char *reference = s->reference ? "reference" : "model";
+    const struct { const char *name, *option, *path; } files[] = {
+        {"model_identity", "model", r->source.path},
+        {"adapter_identity", s->adapter ? "adapter" : "model", r->source.adapter},
+        {"reference_identity", reference, r->reference_source.path},
+        {"reference_adapter_identity", reference, r->reference_source.adapter},
+        {"data_hash", "data", s->data}, {"eval_data_hash", "eval-data", s->eval_data},
+    };
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (!strcmp(files[i].name, name))
+            fail("%s cannot go on: %s (--%s) has not the content that the run began with; give "
+                 "the file that has it, or begin another run", s->output,
+                 files[i].path ? files[i].path : "no file", files[i].option);
+}
+
 static void check_same_run(const run *r, const char *then, const char *now_text)
 {
-    while (*then && *now_text) {
-        size_t n = strcspn(then, "\n"), m = strcspn(now_text, "\n");
-        int indentation = 0, before, after;
-        char name[64] = "";
-        sscanf(then, " %n\"%63[^\"]", &indentation, name);
-        int same = n == m && !memcmp(then, now_text, n);
-        if (!same && !strcmp(name, "compiler")) {
+    difference d;
+    while (next_difference(&then, &now_text, &d)) {
+        if (!strcmp(d.name, "compiler")) {
             say("note    the run was begun by another build: its last bits may differ");
-        } else if (!same && !is_free(name)) {
-            const char *old = line_value(then, &before), *new = line_value(now_text, &after);
-            fail("%s cannot go on: %s%s was %.*s there, and is %.*s now; only threads, memory, "
-                 "paths and the times of saving may change, for all else begin another run",
-                 r->s->output, indentation == 4 ? "--" : "", name, before, old, after, new);
+        } else if (!is_free(d.name)) {
+            check_same_file(r, d.name);
+            fail("%s cannot go on: %s%s was %.*s there, and is %.*s now; only --threads, "
+                 "--max-memory, paths and the times of saving may change, for all else begin "
+                 "another run", r->s->output, d.is_option ? "--" : "", d.name, d.n_before, d.before,
+                 d.n_after, d.after);
         }
-        then += n + (then[n] == '\n');
-        now_text += m + (now_text[m] == '\n');
     }
+}
+
+/* A file that is there whole or not at all. */
+static void write_text(const char *path, const char *text, size_t n)
+{
+    char *temporary = temporary_path(path);
+    FILE *file = create_file(temporary);
+    fwrite(text, 1, n, file);
+    if (fflush(file) || fsync(fileno(file))) fail("cannot write %s: %s", path, strerror(errno));
+    close_file(file, path);
+    if (rename(temporary, path)) fail("cannot write %s: %s", path, strerror(errno));
+    free(temporary);
 }
 
 /* Writes config.json, or compares it with this run when that goes on. */
@@ -593,23 +705,29 @@ static void settle_config(run *r, const option *options, size_t n_options)
     if (!memory) fail("out of memory");
     describe_run(r, memory, options, n_options);
     fclose(memory);
+    r->description = text;
     if (r->s->resume) {
-        char *then = read_text(r->config_path);
-        check_same_run(r, then, text);
-        r->identity = dpo_hash(DPO_HASH_START, then, strlen(then));
-        free(then);
+        r->description = read_text(r->config_path);
+        check_same_run(r, r->description, text);
+        free(text);
     } else {
-        FILE *file = create_file(r->config_path);
-        fwrite(text, 1, n, file);
-        close_file(file, r->config_path);
-        r->identity = dpo_hash(DPO_HASH_START, text, n);
+        write_text(r->config_path, text, n);
     }
-    free(text);
+    r->identity = dpo_hash(DPO_HASH_START, r->description, strlen(r->description));
+}
+
+static uint64_t read_identity(const dpo_json *json, const char *name)
+{
+    const dpo_json_value *value = dpo_json_member(json, json->values, name);
+    char digits[17] = "";
+    if (value && value->kind == DPO_JSON_STRING && value->n_string < sizeof digits)
+        memcpy(digits, json->text.bytes + value->string, value->n_string);
+    return strtoull(digits, NULL, 16);
 }
 
 /* Gives every option the value that config.json says a run had. */
 static void read_config(const char *directory, unsigned bit, const option *options,
-                        size_t n_options)
+                        size_t n_options, settings *s)
 {
     dpo_context context;
     dpo_json json = {0};
@@ -636,6 +754,8 @@ static void read_config(const char *directory, unsigned bit, const option *optio
         else if (value->kind == DPO_JSON_STRING) parse_value(o, copy);
         else parse_value(o, real_text(number, value->number));
     }
+    s->reference_identity = read_identity(&json, "reference_identity");
+    s->reference_adapter_identity = read_identity(&json, "reference_adapter_identity");
     dpo_json_free(&context, &json);
     dpo_context_free(&context);
     free(text);
@@ -687,18 +807,85 @@ static void save_state(run *r)
     r->at.log_bytes = synced_bytes(r->log.file, r->log.path);
     r->at.eval_bytes = synced_bytes(r->eval_log.file, r->eval_log.path);
     r->at.samples_bytes = synced_bytes(r->samples, r->samples_path);
-    check(r->context, dpo_state_save(&r->model, &r->optimizer, r->state_path, r->identity, &r->at,
-                                     sizeof r->at));
+    size_t n = strlen(r->description);      // so that a state can say whose it is
+    char *notes = allocate(sizeof r->at + n, 1);
+    memcpy(notes, &r->at, sizeof r->at);
+    memcpy(notes + sizeof r->at, r->description, n);
+    check(r->context, dpo_state_save(&r->model, &r->optimizer, r->state_path, r->identity, notes,
+                                     sizeof r->at + n));
+    free(notes);
     r->saved = now();
+    r->saved_step = r->at.step;
+}
+
+/* Of a model or adapter; 0 if there is none. */
+static uint64_t file_identity(dpo_context *context, const char *path)
+{
+    dpo_file file;
+    if (!path_exists(path)) return 0;
+    check(context, dpo_file_open(context, &file, path, is_adapter(path) ? DPO_FILE_ADAPTER
+                                                                        : DPO_FILE_MODEL, 0));
+    uint64_t identity = file.identity;
+    dpo_file_close(context, &file);
+    return identity;
+}
+
+/* best.bin and what state.bin says of it change together: the new file waits under another name
+   until a state that knows it is saved. Whenever the run is killed, here the two agree again. */
+static void settle_best(run *r)
+{
+    position *at = &r->at;
+    if (path_exists(r->next_best_path)) {
+        const int known = file_identity(r->context, r->next_best_path) == at->best_identity;
+        if (known ? rename(r->next_best_path, r->best_path) : remove(r->next_best_path))
+            fail("cannot change %s: %s", r->next_best_path, strerror(errno));
+    }
+    const uint64_t identity = file_identity(r->context, r->best_path);
+    if (identity == at->best_identity) return;
+    if (identity)
+        fail("%s is not the model that the run's state.bin knows as its best; put that one back, "
+             "or move this one away", r->best_path);
+    say("note    %s is not there any more: the best of the evaluations from here on will be",
+        r->best_path);
+    at->best = (dpo_metrics){0};
+    at->best_identity = 0;
+}
+
+/* Fails if a state is whole and says of what other run it is. */
+static void check_whose_state(const run *r)
+{
+    dpo_file file;
+    if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1)) return;
+    const dpo_entry *notes = dpo_file_find(&file, "notes");
+    const size_t n = notes && notes->bytes > sizeof r->at ? notes->bytes - sizeof r->at : 0;
+    char *text = allocate(n + 1, 1);
+    if (n) memcpy(text, (const char *)notes->data + sizeof r->at, n);
+    const char *there = text, *here = r->description;
+    difference d, next;
+    int found = next_difference(&there, &here, &d);
+    while (found && is_free(d.name) && next_difference(&there, &here, &next)) d = next;
+    if (found)
+        fail("%s belongs to another run than the config.json beside it: %s%s was %.*s there, and "
+             "is %.*s here", r->state_path, d.is_option ? "--" : "", d.name, d.n_before, d.before,
+             d.n_after, d.after);
+    free(text);
+    dpo_file_close(r->context, &file);
 }
 
 static void load_state(run *r)
 {
     dpo_string notes = {0};
-    check(r->context, dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes));
-    if (notes.n != sizeof r->at) fail("%s is of another version of this program", r->state_path);
+    int failed = dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes);
+    if (failed) {
+        char error[sizeof r->context->error];
+        memcpy(error, r->context->error, sizeof error);
+        check_whose_state(r);
+        fail("%s", error);
+    }
+    if (notes.n < sizeof r->at) fail("%s is of another version of this program", r->state_path);
     memcpy(&r->at, notes.bytes, sizeof r->at);
     dpo_string_free(r->context, &notes);
+    settle_best(r);
     say("resumed after update %zu of %zu", r->at.step, r->steps);
 }
 
@@ -874,7 +1061,7 @@ static dpo_reference_key reference_key(const run *r)
 {
     const settings *s = r->s;
     const source *from = &r->reference_source;
-    size_t cut[] = {s->max_length, s->max_prompt_length, (size_t)s->truncation};
+    size_t cut[] = {r->cut.max_length, r->cut.max_prompt_length, (size_t)s->truncation};
     return (dpo_reference_key){.model = from->file.identity, .adapter = from->adapter_identity,
         .dtype = (uint64_t)dtypes[s->dtype],
         .truncation = dpo_hash(DPO_HASH_START, cut, sizeof cut),
@@ -994,14 +1181,24 @@ static void keep_best(run *r)
     position *at = &r->at;
     const double now_merit = merit(r, &at->last_eval);
     at->waited++;
-    if (!at->evaluations++ || now_merit - at->to_beat > r->s->min_delta) {
+    // Fractions are not exact, and 11/20 - 10/20 is not to be more than 0.05.
+    if (!at->evaluations++ || now_merit - at->to_beat > r->s->min_delta + 1e-9) {
         at->waited = 0;
         at->to_beat = now_merit;
     }
+    if (at->best.n && now_merit == merit(r, &at->best)) {
+        if (at->n_equal < sizeof at->equal_steps / sizeof *at->equal_steps)
+            at->equal_steps[at->n_equal] = at->step;
+        at->n_equal++;
+    }
     if (at->best.n && !(now_merit > merit(r, &at->best))) return;
+    at->n_equal = 0;
     at->best = at->last_eval;
     at->best_step = at->step;
-    save_result(r, r->best_path);
+    save_result(r, r->next_best_path);
+    at->best_identity = file_identity(r->context, r->next_best_path);
+    save_state(r);
+    settle_best(r);
 }
 
 static int out_of_patience(const run *r)
@@ -1046,10 +1243,11 @@ static void evaluate(run *r)
 
 /* ---- the loop -------------------------------------------------------------------------------- */
 
-/* Whether it is time to write the run's state. */
+/* Whether it is time to write the run's state. A new best.bin has had it written already. */
 static int state_is_due(const run *r)
 {
     const settings *s = r->s;
+    if (r->saved_step == r->at.step) return 0;
     return (s->save_steps && r->at.step % s->save_steps == 0) ||
            (s->save_minutes > 0 && now() - r->saved >= 60 * s->save_minutes);
 }
@@ -1087,6 +1285,26 @@ static void train(run *r)
     if (interrupted) save_state(r);
 }
 
+static void print_best(const run *r)
+{
+    const position *at = &r->at;
+    const size_t most = sizeof at->equal_steps / sizeof *at->equal_steps;
+    const char *what = r->bit == DPO ? "accuracy" : "loss";
+    printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
+           "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
+           at->best_step, what, r->bit == DPO ? at->best.accuracy : at->best.loss,
+           out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+    if (at->n_equal) printf("no better, but as good: step");
+    for (size_t i = 0; i < at->n_equal && i < most; i++)
+        printf("%s %zu", i ? "," : "", at->equal_steps[i]);
+    if (at->n_equal > most) printf(" and %zu more", at->n_equal - most);
+    if (at->n_equal) printf("\n");
+    if (merit(r, &at->first_eval) >= merit(r, &at->best))
+        printf("step 0, the model that training started from, was %s: %s %.4f\n",
+               merit(r, &at->first_eval) > merit(r, &at->best) ? "better" : "as good", what,
+               r->bit == DPO ? at->first_eval.accuracy : at->first_eval.loss);
+}
+
 static void print_results(const run *r)
 {
     double first[N_METRICS], last[N_METRICS], best[N_METRICS];
@@ -1106,12 +1324,7 @@ static void print_results(const run *r)
                    at->last_eval.accuracy_error, at->best.accuracy_error, "ties",
                    at->first_eval.ties, at->last_eval.ties, at->best.ties);
     }
-    if (at->best.n)
-        printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
-               "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
-               at->best_step, r->bit == DPO ? "accuracy" : "loss",
-               r->bit == DPO ? at->best.accuracy : at->best.loss,
-               out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+    if (at->best.n) print_best(r);
     printf("%zu of %zu updates, %zu examples, %zu tokens; %s saved: %s\n", at->step, r->steps,
            at->examples, at->tokens, r->lora.r ? "adapter" : "model", r->result_path);
 }
@@ -1172,6 +1385,14 @@ static void plan_updates(run *r, dpo_plan_options *plan)
     r->at.step = 0;
 }
 
+#define LESS_TRAINING_MEMORY "lower --micro-tokens or --max-length, use --lora, --dtype bf16, " \
+    "--gradient-checkpointing or --stochastic-rounding, or a smaller model"
+
+static size_t reference_bytes(const run *r)
+{
+    return r->bit == DPO ? 2 * (r->data.n + r->eval.n) * sizeof(double) : 0;
+}
+
 static void plan_memory(run *r)
 {
     const settings *s = r->s;
@@ -1186,21 +1407,24 @@ static void plan_memory(run *r)
     for (size_t i = 0; sample_prompt(r, i, &longest); i++)
         if (longest + SAMPLE_TOKENS > plan.max_positions)
             plan.max_positions = longest + SAMPLE_TOKENS;
-    size_t reference = 2 * (r->data.n + r->eval.n) * sizeof(double);
-    const char *advice = "lower --micro-tokens or --max-length, use --lora, --dtype bf16, "
-                         "--gradient-checkpointing or --stochastic-rounding, or a smaller model";
-    r->memory = check_memory(r->context, &r->source.config, &plan, reference, s->max_memory, 1,
-                             advice);
+    r->memory = check_memory(r->context, &r->source.config, &plan, reference_bytes(r),
+                             s->max_memory, 1, LESS_TRAINING_MEMORY);
     say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
-    if (!s->reference) return;
-    plan.train = 0;
-    plan.kept_rows = plan.max_positions = 0;
-    plan.file = &r->reference_source.file;
-    plan.lora = r->reference_source.lora;
+}
+
+/* Another model than the policy scores the pairs before the policy is loaded. */
+static void plan_reference_memory(const run *r)
+{
+    const source *from = &r->reference_source;
+    dpo_plan_options plan = {.model = model_options(r), .file = &from->file, .lora = from->lora,
+                             .n_threads = r->context->n_threads};
     plan.model.frozen = 1;
-    check_memory(r->context, &r->reference_source.config, &plan, reference, s->max_memory, 0,
-                 advice);
+    plan_scoring(&plan, &r->data, r->s->micro_tokens);
+    plan_scoring(&plan, &r->eval, r->s->micro_tokens);
+    check_memory(r->context, &from->config, &plan, reference_bytes(r), r->s->max_memory, 0,
+                 "for the model of --reference; lower --micro-tokens or --max-length, use "
+                 "--dtype bf16, or make a --reference-cache on a larger machine");
 }
 
 /* What the result takes on disk: an adapter, or the model with tokenizer and original files. */
@@ -1217,10 +1441,15 @@ static size_t result_bytes(const run *r)
 static void prepare(run *r, const option *options, size_t n_options)
 {
     const settings *s = r->s;
-    check_directory(r);
+    const int exists = is_directory(s->output);
+    if (exists) enter_directory(r);
     open_found(r->context, &r->source);
     r->reference_source = r->source;
-    if (s->reference) {
+    if (s->reference_known) {       // its log-probabilities are in reference.bin
+        r->reference_source = (source){.path = s->reference,
+            .adapter_identity = s->reference_adapter_identity,
+            .file = {.identity = s->reference_identity}};
+    } else if (s->reference) {
         open_model(r->context, &r->reference_source, s->reference, NULL);
         check_same_tokenizer(&r->source, &r->reference_source);
     }
@@ -1233,7 +1462,11 @@ static void prepare(run *r, const option *options, size_t n_options)
     plan_memory(r);
     if (s->resume) settle_config(r, options, n_options);
     if (r->bit == DPO) read_reference(r);
-    make_directories(s->output);
+    if (s->reference && !r->reference_cached) plan_reference_memory(r);
+    if (!exists) {
+        make_directories(s->output);
+        enter_directory(r);
+    }
     if (!s->resume) check_can_make(r->result_path);
     if (!s->resume && s->reference_cache && !path_exists(s->reference_cache))
         check_can_make(s->reference_cache);
@@ -1275,6 +1508,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     }
     r.result_path = path_join(s->output, s->lora || r.source.adapter ? "adapter.bin" : "model.bin");
     r.best_path = path_join(s->output, "best.bin");
+    r.next_best_path = path_join(s->output, "next_best.bin");
     r.state_path = path_join(s->output, "state.bin");
     r.config_path = path_join(s->output, "config.json");
     r.reference_path = path_join(s->output, "reference.bin");
@@ -1283,7 +1517,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     else load_policy(&r);
     if (!s->resume) settle_config(&r, options, n_options);
     close_model(context, &r.source);
-    if (s->reference) close_model(context, &r.reference_source);
+    if (s->reference && !s->reference_known) close_model(context, &r.reference_source);
     check(context, dpo_optimizer_init(&r.model, &r.optimizer, (dpo_optimizer_kind)s->optimizer));
     r.optimizer.beta1 = s->adam_beta1;
     r.optimizer.beta2 = s->optimizer == DPO_RMSPROP ? s->rmsprop_alpha : s->adam_beta2;
@@ -1351,8 +1585,10 @@ int main(int argc, char **argv)
     const char *output = given_value(argc, argv, "output", 'o');
     const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
     if (resumes && !output) usage_fail("--resume needs -o DIR, the run to go on with");
-    if (resumes)
-        read_config(output, bit, options, n_options);
+    if (resumes) {
+        read_config(output, bit, options, n_options, &s);
+        s.reference_known = s.reference && !given_value(argc, argv, "reference", 0);
+    }
     parse_options(argc, argv, c, bit, options, n_options);
     if (bit & TRAIN) check_lora_options(argc, argv, &s);
 

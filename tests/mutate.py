@@ -475,9 +475,9 @@ MUTANTS = {
     ],
     "dpoi_add_adapters": [
         ("lora->r, dpoi_linear_in(W)", "lora->r, dpoi_linear_out(W)"),
-        ("if (file && !dpo_file_find(file, name)) continue;", ""),
+        ("if (file && !dpo_file_find(file, name))", "if (0)"),
         ("dpoi_number_trainable(model);", ""),
-        ("lora->r > C", "0"),
+        ("lora->r > DPOI_MAX_RANK", "0"),
         ("lora->alpha > 0 &&", ""),
         ("lora->dropout < 1", "1"),
     ],
@@ -610,6 +610,8 @@ MUTANTS = {
         ("DPOI_STREAM_PASS, model->passes)", "DPOI_STREAM_PASS, 0)"),
     ],
     "dpo_backward": [
+        ("embeds ? 0 : dpoi_lowest_trained(model)", "0"),
+        ("embeds || l > lowest", "1"),
         ("memset(w->dx, 0, w->R * C * sizeof *w->dx);", ""),
         ("memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);", ""),
         ("weights->head, (float)config->logit_scale, w->targets", "weights->head, 1.0f, w->targets"),
@@ -729,7 +731,6 @@ MUTANTS = {
     "dpo_lora_load": [
         ("dpo_lora_check_base(context, &lora, path, model->identity)", "0"),
         ("model->adapter_identity = file.identity;", ";"),
-        ("model->n_tensors == first", "0"),
     ],
     "dpoi_match_entries": [
         ("return first ? dpoi_fail", "continue; return first ? dpoi_fail"),

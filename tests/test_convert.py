@@ -979,7 +979,7 @@ class AdapterTest(ConvertTest):
         path = self.path(f"adapter{next(self.counter)}.bin")
         source = self.directory(adapter_config__json=config,
                                 adapter_model__safetensors=self.saved(tensors))
-        self.output = self.good("import", source, path, "--base", base)
+        self.output = self.good("import", source, path, "--base", os.path.relpath(base))
         return path
 
     def rewritten(self, entries, changes):
@@ -1021,7 +1021,7 @@ class AdapterTest(ConvertTest):
                              ["config", "base", *tensors, "file/adapter_config.json"])
             self.assertEqual(json.loads(entries["config"][3]), {
                 "r": config["r"], "alpha": config["lora_alpha"], "dropout": 0.05,
-                "rslora": config["use_rslora"], "base": base,
+                "rslora": config["use_rslora"], "base": os.path.realpath(base),
                 "target_modules": names if names == "all-linear" else ",".join(names)})
             data = convert.read_bytes(base)
             table_end, = struct.unpack_from("<Q", data, 24)
@@ -1100,7 +1100,7 @@ class AdapterTest(ConvertTest):
         self.assertIn("fan_in_fan_out should be true", self.output)
         self.assertEqual(json.loads(convert.read_container(adapter)["config"][3]), {
             "r": 8, "alpha": 8, "dropout": 0, "rslora": False, "target_modules": "c_fc2",
-            "base": os.path.join(run, "model.bin")})
+            "base": os.path.realpath(os.path.join(run, "model.bin"))})
         lora_run = self.directory(adapter__bin=convert.read_bytes(adapter))
         self.assertEqual(self.exported(lora_run), self.exported(adapter))
 

@@ -521,9 +521,10 @@ static void test_targets(int architecture, const check_batch *b)
         { { "all-linear", 8 }, { "dense_4h_to_h", 2 }, { "attention.dense,query_key_value", 4 },
           { "gpt_neox.layers.1.mlp.dense_h_to_4h", 1 }, { "dense", 2 }, { "dense_h_to_4h,dense", 4 } },
         { { "all-linear", 10 }, { "c_proj", 4 }, { "mlp.c_proj", 2 }, { "c_fc2", 2 },
-          { "transformer.h.0.attn.c_attn", 1 }, { "c_fc,attn.c_proj,", 4 } } };
+          { "transformer.h.0.attn.c_attn", 1 }, { "c_fc,attn.c_proj", 4 } } };
     for (size_t i = 0; i < 6; i++) {
-        mode m = { "", { .frozen = 1, .recompute = i == 5 }, { .r = 3, .alpha = 5, .rslora = i == 1,
+        const size_t r = i == 3 ? 40 : 3; // more than the width, too
+        mode m = { "", { .frozen = 1, .recompute = i == 5 }, { .r = r, .alpha = 5, .rslora = i == 1,
                    .dropout = i % 2 ? 0.0 : 0.3 }, 0 };
         snprintf(m.lora.targets, sizeof m.lora.targets, "%s", cases[architecture][i].targets);
         dpo_model model = open_model(&context, small[architecture], &m);
@@ -532,7 +533,7 @@ static void test_targets(int architecture, const check_batch *b)
             dpo_tensor *W = &model.tensors[t];
             if (!W->lora_a) continue;
             adapted++;
-            check(W->lora_a->shape[0] == 3 && W->lora_b->shape[1] == 3 &&
+            check(W->lora_a->shape[0] == r && W->lora_b->shape[1] == r &&
                   W->lora_a->shape[1] == dpoi_linear_in(W) && W->lora_b->shape[0] == dpoi_linear_out(W),
                   "shapes over %s", W->name);
         }
@@ -540,6 +541,43 @@ static void test_targets(int architecture, const check_batch *b)
         check_differences(&model, b, m.lora.targets);
         dpo_model_free(&model);
     }
+}
+
+/* The products of a backward under an adapter of one layer alone: what lies above it passes its gradient
+   on, frozen weights get none of their own, and nothing below gets anything. */
+static void test_backward_products(int architecture, const check_batch *b)
+{
+    static const char *const targets[2][2] = {
+        { "gpt_neox.layers.0.mlp.dense_h_to_4h", "gpt_neox.layers.1.mlp.dense_h_to_4h" },
+        { "transformer.h.0.attn.c_attn", "transformer.h.1.attn.c_attn" } };
+    for (int layer = 0; layer < 2; layer++)
+        for (int recompute = 0; recompute < 2; recompute++) {
+            mode m = { "", { .frozen = 1, .recompute = recompute }, { .r = 2, .alpha = 4 }, 0 };
+            snprintf(m.lora.targets, sizeof m.lora.targets, "%s", targets[architecture][layer]);
+            dpo_model model = open_model(&context, small[architecture], &m);
+            dpo_score scores[MOST];
+            dpo_profile profile = { 0 };
+            check_must(dpo_model_zero_grad(&model) || dpo_forward(&model, scores, &b->batch, 1), &context);
+            context.profile = &profile;
+            check_must(dpo_backward(&model, &b->batch, dlogp), &context);
+            context.profile = NULL;
+            double rows = 0.0, weights = 0.0, has = profile.flops[DPO_TIME_LINEAR_BACK];
+            for (size_t e = 0; e < b->batch.n; e++) rows += (double)dpo_example_rows(&b->examples[e]);
+            for (int l = layer; l < 2; l++) {
+                const dpoi_block_weights *block = &model.weights->blocks[l];
+                weights += (double)block->down_w->n;
+                // The MLP comes last in NeoX's parallel block, and after attention in BTLM's.
+                if (l > layer || architecture == DPO_BTLM)
+                    weights += (double)(block->up_w->n + block->out_w->n);
+                if (block->gate_w) weights += (double)block->gate_w->n;
+                if (l > layer) weights += (double)block->qkv_w->n;
+            }
+            check(has == 2 * rows * weights, "%s: a backward of %.0f FLOPs in linear layers, not %.0f",
+                  m.lora.targets, has, 2 * rows * weights);
+            check((profile.flops[DPO_TIME_ATTENTION_BACK] > 0) == (architecture == DPO_BTLM || !layer),
+                  "%s: attention's backward", m.lora.targets);
+            dpo_model_free(&model);
+        }
 }
 
 /* A new adapter changes nothing: B is 0. A lies in +-1/sqrt(in), uniformly: four standard errors. */
@@ -664,10 +702,19 @@ static void test_adapter_files(int architecture, const check_batch *b)
 
     // Of the last layer alone: nothing below it needs a backward, and gets none.
     dpo_entry entries[MOST_ENTRIES];
+    char config[1200];
     size_t n = 0;
-    for (size_t i = 0; i < first.n_entries; i++)
-        if (strncmp(first.entries[i].name, "base_model.", 11) || strstr(first.entries[i].name, ".1."))
-            entries[n++] = first.entries[i];
+    int used = snprintf(config, sizeof config, "{\"r\": 4, \"alpha\": 8, \"dropout\": 0, \"rslora\": false, "
+                        "\"base\": \"b\", \"target_modules\": \"");
+    for (size_t i = 0; i < first.n_entries; i++) {
+        const char *name = first.entries[i].name;
+        if (strncmp(name, "base_model.", 11) || strstr(name, ".1.")) entries[n++] = first.entries[i];
+        if (strstr(name, ".1.") && strstr(name, "lora_A"))
+            used += snprintf(config + used, sizeof config - (size_t)used, "%.*s,",
+                             (int)(strstr(name, ".lora_A") - name) - 17, name + 17);
+    }
+    snprintf(config + used - 1, sizeof config - (size_t)used, "\"}");
+    set_config(&entries[0], config);
     write_adapter(again, entries, n);
     check_must(dpo_model_load(&context, &loaded, small[architecture], &m.options) ||
                dpo_lora_load(&loaded, again), &context);
@@ -706,7 +753,9 @@ static void test_adapter_errors(void)
         { CONFIG("4", "8", "0", "dense,all-linear"), "\"all-linear\" is no linear layer" },
         { CONFIG("4", "8", "0", ""), "no target modules" },
         { CONFIG("4", "8", "0", "dense_4h_to_h"), "none of the adapter's target modules" },
-        { CONFIG("0", "8", "0", "all-linear"), "r is 0" }, { CONFIG("33", "8", "0", "all-linear"), "r is 33" },
+        { CONFIG("4", "8", "0", "dense,dense_4h_to_h,"), "\"\" is no linear layer" },
+        { CONFIG("0", "8", "0", "all-linear"), "r is 0" },
+        { CONFIG("1048577", "8", "0", "all-linear"), "r is 1048577" },
         { CONFIG("2.5", "8", "0", "all-linear"), "r is 2.5" },
         { CONFIG("4", "0", "0", "all-linear"), "alpha 0" }, { CONFIG("4", "-1", "0", "all-linear"), "alpha -1" },
         { CONFIG("4", "8", "1", "all-linear"), "dropout 1" },
@@ -734,7 +783,8 @@ static void test_adapter_errors(void)
     for (int i = 0; i < 8; i++) { // entry 2 is the first A, 3 its B
         float numbers[4 * 96 + 1] = { 0 };
         const char *name = file.entries[2 + i % 2].name, *words[] = { name, name, name, name, name,
-            "3.mlp.dense_h_to_4h.lora_A.weight is none", "no config or base", "there is no adapter" };
+            "0.attention.query_key_value.lora_A.weight is missing", "no config or base",
+            "0.attention.query_key_value.lora_A.weight is missing" };
         size_t from = 0, count = n;
         memcpy(entries, file.entries, bytes);
         if (i == 0) entries[2].layout = DPO_CONV1D;
@@ -749,11 +799,12 @@ static void test_adapter_errors(void)
         write_adapter(bad, entries + from, count - from);
         refuse(bad, small[0], words[i]);
     }
-    for (size_t k = 2; k < 4; k++) { // without A, without B: what is there, or what is not, has a name
+    for (size_t k = 2; k < n; k++) { // without one A or B, or without one pair
+        const size_t lost = k % 2 || k % 4 ? 1 : 2;
         memcpy(entries, file.entries, bytes);
-        memmove(entries + k, entries + k + 1, (n - k - 1) * sizeof *entries);
-        write_adapter(bad, entries, n - 1);
-        refuse(bad, small[0], file.entries[3].name);
+        memmove(entries + k, entries + k + lost, (n - k - lost) * sizeof *entries);
+        write_adapter(bad, entries, n - lost);
+        refuse(bad, small[0], file.entries[k].name);
     }
 
     // What is wrong with the model instead
@@ -766,14 +817,14 @@ static void test_adapter_errors(void)
     for (int i = 0; i < 6; i++) {
         const dpo_model_options trained = { 0 };
         size_t heap = context.heap_bytes;
-        const char *words[] = { "loaded as frozen", "has not been used", "r is 0", "r is 33", "alpha",
+        const char *words[] = { "loaded as frozen", "has not been used", "r is 0", "r is 1048577", "alpha",
                                 "dropout" };
         check_must(dpo_model_load(&context, &model, small[0], i ? &modes[LORA].options : &trained),
                    &context);
         check(dpo_lora_save(&model, bad, "") && strstr(context.error, bad), "saved no adapter");
         if (i == 1) check_must(dpo_forward(&model, score, &(dpo_batch){ b.examples, 1 }, 0), &context);
         lora = modes[LORA].lora;
-        lora.r = i == 2 ? 0 : i == 3 ? 33 : 4;
+        lora.r = i == 2 ? 0 : i == 3 ? (1 << 20) + 1 : 4;
         if (i == 4) lora.alpha = NAN;
         if (i == 5) lora.dropout = NAN;
         fails(dpo_lora_init(&model, &lora, 1), words[i], "init");
@@ -1148,10 +1199,14 @@ int main(void)
         test_start(a, &b);
         test_merge(a, &b);
         test_targets(a, &b);
+        test_backward_products(a, &b);
         test_adapter_files(a, &b);
         test_threads(a);
         test_kept(a);
         for (int i = 0; i < MODES; i++) test_plan(a, &modes[i], i % 3 ? DPO_ADAMW : DPO_RMSPROP);
+        mode high = modes[LORA]; // a rank beyond the widths
+        high.lora.r = 150;
+        test_plan(a, &high, DPO_ADAMW);
         static const int resumed[] = { FULL, MASTERS, CHANCE, LORA_DROP };
         for (int i = 0; i < 4; i++) test_state(a, resumed[i]);
         check_free_batch(&b);

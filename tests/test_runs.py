@@ -16,6 +16,9 @@ import tempfile
 import time
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import convert
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 passed = failed = 0
 KIND = ["Gladly! ", "Good question. ", "Happy to help. "]
@@ -44,9 +47,9 @@ def start(*words, **options):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
-def run(*words, status=0):
-    """Runs a program; returns stdout + stderr, and counts an unexpected exit status as a failure."""
-    process = start(*words)
+def run(*words, status=0, **options):
+    """Runs a program; returns stdout + stderr. An unexpected exit status counts as a failure."""
+    process = start(*words, **options)
     out, err = process.communicate(timeout=120)
     if process.returncode != status:
         check(False, f"{' '.join(map(str, words))}: exit status {process.returncode}, "
@@ -74,6 +77,53 @@ def same_files(a, b, names, what):
             check((a / name).read_bytes() == (b / name).read_bytes(), f"{what}: another {name}")
 
 
+# Comes before a program's own functions: the N-th rename to a name kills it at that instant, and a
+# disk has as little room as a test wants.
+SHIM = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/statvfs.h>
+int rename(const char *from, const char *to)
+{
+    static int n;
+    int (*real)(const char *, const char *) = dlsym(RTLD_NEXT, "rename");
+    const char *name = getenv("KILL_BEFORE"), *slash = strrchr(to, '/');
+    if (name && !strcmp(slash ? slash + 1 : to, name) && ++n == atoi(getenv("KILL_AT")))
+        raise(SIGKILL);
+    return real(from, to);
+}
+int statvfs(const char *path, struct statvfs *disk)
+{
+    int (*real)(const char *, struct statvfs *) = dlsym(RTLD_NEXT, "statvfs");
+    int failed = real(path, disk);
+    if (getenv("FREE_BYTES")) disk->f_bavail = atoll(getenv("FREE_BYTES")) / disk->f_frsize;
+    return failed;
+}
+"""
+
+
+def shim(data):
+    """The environment that puts SHIM before a program; None where there is no such thing."""
+    source, library = data / "shim.c", data / "shim.so"
+    compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if not sys.platform.startswith("linux") or not compiler:
+        return None
+    if not library.exists():
+        source.write_text(SHIM)
+        run(compiler, "-shared", "-fPIC", source, "-o", library, "-ldl")
+    return {**os.environ, "LD_PRELOAD": str(library)}
+
+
+def killed(words, environment, name, n):
+    """Runs a program that is killed when it is about to give a file its name for the n-th time."""
+    process = start(*words, env={**environment, "KILL_BEFORE": name, "KILL_AT": str(n)})
+    _, err = process.communicate(timeout=120)
+    return check(process.returncode == -signal.SIGKILL, f"not killed at {name} {n}: {err}")
+
+
 def write_pairs(path, seed, n):
     random.seed(seed)
     with open(path, "w") as file:
@@ -85,6 +135,22 @@ def write_pairs(path, seed, n):
             file.write("\n")
 
 
+def write_hard_pairs(data):
+    """Pairs of which no one can be told from another, some of them trained on and some not: their
+    accuracies go up and down."""
+    random.seed(3)
+    word = lambda n: "".join(random.choice("abcdefghijklmnop") for _ in range(n))
+    lines = [json.dumps({"prompt": f"\n\nHuman: {word(6)}\n\nAssistant:", "chosen": " " + word(10),
+                         "rejected": " " + word(10)}) + "\n" for _ in range(50)]
+    (data / "hard.jsonl").write_text("".join(lines[:40]))
+    tie = {"prompt": "\n\nHuman: a tie?\n\nAssistant:", "chosen": " yes", "rejected": " yes"}
+    (data / "hard_held.jsonl").write_text("".join(lines[30:49]) + json.dumps(tie) + "\n")
+
+
+def hard(data):
+    return ["-d", data / "hard.jsonl", "--eval-data", data / "hard_held.jsonl"]
+
+
 def begin(base, data, out, *more):
     return ["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--eval-data",
             data / "held.jsonl", "--batch-size", "8", "--max-length", "96", "--max-prompt-length",
@@ -93,11 +159,16 @@ def begin(base, data, out, *more):
 
 def test_resume(data, base):
     """10 updates equal 5, killed, and 5 more, whatever the mode and the threads."""
-    for name, options in MODES.items():
+    adapter = data / "adapter"
+    run(*begin(base, data, adapter, "--max-steps", "2", "--lora"))
+    more = {"SFT": [], "SFT of an adapter": ["--lora"], "an adapter trained further": []}
+    for name, options in {**MODES, **more}.items():
         whole, cut = data / "whole", data / "cut"
-        run(*begin(base, data, whole, "--max-steps", "10", "--sample", "1", *options))
-        process = start(*begin(base, data, cut, "--max-steps", "10", "--sample", "1",
-                               "--save-steps", "5", "--threads", "1", *options))
+        model = adapter if "further" in name else base
+        words = begin(model, data, "", "--max-steps", "10", "--sample", "1", *options)
+        words[1] = "sft" if "SFT" in name else "dpo"
+        run(*words, "-o", whole)
+        process = start(*words, "-o", cut, "--save-steps", "5", "--threads", "1")
         while not (cut / "state.bin").exists() and process.poll() is None:
             time.sleep(0.002)
         process.kill()
@@ -110,9 +181,10 @@ def test_resume(data, base):
         cut.rename(moved)
         cut = moved
         shutil.copy(base, data / "copy.bin")
-        copy = [] if "--lora" in options else ["-m", data / "copy.bin"]    # adapters say where
-        text = run("./train", "dpo", "--resume", "-o", cut, "--threads", "3", *copy)
-        check("resumed after update 5 of 10" in text, f"{name}: {text}")
+        copy = [] if "--lora" in options or model != base else ["-m", data / "copy.bin"]
+        # (adapters say where their base is, and would be other files)
+        text = run("./train", words[1], "--resume", "-o", cut, "--threads", "3", *copy)
+        check("resumed after update" in text, f"{name}: {text}")
         same_files(whole, cut, ["model.bin", "adapter.bin", "best.bin", "eval.csv",
                                 "samples.jsonl", "reference.bin"], f"{name}, resumed")
         changing = ("tokens_per_second", "seconds")
@@ -124,12 +196,13 @@ def test_resume(data, base):
         check(left == ["notes.tmp-123"], f"{name}: a finished run keeps {left}")
         shutil.rmtree(whole)
         shutil.rmtree(cut)
+    shutil.rmtree(adapter)
 
 
-def test_killed(data, base):
+def test_killed(data, base, *options):
     """Killed at any instant, again and again, a run still comes to the same end."""
     whole, cut = data / "whole", data / "cut"
-    more = ["--max-steps", "30", "--save-steps", "1"]
+    more = ["--max-steps", "30", "--save-steps", "1", *hard(data), *options]
     run(*begin(base, data, whole, *more))
     random.seed(1)
     kills, finished = 0, False
@@ -150,99 +223,311 @@ def test_killed(data, base):
             process.communicate()
             kills += 1
     check(finished and kills > 1, f"{kills} kills, finished: {finished}")
-    same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after {kills} kills")
+    files = ["model.bin", "adapter.bin", "best.bin", "eval.csv"]
+    same_files(whole, cut, files, f"{options}, after {kills} kills")
     for number in (signal.SIGINT, signal.SIGTERM):
         shutil.rmtree(cut)
-        process = start(*begin(base, data, cut, "--max-steps", "30"))
+        process = start(*begin(base, data, cut, "--max-steps", "30", *hard(data), *options))
         while not (cut / "log.csv").exists() or len((cut / "log.csv").read_text().split()) < 4:
             time.sleep(0.002)
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
         check(process.returncode == 128 + number and "--resume" in err, f"signal {number}: {err}")
-        check((cut / "state.bin").exists() and (cut / "model.bin").exists(), "no state was left")
+        check((cut / "state.bin").exists() and any((cut / name).exists() for name in files[:2]),
+              "no state was left")
         run("./train", "dpo", "--resume", "-o", cut)
-        same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"after signal {number}")
+        same_files(whole, cut, files, f"{options}, after signal {number}")
     shutil.rmtree(whole)
     shutil.rmtree(cut)
 
 
-def test_resume_refusals(data, base):
-    cut = data / "cut"
-    resume = ["./train", "dpo", "--resume", "-o", cut]
-    refused(resume, "cannot be resumed", "config.json")
-    process = start(*begin(base, data, cut, "--max-steps", "200", "--save-steps", "2"))
-    while not (cut / "state.bin").exists() and process.poll() is None:
+def leave(words, out):
+    """Starts a run and kills it when it has a state."""
+    process = start(*words, "--save-steps", "1")
+    while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
     process.kill()
-    process.communicate()
-    state = (cut / "state.bin").read_bytes()
-    for option, value, now in (("beta", "0.2", "0.1"), ("learning-rate", "1e-4", "0.001"),
-                               ("optim", "rmsprop", "adamw"), ("seed", "9", "0")):
-        refused(resume + ["--" + option, value], option, value if option != "learning-rate"
-                else "0.0001", now)
+    _, err = process.communicate()
+    check((out / "state.bin").exists(), f"no state was left: {err}")
+
+
+def replaced(path, content, words, *say):
+    """What is refused while a file has another content."""
+    before = path.read_bytes()
+    path.write_bytes(content)
+    refused(words, *say)
+    path.write_bytes(before)
+
+
+def test_resume_refusals(data, base):
+    cut, other = data / "cut", data / "other"
+    resume = ["./train", "dpo", "--resume", "-o", cut]
+    refused(resume, "cannot be resumed", "config.json")
+    begun = ["--max-steps", "500", "--adapter", data / "adapter", "--reference", data / "ref.bin"]
+    run(*begin(base, data, data / "adapter", "--max-steps", "1", "--lora"))
+    run("./train", "init", "-o", data / "ref.bin", "--seed", "8", "--d-model", "32")
+    run(*begin(base, data, other, "--max-steps", "1", "--lora", "--seed", "2"))
+    leave(begin(os.path.relpath(base, ROOT), data, cut, *begun), cut)
+    config, state = json.loads((cut / "config.json").read_text()), (cut / "state.bin").read_bytes()
+    check(all(config["options"][name].startswith(str(data.resolve())) for name in
+              ("model", "adapter", "reference", "data", "eval-data", "output")),
+          f"paths are not absolute: {config['options']}")
+    for option, value, now in (("beta", "0.2", "0.1"), ("learning-rate", "0.0001", "0.001"),
+                               ("optim", "rmsprop", "adamw"), ("seed", "9", "0"),
+                               ("dtype", "bf16", "fp32"), ("micro-tokens", "900", "2048"),
+                               ("lr-scheduler-type", "cosine", "constant"), ("limit", "9", "0")):
+        refused(resume + ["--" + option, value], f"--{option} was ", now, value, "--max-memory")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
     refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
     refused(begin(base, data, cut), "holds another run", "--resume")
-    pairs = (data / "pairs.jsonl").read_text()
-    (data / "pairs.jsonl").write_text(pairs.replace("Gladly", "Kindly"))
-    refused(resume, "data_hash")
-    (data / "pairs.jsonl").write_text(pairs)
-    model = pathlib.Path(base).read_bytes()
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
-    shutil.copy(data / "other.bin", base)
-    refused(resume, "model_identity")
-    pathlib.Path(base).write_bytes(model)
-    (cut / "state.bin").write_bytes(state[:-10])
-    refused(resume, "state.bin", "cut")
-    (cut / "state.bin").write_bytes(model)
-    refused(resume, 'the kind "model"; "training state" is expected')
-    other = data / "other"
-    process = start(*begin(base, data, other, "--max-steps", "200", "--save-steps", "2", "--seed",
-                           "4"))
-    while not (other / "state.bin").exists() and process.poll() is None:
-        time.sleep(0.002)
-    process.kill()
-    process.communicate()
-    shutil.copy(other / "state.bin", cut)
-    refused(resume, "state.bin", "another run")
-    (cut / "state.bin").write_bytes(state)
+    for name, option in (("pairs.jsonl", "--data"), ("held.jsonl", "--eval-data")):
+        path = data / name
+        replaced(path, path.read_bytes().replace(b"Gladly", b"Kindly"), resume, name, option,
+                 "has not the content")
+    replaced(data / "adapter" / "adapter.bin", (other / "adapter.bin").read_bytes(), resume,
+             "adapter.bin (--adapter)", "has not the content")
+    refused(resume + ["--reference", data / "other.bin"], "other.bin (--reference)",
+            "has not the content")
+    shutil.rmtree(other)
+    model = pathlib.Path(base).read_bytes()
+    replaced(cut / "state.bin", state[:-10], resume, "state.bin", "cut")
+    replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
+    leave(begin(base, data, other, *begun, "--seed", "4"), other)
+    replaced(cut / "state.bin", (other / "state.bin").read_bytes(), resume, "state.bin",
+             "another run", "--seed was 4 there, and is 0 here")
+    damaged = bytearray(state)
+    damaged[-100] ^= 1
+    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum")
     (cut / "reference.bin").unlink()
     refused(resume, "reference.bin is missing")
     (cut / "state.bin").unlink()
     refused(resume, "no state.bin")
+    for path in (cut, other, data / "adapter"):
+        shutil.rmtree(path)
+    leave(begin(base, data, cut, "--max-steps", "500"), cut)
+    refused(resume + ["--lora"], "--lora was false there, and is true now")
+    replaced(pathlib.Path(base), (data / "other.bin").read_bytes(), resume, "base.bin (--model)",
+             "has not the content")
     shutil.rmtree(cut)
-    shutil.rmtree(other)
+    leave(begin(base, data, cut, "--max-steps", "500", "--lora"), cut)
+    refused(resume + ["--lora-r", "8"], "--lora-r was 16 there, and is 8 now")
+    shutil.rmtree(cut)
+    environment = shim(data)
+    if environment:     # a run that has no whole config.json was never there
+        sft = ["./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", cut, "--max-length",
+               "96", "--max-prompt-length", "48"]
+        killed(sft, environment, "config.json", 1)
+        check(not (cut / "config.json").exists(), "half a config.json")
+        run(*sft)
+        check(not list(cut.glob("*.tmp-*")), "a temporary file is left")
+        shutil.rmtree(cut)
+
+
+def test_save_minutes(data, base):
+    """--save-minutes alone saves the state, and 0 does not."""
+    out = data / "run"
+    words = ["./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--max-length",
+             "96", "--max-prompt-length", "48", "--epochs", "30"]
+    process = start(*words, "--save-minutes", "1e-4", "--epochs", "10000")
+    while not (out / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    process.communicate()
+    check((out / "state.bin").exists(), "no state after 6 milliseconds")
+    shutil.rmtree(out)
+    environment = shim(data)
+    if environment:
+        text = run(*words, "--save-minutes", "0",
+                   env={**environment, "KILL_BEFORE": "state.bin", "KILL_AT": "1"})
+        check("30 of 30 updates" in text, text)
+        shutil.rmtree(out)
+
+
+def test_one_process(data, base):
+    """Two processes never train in one directory, and a start that fails leaves none behind."""
+    out = data / "deep" / "run"
+    process = start(*begin(base, data, out, "--max-steps", "500", "--save-steps", "1"))
+    while not (out / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    temporary = out / "best.bin.tmp-1"
+    temporary.write_text("the other process is writing this")
+    refused(["./train", "dpo", "--resume", "-o", out], "another process is training in", "deep/run")
+    refused(begin(base, data, out), "another process is training in")
+    check(temporary.exists(), "a process that has no business there cleans up")
+    process.kill()
+    process.communicate()
+    shutil.rmtree(data / "deep")
+    (data / "used").mkdir()
+    for path in (data / "used", data / "deep" / "run"):
+        refused(begin(base, data, path, "--reference-cache", data / "none" / "cache.bin"),
+                "cannot create")
+    check((data / "used").exists() and not (data / "deep").exists(), "directories after a failure")
+    (data / "used").rmdir()
+
+
+def test_disk(data, base):
+    """Too little disk is refused before training, also of a run that goes on, whose own files count
+    as room."""
+    environment, out = shim(data), data / "run"
+    if not environment:
+        return
+    few = {**environment, "FREE_BYTES": "300000"}
+    words = ["--max-steps", "4", "--eval-steps", "2"]
+    text = run(*begin(base, data, out, *words), status=1, env=few)
+    check("the run needs 1.5 MB of disk" in text and "0.3 MB are free" in text and
+          "choose an -o on another disk" in text and not out.exists(), text)
+    killed(begin(base, data, out, *words), environment, "model.bin", 1)
+    resume = ["./train", "dpo", "--resume", "-o", out]
+    own = sum((out / name).stat().st_size for name in ("best.bin", "state.bin", "reference.bin"))
+    text = run(*resume, status=1, env={**few, "FREE_BYTES": "100000"})
+    needs = float(text.split("the run needs ")[1].split()[0])
+    check(abs(needs - 1.5 + own / 1e6) < 0.06 and "besides what it has" in text and
+          "larger disk" in text, f"{own} bytes are there: {text}")
+    run(*resume, env={**few, "FREE_BYTES": "1000000"})
+    shutil.rmtree(out)
+    # Without held-out pairs, an interrupt leaves a result that its successor is written beside.
+    alone = ["./train", "sft", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--max-length",
+             "96", "--max-prompt-length", "48", "--save-minutes", "0", "--epochs", "1000"]
+    process = start(*alone)
+    while not (out / "log.csv").exists() or len((out / "log.csv").read_text().split()) < 4:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    disk = [float(line.split()[1]) for line in err.splitlines() if line.startswith("disk")][0]
+    size = (out / "model.bin").stat().st_size / 1e6
+    state = (out / "state.bin").stat().st_size / 1e6
+    text = run("./train", "sft", "--resume", "-o", out, status=1, env={**few, "FREE_BYTES": "1000"})
+    again = [float(line.split()[1]) for line in text.splitlines() if line.startswith("disk")][0]
+    check(abs(disk - size - state) < 0.1 and abs(again - disk - size - state) < 0.1,
+          f"{disk} MB, and {again} after an interrupt, with {size} MB of result")
+    shutil.rmtree(out)
+
+
+def test_reference_model(data, base):
+    """--reference names another model: its memory is checked unless a cache has what it said, its
+    rewards are not 0 at step 0, which is yet never the best, and resuming does without it."""
+    other, out, cache = data / "reference_model.bin", data / "run", data / "cache.bin"
+    run("./train", "init", "-o", other, "--d-model", "512", "--context-length", "128")
+    words = [*hard(data), "--reference", other, "--max-steps", "6", "--eval-steps", "1",
+             "--learning-rate", "1e-4"]
+    refused(begin(base, data, out, *words, "--max-memory", "20M"), "20.0 MB are allowed",
+            "--reference;")
+    text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
+    log = rows(out / "eval.csv")
+    accuracy = float(log[0]["eval_rewards/accuracies"])
+    check(accuracy > 0 and "step 1, accuracy" in text and
+          "as good: step 2, 3, 4, 5, 6\n" in text and f"started from, was as good: accuracy {accuracy:.4f}" in text, f"step 0: {text}")
+    shutil.rmtree(out)
+    process = start(*begin(base, data, out, *words, "--reference-cache", cache, "--max-memory",
+                           "20M", "--save-steps", "1", "--epochs", "9", "--max-steps", "300"))
+    while not (out / "state.bin").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.kill()
+    _, err = process.communicate()
+    check((out / "state.bin").exists(), f"a cache that spares the model: {err}")
+    hidden = other.rename(data / "hidden.bin")
+    cache.unlink()
+    process = start("./train", "dpo", "--resume", "-o", out)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("resumed"):
+            process.send_signal(signal.SIGINT)
+    process.communicate()
+    check(process.returncode == 128 + signal.SIGINT, "".join(lines))
+    refused(["./train", "dpo", "--resume", "-o", out, "--reference", base],
+            "base.bin (--reference)", "has not the content")
+    refused(["./train", "dpo", "--resume", "-o", out, "--reference", other], "reference_model.bin")
+    hidden.unlink()
+    shutil.rmtree(out)
+
+
+def test_best_and_state(data, base):
+    """Killed at any instant between a new best.bin and the state that knows of it, a run that is
+    resumed reports the model that best.bin holds."""
+    environment = shim(data)
+    if not environment:
+        return
+    whole, cut, models = data / "whole", data / "cut", data / "models"
+    words = ["--max-steps", "12", "--eval-steps", "1", "--save-minutes", "0", *hard(data)]
+    run(*begin(base, data, whole, *words))
+    models.mkdir()
+    bests, highest = [], -1
+    for row in rows(whole / "eval.csv")[1:]:
+        if float(row["eval_rewards/accuracies"]) > highest:
+            highest = float(row["eval_rewards/accuracies"])
+            bests.append(int(row["step"]))
+    check(len(bests) > 1, f"only the evaluations after {bests} were the best so far")
+    for name in ("next_best.bin", "state.bin", "best.bin"):
+        for n in range(1, 3):
+            killed(begin(base, data, cut, *words), environment, name, n)
+            known = n if name == "best.bin" else n - 1     # what the last state knows
+            state = cut / "state.bin"
+            if not check(state.exists() == (known > 0), f"killed before {name} {n}: state.bin"):
+                continue
+            if known:
+                (cut / "log.csv").rename(cut / "hidden")    # it ends when all but that is read
+                refused(["./train", "dpo", "--resume", "-o", cut], "log.csv")
+                (cut / "hidden").rename(cut / "log.csv")
+                check(not (cut / "next_best.bin").exists(), "next_best.bin is left")
+                model = models / f"{known}.bin"
+                if not model.exists():
+                    shutil.copy(cut / "best.bin", model)
+                check((cut / "best.bin").read_bytes() == model.read_bytes(),
+                      f"killed before {name} {n}: best.bin is not what the state knows")
+                text = run("./train", "dpo", "--resume", "-o", cut)
+                check(f"resumed after update {bests[known - 1]} of" in text, f"{name} {n}: {text}")
+                same_files(whole, cut, ["model.bin", "best.bin", "eval.csv"], f"{name} {n}")
+            shutil.rmtree(cut)
+    killed(begin(base, data, cut, *words), environment, "best.bin", 2)
+    (cut / "best.bin").write_bytes((whole / "model.bin").read_bytes())
+    (cut / "next_best.bin").unlink()
+    refused(["./train", "dpo", "--resume", "-o", cut], "is not the model that", "best.bin")
+    (cut / "best.bin").unlink()
+    text = run("./train", "dpo", "--resume", "-o", cut)
+    check("best.bin is not there any more" in text, text)
+    for path in (whole, cut, models):
+        shutil.rmtree(path)
 
 
 def test_best(data, base):
     """best.bin is the first of the best evaluations after step 0; patience counts from it."""
-    out = data / "best"
-    text = run(*begin(base, data, out, "--max-steps", "24", "--eval-steps", "1"))
+    out, held = data / "best", data / "hard_held.jsonl"
+    text = run(*begin(base, data, out, *hard(data), "--max-steps", "24", "--eval-steps", "1"))
     log = rows(out / "eval.csv")
     accuracy = [float(row["eval_rewards/accuracies"]) for row in log]
     best = 1 + max(range(len(accuracy) - 1), key=lambda i: (accuracy[i + 1], -i))
     check(f"step {best}, accuracy {accuracy[best]:.4f}" in text and "confirm it" in text,
           f"best is step {best}: {text}")
+    equal = [step for step in range(best + 1, 25) if accuracy[step] == accuracy[best]]
+    said = ", ".join(map(str, equal[:8])) + (f" and {len(equal) - 8} more" if equal[8:] else "")
+    check(f"as good: step {said}\n" in text if equal else "as good" not in text,
+          f"equal to the best are {equal}: {text}")
+    report = {line.split()[0]: line.split()[1:] for line in text.splitlines()
+              if line.startswith(("eval_", "step     "))}
+    check(report["step"] == ["0", "24", "best", str(best)], f"columns: {report}")
+    for name, values in report.items():
+        if name != "step":
+            column = [float(row[name]) for row in log]
+            check(all(abs(float(a) - b) < 6e-5 for a, b in
+                      zip(values, (column[0], column[24], column[best]))), f"{name}: {values}")
+    check(report["eval_ties"] == ["20", "1", "1"], f"ties: {report}")
+    for row, mean in zip(log, accuracy):    # every prompt stands alone
+        error = (mean * (1 - mean) / 19) ** 0.5
+        check(abs(float(row["eval_rewards/accuracies_se"]) - error) < 1e-8, f"{mean}: {row}")
     again = data / "again"      # the same run, up to that step
-    run(*begin(base, data, again, "--max-steps", "24", "--eval-steps", str(best)))
-    if best < 24:
-        shutil.rmtree(again)
-        process = start(*begin(base, data, again, "--max-steps", "24", "--eval-steps", "1",
-                               "--save-steps", str(best)))
-        while not (again / "state.bin").exists() and process.poll() is None:
-            time.sleep(0.002)
-        process.kill()
-        process.communicate()
+    run(*begin(base, data, again, *hard(data), "--max-steps", "24", "--eval-steps", str(best)))
     check((again / "best.bin").read_bytes() == (out / "best.bin").read_bytes(),
           "best.bin is not the model of its step")
-    for patience, delta in ((3, 0), (2, 0.05)):
+    for patience, delta in ((3, 0), (2, 0.05), (4, 0.05), (6, 0.05)):
         shutil.rmtree(again)
-        text = run(*begin(base, data, again, "--max-steps", "24", "--eval-steps", "1",
+        text = run(*begin(base, data, again, *hard(data), "--max-steps", "24", "--eval-steps", "1",
                           "--patience", str(patience), "--min-delta", str(delta)))
         highest, waited, end = None, 0, 24
         for step in range(1, 25):
-            better = highest is None or accuracy[step] - highest > delta
+            better = highest is None or accuracy[step] - highest > delta + 1e-9
             waited = 0 if better else waited + 1
             highest = accuracy[step] if better else highest
             if waited == patience:
@@ -252,29 +537,36 @@ def test_best(data, base):
                                               f"{end}: {text}")
     refused(["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", data / "no",
              "--patience", "2"], "--eval-data", status=2)
-    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", data / "held.jsonl",
-               "--versus", out, "--skip", "4", "--max-length", "96", "--json")
+    shutil.rmtree(again)
+    words = begin(base, data, again, "--max-steps", "6", "--learning-rate", "3")
+    words[1] = "sft"
+    text = run(*words)
+    losses = [float(row["eval_loss"]) for row in rows(again / "eval.csv")]
+    check(min(losses[1:]) > losses[0] and "training started from, was better: loss "
+          f"{losses[0]:.4f}" in text, f"SFT that only worsens, {losses}: {text}")
+    text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", held, "--versus",
+               out, "--skip", "4", "--max-length", "96", "--json")
     result = json.loads(text[text.index("{"):text.rindex("}") + 1])
     paths = [data / "a.csv", data / "b.csv"]
     for path, model in zip(paths, (out / "best.bin", out)):
-        run("./eval", "prefs", "-m", model, "-r", base, "-d", data / "held.jsonl", "--skip", "4",
+        run("./eval", "prefs", "-m", model, "-r", base, "-d", held, "--skip", "4",
             "--max-length", "96", "--out", path)
     hits = [[float(row["rewards/margins"]) > 0 for row in rows(path)] for path in paths]
     mean = sum(a - b for a, b in zip(*hits)) / len(hits[0])
-    skipped = (data / "held.jsonl").read_text().splitlines()[4:]
+    skipped = (held).read_text().splitlines()[4:]
     check(result["prompts"] == len({json.loads(line)["prompt"] for line in skipped}),
           f"prompts after --skip: {result}")
     check(result["pairs"] == len(hits[0]) and abs(result["accuracies_difference"] - mean) < 1e-9
           and abs(result["versus_accuracies"] - sum(hits[1]) / len(hits[1])) < 1e-9,
           f"versus: {result}, not {mean}")
     differences, prompts = [a - b for a, b in zip(*hits)], {}
-    records = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()][4:]
+    records = [json.loads(line) for line in (held).read_text().splitlines()][4:]
     for record, difference in zip(records, differences):
         prompts.setdefault(record["prompt"], []).append(difference - mean)
     squares = sum(sum(values) ** 2 for values in prompts.values())
     error = (squares * len(prompts) / (len(prompts) - 1)) ** 0.5 / len(differences)
     check(abs(result["difference_se"] - error) < 1e-9, f"paired error {error}: {result}")
-    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", data / "held.jsonl", "--skip", "1000"],
+    refused(["./eval", "prefs", "-m", out, "-r", base, "-d", held, "--skip", "1000"],
             "--skip 1000")
     shutil.rmtree(out)
     shutil.rmtree(again)
@@ -313,6 +605,7 @@ def test_adapters(data, base):
     check(half.stat().st_size < 0.7 * merged.stat().st_size, "bf16 is half as large")
     run("./eval", "generate", "-m", half, "--dtype", "bf16", *generate)
     refused(["./train", "merge", "-m", base, "-o", half], "exists already")
+    check("--seed" not in run("./train", "merge", "--help"), "merge has nothing to draw")
     run("./train", "init", "-o", data / "alien.bin", "--seed", "5")
     refused(["./train", "merge", "-m", data / "alien.bin", "--adapter", dpo, "-o", data / "x.bin"],
             "another model")
@@ -322,12 +615,21 @@ def test_adapters(data, base):
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "attention.dense,qkv"),
             "qkv", "mlp.dense_h_to_4h")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "embed_out"),
-            "the head takes no adapter")
+            "the head takes no adapter here")
+    words = ["./train", "dpo", "-m", sft, "--model", base, "-d", data / "pairs.jsonl", "-o",
+             data / "x", "-o", data / "last", "--max-steps", "1"]
+    run(*words)     # the last of a repeated option counts, for defaults as well
+    rate = json.loads((data / "last" / "config.json").read_text())["options"]["learning-rate"]
+    check(rate == 1e-6, f"all weights are trained at {rate}")
+    shutil.rmtree(data / "last")
+    refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "dense,"),
+            '"" is no linear layer')
     refused(begin(base, data, data / "x", "--lora-r", "8"), "--lora-r goes with --lora", status=2)
     refused(begin(sft, data, data / "x", "--lora-r", "8"), "its own", status=2)
     refused(begin(sft, data, data / "x", "--lora", "--lora-r", "8"), status=2)
     refused(begin(sft, data, data / "x", "--lora"), "merge", status=2)
-    refused(begin(base, data, data / "x", "--lora", "--lora-r", "70000"), "r is 70000")
+    run(*begin(base, data, data / "high", "--lora", "--lora-r", "150", "--max-steps", "1"))
+    run("./train", "merge", "-m", data / "high", "-o", data / "high.bin")
     refused(begin(base, data, data / "x", "--stochastic-rounding"), "--dtype bf16", status=2)
     moved = data / "moved"
     shutil.copytree(sft, moved)
@@ -335,7 +637,20 @@ def test_adapters(data, base):
     refused(["./eval", "generate", "-m", moved, *generate], "base model", "not there")
     run("./eval", "generate", "-m", hidden, "--adapter", moved, *generate)
     hidden.rename(base)
-    for path in (sft, dpo, other, moved, data / "named"):
+    # An adapter that cannot be, from a file that another program made: its path, whoever reads it
+    bad = data / "bad.bin"
+    entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
+    contents = {name: convert.read_entry(entry) for name, entry in entries.items()}
+    contents["config"] = contents["config"].replace(b'"alpha": 32', b'"alpha": -2')
+    convert.write_container(str(bad), convert.ADAPTER, [
+        (name, entry.dtype, entry.shape, entry.layout, contents[name])
+        for name, entry in entries.items()])
+    for words in (begin(bad, data, data / "x"), begin(base, data, data / "x", "--adapter", bad),
+                  ["./eval", "generate", "-m", bad, *generate],
+                  ["./eval", "prefs", "-m", base, "-r", bad, "-d", data / "pairs.jsonl"],
+                  ["./train", "merge", "-m", bad, "-o", data / "x.bin"]):
+        refused(words, "bad.bin: LoRA: r is 4, alpha -2")
+    for path in (sft, dpo, other, moved, data / "named", data / "high"):
         shutil.rmtree(path)
 
 
@@ -345,6 +660,14 @@ def test_reference_cache(data, base):
     run(*begin(base, data, data / "a", *with_cache))
     text = run(*begin(base, data, data / "b", *with_cache, "--beta", "0.4", "--loss-type", "ipo"))
     check("read from" in text, f"the cache serves another beta and loss: {text}")
+    long = data / "long.bin"        # the context is 128: what counts is what was applied
+    run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long, "--max-length",
+               "600", "--max-prompt-length", "900"))
+    shutil.rmtree(data / "long")
+    text = run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long,
+                      "--max-length", "700", "--max-prompt-length", "800"))
+    check("read from" in text, f"a cache of the same tokens: {text}")
+    shutil.rmtree(data / "long")
     words = begin(base, data, data / "c", *with_cache)
     refused(words + ["--dtype", "bf16"], "another precision")
     check(not (data / "c").exists(), "a cache that does not fit leaves a directory")
@@ -385,10 +708,17 @@ def main():
         base = data / "base.bin"
         write_pairs(data / "pairs.jsonl", 1, 40)
         write_pairs(data / "held.jsonl", 2, 24)
+        write_hard_pairs(data)
         run("./train", "init", "-o", base, "--d-model", "32", "--context-length", "128")
         test_resume(data, base)
         test_killed(data, base)
+        test_killed(data, base, "--lora", "--dtype", "bf16", "--lora-dropout", "0.1")
         test_resume_refusals(data, base)
+        test_save_minutes(data, base)
+        test_one_process(data, base)
+        test_disk(data, base)
+        test_reference_model(data, base)
+        test_best_and_state(data, base)
         test_best(data, base)
         test_adapters(data, base)
         test_reference_cache(data, base)
