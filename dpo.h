@@ -1500,12 +1500,16 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
     const size_t per_unit = dpoi_paired(as) ? 2 : 1, units = (k + per_unit - 1) / per_unit;
     const size_t whole = count - count % width;
     const size_t panel = dpoi_panel_floats(width, units);
+    enum { AHEAD = 8 }; // rows too far apart for the CPU to guess are fetched so many before
     if (whole < count) memset(panels + whole / width * panel, 0, width * units * sizeof *panels);
     if (x.row_stride == 1) {
         for (size_t u = 0; u < units; u++) {
             const size_t l = u * per_unit;
             const char *in = dpoi_submatrix(x, 0, l).data, *next = NULL;
             if (per_unit == 2 && l + 1 < k) next = dpoi_submatrix(x, 0, l + 1).data;
+            for (size_t r = l + AHEAD; r < DPOI_MIN(l + AHEAD + per_unit, k); r++)
+                for (size_t i = 0; i < count; i += DPOI_LINE)
+                    __builtin_prefetch(dpoi_submatrix(x, i, r).data);
             float *out = panels + u * width;
             const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
             for (size_t i = 0; i < whole; i += width, out += panel) // of constant width: no calls
