@@ -1339,8 +1339,10 @@ def import_adapter(directory, output, base):
         if found[name].shape != shape:
             fail(source, f"tensor {name!r} has shape {list(found[name].shape)}, by r and the base "
                          f"{list(shape)}; fetch both again, and give their base")
-    config = {**settings, "target_modules": target_names(hf, layers, adapted),
-              "base": os.path.realpath(base)}
+    place = os.path.realpath(base)  # as dpo_lora_save: one that it cannot keep is left out
+    if len(os.fsencode(place)) > 1023 or any("\ud800" <= c <= "\udfff" for c in place):
+        place = ""
+    config = {**settings, "target_modules": target_names(hf, layers, adapted), "base": place}
     tensors = {name: found[name]._replace(layout=LINEAR) for name in shapes}
     write_container(output, ADAPTER, [
         blob("config", json.dumps(config).encode()),

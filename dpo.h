@@ -50,7 +50,7 @@
                         dpo_grad_norm(&policy, &norm) ||
                         dpo_optimizer_step(&policy, &adam, 1e-6, dpo_clip_scale(norm, 1.0));
            }
-           failed = failed || dpo_model_save(&policy, "tuned.bin", DPO_F32);
+           failed = failed || dpo_model_save(&policy, "policy.bin", DPO_F32);
            if (failed) fprintf(stderr, "%s\n", context.error);
            dpo_optimizer_free(&policy, &adam);
            dpo_data_free(&context, &data);
@@ -493,7 +493,7 @@ DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_con
                            const char *tokenizer_path, uint64_t seed,
                            const dpo_model_options *options);
 /* Saves the weights with the adapter, if there is one, folded in, W + scale * B A, tensor by
-   tensor: vectors as fp32, matrices as fp32 or bf16. */
+   tensor: vectors as fp32, matrices as fp32 or bf16. Replaces a file of that name. */
 DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices);
 /* Allocates the buffers for passes of up to that size, so that nothing large is allocated later:
    max_rows rows, max_scored scored tokens, max_span rows of one prompt with one branch. */
@@ -1221,14 +1221,14 @@ static float dpoi_max(const float *x, size_t n)
    for each FMA: 1 to 5 per cent of the time.
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS. So one panel of a (6 KB,
-   or 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and the strip
-   (256 KB) stays in the second while a's panels pass by, each fetched ahead of its turn. a is
-   packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (7 MB), which the third cache
-   holds, so that a strip of c is finished before the next one begins, and memory sees c once.
+   8 with NEON, 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and
+   the strip (256 KB) stays in the second while a's panels pass by, each fetched ahead of its turn.
+   a is packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (7 MB), which the third
+   cache holds, so that memory sees c once for SHARED_BLOCKS blocks of k, not for each.
 
    Threads pack a together and then share out c, strips of columns and pieces of rows, never the sum
-   along k; each packs the b of its own strip. That waits for the slowest thread twice, and copies
-   nearly nothing twice.
+   along k; each packs the b of its own strip, again for each piece. That waits for the slowest
+   thread twice for each block of a, and copies a once and b a few times.
 
    Exactly: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending l starts
    from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces it unless
@@ -1632,9 +1632,9 @@ static void dpoi_pack_shared(const dpo_context *context, size_t threads, dpoi_ma
     }
 }
 
-/* c[rows, n] (+)= a b, with a in the shared panels. c is cut into strips of columns, equally many
-   for each thread, and those into pieces of rows until there are a few for each: then the others
-   take over from a thread that is held up. */
+/* c[rows, n] (+)= a b, with a in the shared panels. c is cut into strips of columns, and those into
+   pieces of rows: equally many for each thread, or a core idles, and a few for each where they are
+   large enough, so that the others take over from a thread that is held up. */
 static void dpoi_multiply_shared(const dpo_context *context, size_t threads, float *c, size_t ldc,
                                  dpoi_matrix b_columns, size_t rows, size_t n, size_t depth,
                                  int accumulate, dpo_dtype as)
@@ -1646,6 +1646,7 @@ static void dpoi_multiply_shared(const dpo_context *context, size_t threads, flo
     if (strips >= threads) strips = (strips + threads - 1) / threads * threads;
     while (threads > 1 && strips * pieces < 4 * threads && rows > 2 * DPOI_BLOCK_ROWS * pieces)
         pieces++;
+    while (strips * pieces % threads && pieces < row_tiles) pieces++;
     DPOI_PARALLEL_FOR((int)threads)
     for (size_t task = 0; task < strips * pieces; task++) {
         size_t strip = task / pieces, piece = task % pieces;
@@ -3027,6 +3028,7 @@ static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_f
                          "alpha positive, dropout from 0 to below 1", lora->r, lora->alpha,
                          lora->dropout, DPOI_MAX_RANK);
     if (dpoi_check_targets(model, lora->targets)) return 1;
+    model->lora = *lora;    // from here on there is one, if only a part
     for (size_t i = 0; i < n_tensors; i++) {
         dpo_tensor *W = &model->tensors[i];
         char name[DPO_NAME_BYTES]; // the module's path with another end
@@ -3041,8 +3043,18 @@ static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_f
         W->lora_b = dpoi_add_tensor(model, DPO_LINEAR, dpoi_linear_out(W), lora->r, 1.0, name);
     }
     dpoi_number_trainable(model);
-    model->lora = *lora;
     return 0;
+}
+
+/* Takes an adapter away again, of which only a part could be had; `first` is its first tensor. */
+static void dpoi_remove_adapter(dpo_model *model, size_t first)
+{
+    for (size_t i = 0; i < first; i++) model->tensors[i].lora_a = model->tensors[i].lora_b = NULL;
+    dpoi_free(model->context, model->adapter);
+    model->adapter = NULL;
+    model->n_tensors = first;
+    model->lora = (dpo_lora){ 0 };
+    dpoi_number_trainable(model);
 }
 
 /* ---- 6.5 buffers ----------------------------------------------------------------------------- */
@@ -4281,6 +4293,19 @@ DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
 typedef const void *dpoi_fill(void *user, const dpo_entry *entry, size_t first, size_t n);
 #define DPOI_FILL 65536     // elements of such a piece, if a row is not more
 
+/* A rename is on the disk when the directory is. What cannot be synced is not worth a failure. */
+static void dpoi_sync_directory(const char *path)
+{
+    char directory[4096];
+    const char *slash = strrchr(path, '/');
+    const int length = slash ? (int)(slash - path) + 1 : 1;
+    snprintf(directory, sizeof directory, "%.*s", length, slash ? path : ".");
+    const int descriptor = open(directory, O_RDONLY);
+    if (descriptor < 0) return;
+    fsync(descriptor);
+    close(descriptor);
+}
+
 /* Data in the order of the file, then the header and table that describe it, in front; 0 if all of
    it was written, -1 if `fill` failed. */
 static int dpoi_file_write_stream(FILE *stream, dpoi_file_header *header,
@@ -4326,9 +4351,11 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
     char temporary[4096];
     dpoi_file_record *records;
     int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
-    if (length < 0 || (size_t)length >= sizeof temporary || n_entries > DPOI_MAX_ENTRIES)
-        return dpoi_fail(context, "%s: the path is too long, or %zu entries are more than the %d "
-                         "that a file holds", path, n_entries, DPOI_MAX_ENTRIES);
+    if (length < 0 || (size_t)length >= sizeof temporary)
+        return dpoi_fail(context, "%s: the path is too long; give a shorter one", path);
+    if (n_entries > DPOI_MAX_ENTRIES)
+        return dpoi_fail(context, "%s: a file holds at most %d entries, not %zu", path,
+                         DPOI_MAX_ENTRIES, n_entries);
     if (dpoi_alloc(context, &records, n_entries, sizeof *records)) return 1;
     dpoi_file_header header = { .version = DPOI_VERSION, .kind = (uint32_t)kind,
                                 .n_entries = (uint32_t)n_entries };
@@ -4342,7 +4369,10 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
         reason = errno;
     }
     dpoi_free(context, records);
-    if (!failed) return 0;
+    if (!failed) {
+        dpoi_sync_directory(path);
+        return 0;
+    }
     if (stream) unlink(temporary);
     return failed < 0 ? 1 : dpoi_fail(context, "%s: cannot be written: %s; nothing was changed",
                                       path, strerror(reason));
@@ -4833,8 +4863,10 @@ static int dpoi_lora_add(dpo_model *model, const dpo_lora *lora, const dpo_file 
         return dpoi_fail(context, "an adapter goes over a model that was loaded as frozen, has "
                          "none yet, and has not been used");
     if (dpoi_add_adapters(model, lora, file) ||
-        dpoi_alloc(context, &model->adapter, model->n_trainable, sizeof *model->adapter))
+        dpoi_alloc(context, &model->adapter, model->n_trainable, sizeof *model->adapter)) {
+        dpoi_remove_adapter(model, first);
         return 1;
+    }
     for (size_t i = first; i < model->n_tensors; i++)
         model->tensors[i].data = model->adapter + model->tensors[i].offset;
     return 0;
@@ -4874,8 +4906,10 @@ DPO_API int dpo_lora_load(dpo_model *model, const char *path)
     int failed = dpo_lora_read(context, &lora, &file) ||
                  dpo_lora_check_base(context, &lora, path, model->identity);
     if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
-    failed = failed || dpoi_match_entries(model, &file, first);
-    failed = failed || dpoi_read_tensors(model, &file, first);
+    if (!failed) {
+        failed = dpoi_match_entries(model, &file, first) || dpoi_read_tensors(model, &file, first);
+        if (failed) dpoi_remove_adapter(model, first);
+    }
     if (!failed) model->adapter_identity = file.identity;
     dpo_file_close(context, &file);
     return failed;
@@ -4938,10 +4972,11 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
                       : made->dtype != key->dtype ? "another precision (--dtype)"
                       : made->truncation != key->truncation ? "another truncation "
                         "(--max-length, --max-prompt-length, --truncation)"
-                      : made->data != key->data ? "other data (or evaluation data)"
+                      : made->data != key->data ? "other data (--data, --limit, --eval-data, "
+                        "--eval-examples)"
                       : values->shape[0] != n ? "another number of answers" : NULL;
     if (wrong)
-        dpoi_fail(context, "%s: was made for %s; give another file or delete it", path, wrong);
+        dpoi_fail(context, "%s: was made for %s; give another --reference-cache", path, wrong);
     else
         memcpy(logp, values->data, values->bytes);
     dpo_file_close(context, &file);

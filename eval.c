@@ -46,7 +46,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "second policy: also prints how much better the first is, with the paired error"),
         CHOICE(ALL, "dtype", &s->dtype, "fp32|bf16", "precision of weights and products"),
         TEXT(DATA | GENERATE, 'd', "data", &s->data, "FILE", bit != GENERATE,
-            bit == GENERATE ? "prompts; none: standard input, to its end"
+            bit == GENERATE ? "prompts; without it: standard input, to its end"
             : bit == LOSS ? "text, or JSON lines of {\"text\"}" : "pairs, JSON lines"),
         TEXT(GENERATE, 'p', "prompt", &s->prompt, "TEXT", 0,
             "one prompt (\\n and \\\\ are understood)"),

@@ -639,8 +639,9 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
     if (s->path != s->adapter) return;
     s->path = s->lora.base;
     if (!path_exists(s->path))
-        fail("%s: its base model was %s, which is not there now; name it by -m BASE --adapter %s",
-             s->adapter, *s->path ? s->path : "at a path too odd or long to keep", s->adapter);
+        fail("%s: its base model was %s, which is not there now; put it back, or name it by -m "
+             "BASE --adapter %s", s->adapter, *s->path ? s->path : "at a path too odd or long to "
+             "keep", s->adapter);
 }
 
 /* Opens what find_model found, for its configuration and tokenizer, which say what it will need. */

@@ -127,7 +127,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(INIT, "d-ff", &s->d_ff, 0, 1e7, "0: as wide for d-model as the preset's"),
         COUNT(INIT, "context-length", &s->context_length, 0, 1e7, "0: the preset's"),
         COUNT(INIT, "vocab-size", &s->vocab_size, 0, 1e8,
-            "0: the preset's, or as many as the tokenizer has"),
+            "0: the preset's, or without --tokenizer as many as bytes need"),
         CHOICE(INIT, "position", &s->position, "rotary|alibi|learned", "not the architecture's"),
         CHOICE(INIT, "activation", &s->activation,
             "gelu|gelu_new|gelu_fast|quick_gelu|silu|relu|swiglu", "not the architecture's"),
@@ -135,14 +135,14 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "not the architecture's"),
         CHOICE(INIT, "tied-head", &s->tied_head, "no|yes", "not the architecture's"),
         TEXT(INIT, 0, "tokenizer", &s->tokenizer, "FILE", 0,
-            "model whose tokenizer to take; none: a token per byte"),
+            "model whose tokenizer to take; without it: a token per byte"),
         CHOICE(DPO, "loss-type", &s->loss_type, "sigmoid|ipo|ipo-sum|hinge",
             "sigmoid is DPO's; ipo averages per token"),
         REAL(DPO, "beta", &s->beta, 1e-6, 1e6, "how strongly the reference holds"),
         REAL(DPO, "label-smoothing", &s->label_smoothing, 0, 0.4999,
             "conservative DPO: share of wrong labels"),
         TEXT(DPO, 0, "reference", &s->reference, "FILE", 0,
-            "reference model; none: the one training starts from"),
+            "reference model; without it: the one training starts from"),
         TEXT(DPO, 0, "reference-cache", &s->reference_cache, "FILE", 0,
             "share reference.bin between runs: read if it exists, else made"),
         CHOICE(SFT, "sft-loss", &s->sft_loss, "mean|sum",
@@ -151,7 +151,9 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(TRAIN, "max-steps", &s->max_steps, 0, 1e12,
             "this many updates, whatever --epochs says; 0: off"),
         COUNT(TRAIN, "batch-size", &s->batch_size, 1, 1e6, "examples per update"),
-        REAL(TRAIN, "learning-rate", &s->learning_rate, 0, 1e3, "at its peak"),
+        REAL(TRAIN, "learning-rate", &s->learning_rate, 0, 1e3, bit == DPO
+            ? "at its peak; 5e-05 for an adapter, 1e-06 otherwise"
+            : "at its peak; 2e-04 for an adapter, 2e-05 otherwise"),
         CHOICE(TRAIN, "lr-scheduler-type", &s->schedule, "constant|linear|cosine",
             "after the warmup"),
         REAL(TRAIN, "warmup-ratio", &s->warmup_ratio, 0, 1, "share of all updates"),
@@ -173,7 +175,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         CHOICE(TRAIN, "truncation", &s->truncation, "keep_end|keep_start",
             "which part of a prompt to keep"),
         COUNT(TRAIN, "limit", &s->limit, 0, 1e15, "read this many examples; 0: all"),
-        TEXT(TRAIN, 0, "eval-data", &s->eval_data, "FILE", 0, "held-out data; none: no evaluation"),
+        TEXT(TRAIN, 0, "eval-data", &s->eval_data, "FILE", 0,
+            "held-out data; without it: no evaluation"),
         COUNT(TRAIN, "eval-examples", &s->eval_examples, 1, 1e15, "of it, the first"),
         COUNT(TRAIN, "eval-steps", &s->eval_steps, 0, 1e12,
             "updates between evaluations; 0: 1/20 of the run"),
@@ -183,7 +186,7 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "for --patience: better is more than this (and 1e-9) above the last that was"),
         COUNT(TRAIN, "sample", &s->samples, 0, 1e6, "prompts to answer at each evaluation"),
         REAL(TRAIN, "save-minutes", &s->save_minutes, 0, 1e6,
-            "between saves of the run's state; 0: not by time"),
+            "between saves of the run's state (each new best.bin saves it too); 0: not by time"),
         COUNT(TRAIN, "save-steps", &s->save_steps, 0, 1e12,
             "updates between saves of the run's state; 0: only by time"),
         FLAG(TRAIN, "resume", &s->resume,
@@ -662,10 +665,13 @@ static void check_same_file(const run *r, const char *name)
         {"data_hash", "data", s->data}, {"eval_data_hash", "eval-data", s->eval_data},
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
-        if (!strcmp(files[i].name, name))
+        if (!strcmp(files[i].name, name) && !files[i].path)
+            fail("%s cannot go on: the run began with another --%s; give that again", s->output,
+                 files[i].option);
+        else if (!strcmp(files[i].name, name))
             fail("%s cannot go on: %s (--%s) has not the content that the run began with; give "
-                 "the file that has it, or begin another run", s->output,
-                 files[i].path ? files[i].path : "no file", files[i].option);
+                 "the file that has it, or begin another run", s->output, files[i].path,
+                 files[i].option);
 }
 
 static void check_same_run(const run *r, const char *then, const char *now_text)
@@ -677,9 +683,9 @@ static void check_same_run(const run *r, const char *then, const char *now_text)
         } else if (!is_free(d.name)) {
             check_same_file(r, d.name);
             fail("%s cannot go on: %s%s was %.*s there, and is %.*s now; only --threads, "
-                 "--max-memory, paths and the times of saving may change, for all else begin "
-                 "another run", r->s->output, d.is_option ? "--" : "", d.name, d.n_before, d.before,
-                 d.n_after, d.after);
+                 "--max-memory, --no-verify, paths and the times of saving may change, for all "
+                 "else begin another run", r->s->output, d.is_option ? "--" : "", d.name,
+                 d.n_before, d.before, d.n_after, d.after);
         }
     }
 }
@@ -849,6 +855,7 @@ static void settle_best(run *r)
         r->best_path);
     at->best = (dpo_metrics){0};
     at->best_identity = 0;
+    at->evaluations = at->waited = 0;
 }
 
 /* Fails if a state is whole and says of what other run it is. */
@@ -882,7 +889,10 @@ static void load_state(run *r)
         check_whose_state(r);
         fail("%s", error);
     }
-    if (notes.n < sizeof r->at) fail("%s is of another version of this program", r->state_path);
+    if (notes.n != sizeof r->at + strlen(r->description) ||
+        memcmp(notes.bytes + sizeof r->at, r->description, strlen(r->description)))
+        fail("%s is of another version of this program, which alone can go on with it",
+             r->state_path);
     memcpy(&r->at, notes.bytes, sizeof r->at);
     dpo_string_free(r->context, &notes);
     settle_best(r);
@@ -1337,7 +1347,8 @@ static void plan_steps(run *r)
     r->warmup = (size_t)ceil(s->warmup_ratio * (double)r->steps);
     if (s->warmup_max && r->warmup > s->warmup_max) r->warmup = s->warmup_max;
     if (s->warmup_steps) r->warmup = s->warmup_steps;
-    say("plan    %zu updates of %zu examples, warmup %zu", r->steps, s->batch_size, r->warmup);
+    say("plan    %zu updates of %zu examples, learning rate %g, warmup %zu", r->steps,
+        s->batch_size, s->learning_rate, r->warmup);
 }
 
 /* Buffers of the programs' own; everything large is the library's. */

@@ -57,7 +57,7 @@ class Manual(unittest.TestCase):
             run(CC, "-std=gnu11", "-O1", "-Wall", "-Wextra", "-I", ROOT, "program.c", "-o",
                 "program", "-lm", cwd=folder)
             run("./program", cwd=folder)
-            self.assertTrue(os.path.exists(os.path.join(folder, "tuned.bin")))
+            self.assertTrue(os.path.exists(os.path.join(folder, "policy.bin")))
 
     def test_interface_as_c11_and_cxx(self):
         with tempfile.TemporaryDirectory() as folder:

@@ -736,6 +736,12 @@ static void refuse(const char *path, const char *file, const char *words)
     check_must(dpo_model_load(&context, &model, file, &modes[LORA].options), &context);
     if (fails(dpo_lora_load(&model, path), words, "a bad adapter"))
         check(strstr(context.error, path) != NULL, "no path in: %s", context.error);
+    size_t parts = model.lora.r + model.n_trainable; // what is left of the bad adapter: nothing
+    for (size_t i = 0; i < model.n_tensors; i++)
+        parts += model.tensors[i].lora_a || model.tensors[i].lora_b;
+    check(parts == 0, "\"%s\" leaves a part of an adapter", words);
+    check_must(dpo_lora_init(&model, &(dpo_lora){ .r = 4, .alpha = 8, .targets = "all-linear" }, 1),
+               &context);
     dpo_model_free(&model);
     check(context.heap_bytes == heap, "\"%s\" leaks %zu bytes", words, context.heap_bytes - heap);
 }
