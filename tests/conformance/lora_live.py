@@ -183,7 +183,7 @@ def check_training(checks, work, real):
         if n != batch:
             ours = trl_live.our_run(path, ids, batch, STEPS, "sigmoid", 0.1, RATE, adapter)
         else:               # the train program shuffles: every update takes all pairs
-            ours = trl_live.cli_run(path, work, pairs[:n], STEPS, 0.1, RATE, "--lora", "--adapter",
+            ours = trl_live.cli_run(path, work, pairs[:n], STEPS, 0.1, RATE, "--adapter",
                                     adapter)
         trl_live.compare(checks, ours, theirs)
 
