@@ -130,7 +130,6 @@ MUTANTS = {
         ("dpoi_submatrix(b_columns, j, l)", "dpoi_submatrix(b_columns, 0, l)"),
         ("dpoi_submatrix(b_columns, j, l)", "dpoi_submatrix(b_columns, j, 0)"),
         ("l / most, i, units", "0, i, units"),
-        ("l / most, i, units", "l / most, 0, units"),
         ("accumulate || l > 0", "accumulate"),
         ("l == 0 || l < depth", "l < depth"),
     ],
