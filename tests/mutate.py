@@ -474,7 +474,6 @@ MUTANTS = {
     ],
     "dpoi_add_adapters": [
         ("lora->r, dpoi_linear_in(W)", "lora->r, dpoi_linear_out(W)"),
-        ("if (file && !dpo_file_find(file, name))", "if (0)"),
         ("dpoi_number_trainable(model);", ""),
         ("lora->r > DPOI_MAX_RANK", "0"),
         ("lora->alpha > 0 &&", ""),
