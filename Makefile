@@ -152,7 +152,7 @@ clean:
 
 help:
 	@echo "make              train and eval"
-	@echo "make test         C and Python tests, under 2 minutes"
+	@echo "make test         C and Python tests, about 3 minutes"
 	@echo "make demo         a tiny model learns a preference, under a minute"
 	@echo "make demo-lora    the same with an adapter, and its size"
 	@echo "make mutate       breaks dpo.h in many places; the tests must notice each"

@@ -183,8 +183,8 @@ typedef struct dpo_context {
     char error[1024];       // why the last call failed, for people
     size_t heap_bytes;      // bytes allocated through this context now ...
     size_t heap_peak;       // ... and at most so far
-    float **pack;           // [n_threads] pointers to scratch for products, one block a thread
-    float *shared_pack;     // scratch for products, of all threads together
+    float **pack;           // [n_threads] pointers into shared_pack, behind what is shared
+    float *shared_pack;     // scratch for products: panels of all threads, then each one's own
     float **strip;          // [n_threads] pointers to scratch for attention
     size_t strip_floats;    // size of each strip
     float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
