@@ -1409,6 +1409,11 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #define DPOI_INLINE static inline
 #define DPOI_NOINLINE static
 #define DPOI_UNIT_BF16 1
+#ifdef FP_FAST_FMAF // named, or a compiler makes FMAs of some loops only: bits would depend on rows
+#define DPOI_FMA(a, b, c) fmaf(a, b, c)
+#else
+#define DPOI_FMA(a, b, c) ((a) * (b) + (c))
+#endif
 DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b, size_t k,
                                 int add, int rows, int vecs, int pairs)
 {
@@ -1417,7 +1422,7 @@ DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const floa
     float sum[DPOI_TILE_ROWS][DPOI_TILE_COLS] = { { 0 } };
     for (size_t l = 0; l < k; l++, a += DPOI_TILE_ROWS, b += DPOI_TILE_COLS)
         for (int i = 0; i < rows; i++)
-            for (int j = 0; j < cols; j++) sum[i][j] += a[i] * b[j];
+            for (int j = 0; j < cols; j++) sum[i][j] = DPOI_FMA(a[i], b[j], sum[i][j]);
     for (int i = 0; i < rows; i++, c += ldc)
         for (int j = 0; j < cols; j++) c[j] = add ? c[j] + sum[i][j] : sum[i][j];
 }
