@@ -1473,28 +1473,27 @@ DPOI_INLINE uint32_t dpoi_float_bits(const void *x, size_t i, dpo_dtype dtype, d
     return bits;
 }
 
-/* out[0 .. n) = units of x[0], x[step], x[2 step], ...: in pairs each with the element at the same
-   place of y, or with 0 if y is NULL. Inlined with constants, for loops without branches. */
-DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t step, size_t n,
-                                dpo_dtype dtype, dpo_dtype as)
+/* out[0 .. n) = units of x[0 .. n): in pairs each with the element at the same place of y, or with
+   0 if y is NULL. Inlined with constants, for loops without branches. */
+DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t n, dpo_dtype dtype,
+                                dpo_dtype as)
 {
     for (size_t i = 0; i < n; i++) {
-        uint32_t bits = dpoi_float_bits(x, i * step, dtype, as);
-        if (dpoi_paired(as))
-            bits = bits >> 16 | (y ? dpoi_float_bits(y, i * step, dtype, as) : 0);
+        uint32_t bits = dpoi_float_bits(x, i, dtype, as);
+        if (dpoi_paired(as)) bits = bits >> 16 | (y ? dpoi_float_bits(y, i, dtype, as) : 0);
         memcpy(out + i, &bits, sizeof bits);
     }
 }
 
+/* The same, or with step 2, for pairs only: units of x[0 .. 2 n), whose pairs lie side by side. */
 DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
                             dpo_dtype dtype, dpo_dtype as)
 {
-    if (dtype == DPO_F32 && as == DPO_F32) memcpy(out, x, n * sizeof *out); // step is 1 then
-    else if (dtype == DPO_F32 && step == 1) dpoi_units_run(out, x, y, 1, n, DPO_F32, DPO_BF16);
-    else if (dtype == DPO_F32) dpoi_units_run(out, x, y, 2, n, DPO_F32, DPO_BF16);
-    else if (as == DPO_F32) dpoi_units_run(out, x, y, 1, n, DPO_BF16, DPO_F32);
-    else if (step == 1) dpoi_units_run(out, x, y, 1, n, DPO_BF16, DPO_BF16);
-    else memcpy(out, x, n * sizeof *out); // pairs already lie side by side
+    if (dtype == as && (as == DPO_F32 || step == 2)) memcpy(out, x, n * sizeof *out);
+    else if (step == 2) dpoi_narrow(out, DPO_BF16, x, 2 * n);
+    else if (dtype == DPO_F32) dpoi_units_run(out, x, y, n, DPO_F32, DPO_BF16);
+    else if (as == DPO_F32) dpoi_units_run(out, x, y, n, DPO_BF16, DPO_F32);
+    else dpoi_units_run(out, x, y, n, DPO_BF16, DPO_BF16);
 }
 
 /* Copies x[count, k] into panels of `width` rows, each [units of k, width]; zeros fill up the last
@@ -1537,7 +1536,7 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
                 const char *row = dpoi_submatrix(x, p + r, l).data;
                 const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
                 float *line = converted + r * DPOI_LINE;
-                dpoi_units(line, row, row + item, per_unit, n_whole, x.dtype, as);
+                dpoi_units(line, row, NULL, per_unit, n_whole, x.dtype, as);
                 if (n_whole < n)
                     dpoi_units(line + n_whole, row + 2 * n_whole * item, NULL, 1, 1, x.dtype, as);
             }
@@ -5033,14 +5032,14 @@ DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, con
 static int dpoi_state_check(dpo_context *context, const dpo_file *file, const dpo_entry *entries,
                             size_t n, uint64_t run)
 {
-    for (size_t i = 0; i <= n; i++) {
-        const char *name = i < n ? entries[i].name : "notes";
-        const dpo_entry *found = i < file->n_entries ? &file->entries[i] : NULL;
-        if (!found || strcmp(found->name, name) || (i == n && i + 1 < file->n_entries) ||
-            (i < n && (found->dtype != entries[i].dtype || found->bytes != entries[i].bytes)))
+    for (size_t i = 0; i <= n + 1; i++) {
+        const char *name = i < n ? entries[i].name : i == n ? "notes" : "the end";
+        const char *found = i < file->n_entries ? file->entries[i].name : "the end";
+        if (strcmp(found, name) || (i < n && (file->entries[i].dtype != entries[i].dtype ||
+                                              file->entries[i].bytes != entries[i].bytes)))
             return dpoi_fail(context, "%s: %s stands where %s is expected, or has another size or "
                              "type: the state belongs to a run with other options", file->path,
-                             found ? found->name : "nothing", name);
+                             found, name);
     }
     return !memcmp(file->entries[n - 2].data, &run, sizeof run) ? 0
          : dpoi_fail(context, "%s: belongs to another run than the config.json beside it",

@@ -4,12 +4,14 @@
     python3 tests/mutate.py [WORD]      (make mutate; WORD: only functions with it in their names)
 
 A mutant is dpo.h with one piece of one function replaced: a sign flipped, a term or a factor dropped,
-a sum that should add made to overwrite, the wrong one of two alike. It is compiled into test_fixtures,
-test_gradients, test_invariants and test_modes, and killed by the first of them that fails. One that survives means
-that a formula could be wrong without anybody noticing. A piece that the function does not have exactly
-once is an error, so the list has to follow the code; so is a mutant that does not compile. What changes
-nothing but speed or the last bit has no place here. Mutants marked PAIRED are tried where the CPU has
-dot products of bf16, and counted as left out elsewhere.
+a sum that should add made to overwrite, the wrong one of two alike. One that survives test_fixtures,
+test_gradients, test_invariants and test_modes means that a formula could be wrong without anybody
+noticing. A piece that the function does not have exactly once is an error, so the list has to follow
+the code. What changes nothing but speed or the last bit has no place here. Mutants marked PAIRED are
+tried where the CPU has dot products of bf16, and counted as left out elsewhere.
+
+All mutants are compiled at once, as copies of their functions beside the original; the environment's
+DPO_MUTANT says which copy is called.
 """
 import concurrent.futures
 import os
@@ -18,10 +20,16 @@ import subprocess
 import sys
 import tempfile
 
-# Optimised as far as pays off for so short a run.
-TESTS = {"test_fixtures": "-Og", "test_gradients": "-O1", "test_invariants": "-O1",
-         "test_modes": "-O1"}
-TIMEOUT = 120       # seconds for one test; a mutant that hangs is noticed as well
+# The quickest first.
+TESTS = ["test_fixtures", "test_gradients", "test_invariants", "test_modes"]
+TIMEOUT = 60        # seconds for one test, many times what it takes; to hang is to be noticed
+CHOICE = """#include <stdlib.h>
+static int dpoi_mutant;
+__attribute__((constructor)) static void dpoi_choose_mutant(void)
+{
+    dpoi_mutant = atoi(getenv("DPO_MUTANT"));
+}
+"""
 
 # Only of products that multiply bf16 in pairs: mutants of these say nothing on other CPUs.
 PAIRED = True
@@ -102,7 +110,7 @@ MUTANTS = {
         ("(k + per_unit - 1) / per_unit", "k / per_unit", PAIRED),
         ("per_unit == 2 && l + 1 < k", "per_unit == 2", PAIRED),
         ("if (n_whole < n)", "if (0)", PAIRED),
-        ("row + item, per_unit", "row, per_unit", PAIRED),
+        ("NULL, per_unit", "NULL, 1", PAIRED),
         ("next ? next + i * item : NULL", "next", PAIRED),
         ("in + whole * item", "in"),
     ],
@@ -747,10 +755,10 @@ MUTANTS = {
     ],
     "dpoi_state_check": [
         ("!memcmp(file->entries[n - 2].data, &run, sizeof run)", "1"),
-        ("i == n && i + 1 < file->n_entries", "0"),
-        ("strcmp(found->name, name)", "0"),
-        ("found->dtype != entries[i].dtype ||", ""),
-        ("|| found->bytes != entries[i].bytes", ""),
+        ("i <= n + 1", "i <= n"),
+        ("strcmp(found, name)", "0"),
+        ("file->entries[i].dtype != entries[i].dtype ||", ""),
+        ("file->entries[i].bytes != entries[i].bytes", "0"),
     ],
     "dpoi_state_entries": [
         ("if (optimizer->m)", "if (0)"),
@@ -807,10 +815,10 @@ def find_function(source, name):
     return None
 
 
-def make_mutants(source, word):
-    """All mutants as (function, what, text of the header, whether PAIRED), and what is wrong with the
-    list."""
-    mutants, errors = [], []
+def make_mutants(source, word, paired):
+    """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Mutants of
+    paired products are left out unless `paired`."""
+    mutants, errors, additions, left_out = [], [], [], 0
     for name, pairs in MUTANTS.items():
         if word not in name:
             continue
@@ -818,16 +826,29 @@ def make_mutants(source, word):
         if not extent:
             errors.append("dpo.h has no function %s" % name)
             continue
-        body = source[extent[0]:extent[1]]
-        for piece, instead, *paired in pairs:
+        function, copies, choice = source[extent[0]:extent[1]], "", name
+        for piece, instead, *only_paired in pairs:
             what = "%s: %s  ->  %s" % (name, piece, instead or "nothing")
-            if body.count(piece) != 1:
-                errors.append("%s: found %d times, not once" % (what, body.count(piece)))
+            body = function.index("{")
+            if function.count(piece, body) != 1:
+                errors.append("%s: found %d times, not once" % (what, function.count(piece, body)))
+            elif only_paired and not paired:
+                left_out += 1
             else:
-                changed = body.replace(piece, instead)
-                mutants.append((name, what, source[:extent[0]] + changed + source[extent[1]:],
-                                bool(paired)))
-    return mutants, errors
+                mutants.append(what)
+                copy = "%s__%d" % (name, len(mutants))
+                head = re.sub(r"\b%s\b" % name, copy, function[:body])
+                copies += "\n%s%s" % (head, function[body:].replace(piece, instead))
+                choice = "dpoi_mutant == %d ? %s : %s" % (len(mutants), copy, choice)
+        # Within its own macro a name stands for itself: the function as it is.
+        additions.append((extent[1], "%s\n#define %s (%s)\n" % (copies, name, choice)))
+    if left_out:
+        print("%d mutants of products of paired bf16 left out: not on this CPU" % left_out)
+    for place, text in sorted(additions, reverse=True):
+        source = source[:place] + text + source[place:]
+    # A function that is chosen while the program runs cannot be inlined always.
+    source = source.replace("__attribute__((always_inline))", "")
+    return mutants, CHOICE + source, errors
 
 
 def compiler():
@@ -838,7 +859,7 @@ def compiler():
     except OSError:
         words = ["cc"]
     cpu = [word for word in words if re.match("-m(arch|cpu)=", word)]
-    return [words[0], "-std=gnu11", "-w", "-ffp-contract=fast", "-fno-math-errno",
+    return [words[0], "-std=gnu11", "-O1", "-w", "-ffp-contract=fast", "-fno-math-errno",
             "-fno-trapping-math", "-DCHECK_ONE_FAILURE", "-DDPO_STATIC"] + cpu
 
 
@@ -848,27 +869,12 @@ def has_paired_products(command):
     return "__AVX512BF16__" in macros or "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC" in macros
 
 
-def try_header(command, function, text, killers):
-    """What the tests make of a header: "killed", "survives", or that it does not compile. `killers` has
-    the test that killed the function's last mutant: it goes first."""
-    with tempfile.TemporaryDirectory(prefix="dpo-mutant-") as directory:
-        header, program = os.path.join(directory, "mutant.h"), os.path.join(directory, "test")
-        with open(header, "w") as out:
-            out.write(text)
-        for test in sorted(TESTS, key=lambda test: test != killers.get(function)):
-            built = subprocess.run(
-                command + [TESTS[test], '-DCHECK_HEADER="%s"' % header, "tests/%s.c" % test, "-o", program,
-                           "-lm"], capture_output=True, text=True)
-            if built.returncode:
-                return "does not compile: " + built.stderr.strip().split("\n")[0]
-            try:
-                alive = not subprocess.run([program], capture_output=True, timeout=TIMEOUT).returncode
-            except subprocess.TimeoutExpired:
-                alive = False
-            if not alive:
-                killers[function] = test
-                return "killed"
-    return "survives"
+def passes(program, mutant):
+    try:
+        return not subprocess.run([program], capture_output=True, timeout=TIMEOUT,
+                                  env=dict(os.environ, DPO_MUTANT=str(mutant))).returncode
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def main():
@@ -876,28 +882,46 @@ def main():
     with open("dpo.h") as header:
         source = header.read()
     command = compiler()
-    killers = {}
-    if try_header(command, "", source, killers) != "survives":
-        print("the tests fail on dpo.h as it is, so mutants would say nothing\n0 passed, 1 failed")
-        return 1
-    mutants, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "")
+    mutants, text, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "",
+                                         has_paired_products(command))
     for error in errors:
         print("error:", error)
-    n = len(mutants)
-    if not has_paired_products(command):
-        mutants = [mutant for mutant in mutants if not mutant[3]]
-        print("%d mutants of products of paired bf16 left out: not on this CPU" % (n - len(mutants)))
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        tried = [pool.submit(try_header, command, name, text, killers) for name, _, text, _ in mutants]
-        for i, ((_, what, _, _), future) in enumerate(zip(mutants, tried)):
-            if future.result() != "killed":
-                errors.append(what)
-                print("%s: %s" % (future.result(), what), flush=True)
+    with tempfile.TemporaryDirectory(prefix="dpo-mutants-") as directory, \
+            concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        header = os.path.join(directory, "mutants.h")
+        with open(header, "w") as out:
+            out.write(text)
+        programs = [os.path.join(directory, test) for test in TESTS]
+        built = list(pool.map(lambda test, program: subprocess.run(
+            command + ['-DCHECK_HEADER="%s"' % header, "tests/%s.c" % test, "-o", program, "-lm"],
+            capture_output=True, text=True), TESTS, programs))
+        if any(result.returncode for result in built):
+            print(*[result.stderr[:2000] for result in built], "the mutants do not compile", sep="\n")
+            return 1
+        if not all(pool.map(passes, programs, [0] * len(programs))):
+            print("the tests fail on dpo.h as it is, so mutants would say nothing")
+            return 1
+        # After the quickest test the one that noticed something last: neighbours are alike.
+        quickest, *others = programs
+        latest = [others[0]]
+
+        def noticed_by_any(mutant):
+            for program in [quickest] + sorted(others, key=lambda other: other != latest[0]):
+                if not passes(program, mutant):
+                    latest[0] = program if program != quickest else latest[0]
+                    return True
+            return False
+
+        noticed = 0
+        for i, seen in enumerate(pool.map(noticed_by_any, range(1, len(mutants) + 1))):
+            noticed += seen
+            if not seen:
+                errors.append(mutants[i])
+                print("survives:", mutants[i], flush=True)
             if (i + 1) % 50 == 0:
                 print("%d of %d tried" % (i + 1, len(mutants)), flush=True)
-    failed = len(errors)
-    print("%d passed, %d failed" % (sum(f.result() == "killed" for f in tried), failed))
-    return 1 if failed else 0
+    print("%d passed, %d failed" % (noticed, len(errors)))
+    return 1 if errors else 0
 
 
 if __name__ == "__main__":

@@ -86,8 +86,8 @@ class Manual(unittest.TestCase):
 
 class Mutants(unittest.TestCase):
     def test_follow_the_code(self):
-        """make mutate takes a quarter of an hour to say so."""
-        mutants, errors = mutate.make_mutants(read("dpo.h"), "")
+        """make mutate takes minutes to say so."""
+        mutants, _, errors = mutate.make_mutants(read("dpo.h"), "", True)
         self.assertEqual(errors, [])
         self.assertTrue(f"in {len(mutants)} ways" in read("README.md"),
                         f"README.md should say: in {len(mutants)} ways")

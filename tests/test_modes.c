@@ -1005,9 +1005,8 @@ static void test_state(int architecture, int which)
     unlink(path);
 }
 
-/* A state of a run with other options, under the same number: refused by the name of the entry. */
-/* A state whose entry has another type of the same size. */
-static void test_state_types(const char *path)
+/* A state whose entry has another type of the same size, and one with an entry too many. */
+static void test_state_entries(const char *path)
 {
     dpo_model model = open_model(&context, small[0], &modes[FULL]);
     dpo_optimizer optimizer;
@@ -1021,10 +1020,22 @@ static void test_state_types(const char *path)
     check_must(dpo_file_write(&context, path, DPO_FILE_STATE, file.entries, file.n_entries), &context);
     fails(dpo_state_load(&model, &optimizer, path, 1, &notes), "optimizer/v", "a state of whole numbers");
     dpo_file_close(&context, &file);
+    check_must(dpo_state_save(&model, &optimizer, path, 1, "", 0) ||
+               dpo_file_open(&context, &file, path, DPO_FILE_STATE, 1), &context);
+    dpo_entry *entries = malloc((file.n_entries + 1) * sizeof *entries);
+    memcpy(entries, file.entries, file.n_entries * sizeof *entries);
+    entries[file.n_entries] = dpoi_vector("surplus", DPO_U8, "", 1);
+    check_must(dpo_file_write(&context, path, DPO_FILE_STATE, entries, file.n_entries + 1), &context);
+    fails(dpo_state_load(&model, &optimizer, path, 1, &notes), "surplus stands where the end",
+          "a state with an entry too many");
+    free(entries);
+    dpo_string_free(&context, &notes);
+    dpo_file_close(&context, &file);
     dpo_optimizer_free(&model, &optimizer);
     dpo_model_free(&model);
 }
 
+/* A state of a run with other options, under the same number: refused by the name of the entry. */
 static void test_state_errors(void)
 {
     mode wider = modes[LORA], fewer = modes[LORA];
@@ -1064,7 +1075,7 @@ static void test_state_errors(void)
         dpo_model_free(&from);
         dpo_model_free(&to);
     }
-    test_state_types(path);
+    test_state_entries(path);
     unlink(path);
 }
 
