@@ -1536,7 +1536,9 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
                 const char *row = dpoi_submatrix(x, p + r, l).data;
                 const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
                 float *line = converted + r * DPOI_LINE;
-                dpoi_units(line, row, NULL, per_unit, n_whole, x.dtype, as);
+                if (n_whole == DPOI_LINE) // a constant: no call, no string instruction
+                    dpoi_units(line, row, NULL, per_unit, DPOI_LINE, x.dtype, as);
+                else dpoi_units(line, row, NULL, per_unit, n_whole, x.dtype, as);
                 if (n_whole < n)
                     dpoi_units(line + n_whole, row + 2 * n_whole * item, NULL, 1, 1, x.dtype, as);
             }

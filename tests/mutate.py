@@ -110,7 +110,7 @@ MUTANTS = {
         ("(k + per_unit - 1) / per_unit", "k / per_unit", PAIRED),
         ("per_unit == 2 && l + 1 < k", "per_unit == 2", PAIRED),
         ("if (n_whole < n)", "if (0)", PAIRED),
-        ("NULL, per_unit", "NULL, 1", PAIRED),
+        ("NULL, per_unit, DPOI_LINE", "NULL, 1, DPOI_LINE", PAIRED),
         ("next ? next + i * item : NULL", "next", PAIRED),
         ("in + whole * item", "in"),
     ],
