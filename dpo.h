@@ -718,8 +718,9 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #error "dpo.h: model files are little-endian and are mapped as they are; so must the machine be"
 #endif
 _Static_assert(sizeof(size_t) == 8 && sizeof(off_t) == 8, "dpo.h: files are larger than 4 GB");
+/* FLT_EVAL_METHOD is 16 where the CPU computes with _Float16 too: float stays float. */
 _Static_assert(sizeof(float) == 4 && sizeof(double) == 8 && FLT_MANT_DIG == 24 &&
-               DBL_MANT_DIG == 53 && FLT_EVAL_METHOD == 0,
+               DBL_MANT_DIG == 53 && (FLT_EVAL_METHOD == 0 || FLT_EVAL_METHOD == 16),
                "dpo.h: IEEE arithmetic, done as it is written");
 
 /* Compile-time option: DPO_MALLOC and DPO_FREE replace libc's, both or none. */
