@@ -103,6 +103,32 @@ static void test_functions(void)
           isnan(dpoi_erf(NAN)), "exp, tanh, sigmoid or erf loses NaN");
 }
 
+/* The sums of part 2 in fp64, of every length up to three times the longest set of lanes. */
+static void test_sums(void)
+{
+    enum { N = 192 };
+    float x[N], y[N];
+    uint16_t half[N];
+    double sum = 0, dot = 0, centred = 0, dot_half = 0, size = 0;
+    for (size_t n = 0; n < N; n++) {
+        // no worse than one rounding for each of n additions, and one for the product
+        double bound = ((double)n + 1) * 0x1p-24 * size;
+        check(fabs(dpoi_sum(x, n) - sum) <= bound && fabs(dpoi_dot(x, y, n) - dot) <= bound &&
+              fabs(dpoi_dot_centred(x, y, 0.25f, n) - centred) <= bound &&
+              fabs(dpoi_dot_bf16(x, half, n) - dot_half) <= bound, "sums of %zu: %g, %g, %g, %g "
+              "instead of %g, %g, %g, %g", n, dpoi_sum(x, n), dpoi_dot(x, y, n),
+              dpoi_dot_centred(x, y, 0.25f, n), dpoi_dot_bf16(x, half, n), sum, dot, centred, dot_half);
+        x[n] = (float)dpo_random_uniform(4, 1, n) - 0.4f;
+        y[n] = (float)dpo_random_uniform(4, 2, n) - 0.4f;
+        half[n] = dpoi_bf16(y[n]);
+        sum += x[n];
+        dot += (double)x[n] * y[n];
+        centred += (double)x[n] * (y[n] - 0.25);
+        dot_half += (double)x[n] * dpoi_bf16_to_float(half[n]);
+        size += 1;  // no |x|, |y| or |y - 0.25| is over 1
+    }
+}
+
 static int compare_u64(const void *a, const void *b)
 {
     uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
@@ -1035,6 +1061,7 @@ int main(void)
     test_half_precision();
     test_crc();
     test_functions();
+    test_sums();
     test_random();
     test_products();
     test_optimizer(DPO_ADAMW);
