@@ -1225,7 +1225,8 @@ static float dpoi_max(const float *x, size_t n)
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS. So one panel of a (6 KB,
    8 with NEON, 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and
-   the strip (256 KB) stays in the second while a's panels pass by, each fetched ahead of its turn.
+   the strip (256 KB, 512 with AVX-512) stays in the second while a's panels pass by, each fetched
+   into it ahead of its turn.
    a is packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (7 MB), which the third
    cache holds, so that memory sees c once for SHARED_BLOCKS blocks of k, not for each.
 
@@ -1287,18 +1288,22 @@ static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dp
 
 /* SHORT_ROWS: a second, lower tile for the last rows, so that 64 rows do not cost 70. */
 #if defined(__AVX512F__)
-enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8 };
+enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8,
+       DPOI_STRIP = 512 };
 #elif defined(__AVX__)
-enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2 };
+enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2,
+       DPOI_STRIP = 256 };
 #elif defined(__aarch64__)
-enum { DPOI_LANES = 4, DPOI_TILE_VECS = 3, DPOI_TILE_ROWS = 8, DPOI_SHORT_ROWS = 4 };
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 3, DPOI_TILE_ROWS = 8, DPOI_SHORT_ROWS = 4,
+       DPOI_STRIP = 256 };
 #else
-enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2 };
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2,
+       DPOI_STRIP = 256 };
 #endif
 enum {
     DPOI_TILE_COLS = DPOI_TILE_VECS * DPOI_LANES,
     DPOI_BLOCK_K = 256,
-    DPOI_BLOCK_COLS = 256 / DPOI_TILE_COLS * DPOI_TILE_COLS,
+    DPOI_BLOCK_COLS = DPOI_STRIP / DPOI_TILE_COLS * DPOI_TILE_COLS,
     DPOI_BLOCK_ROWS = 96 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
     DPOI_SHARED_ROWS = 2112 / DPOI_TILE_ROWS * DPOI_TILE_ROWS, // those of a micro-batch
     DPOI_SHARED_BLOCKS = 3,
@@ -1563,7 +1568,8 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
 /* ---- 3.4 on one thread ----------------------------------------------------------------------- */
 
 /* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K units. While a panel of a passes the
-   panels of b, the next one is fetched piece by piece. Tiles over the edge of c are made aside, and
+   panels of b, the next one is fetched piece by piece into the second cache (the first is full).
+   Tiles over the edge of c are made aside, and
    what belongs to c is copied; the columns of an adapter are often LANES, and so no edge. */
 static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
                                size_t m, size_t n, size_t k, int add, int pairs)
@@ -1577,7 +1583,7 @@ static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, cons
             float *to = c + i * ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
             size_t rows = DPOI_MIN(m - i, DPOI_TILE_ROWS), cols = DPOI_MIN(n - j, DPOI_TILE_COLS);
             for (size_t p = 0; p < share && i + DPOI_TILE_ROWS < m; p += DPOI_LINE)
-                __builtin_prefetch(next + p);
+                __builtin_prefetch(next + p, 0, 2);
             if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
                 (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
                 dpoi_tile(to, ldc, a_panels, b, k, add, rows, cols, pairs);
@@ -1652,8 +1658,8 @@ static void dpoi_multiply_shared(const dpo_context *context, size_t threads, flo
     const size_t row_tiles = (rows + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
     const size_t col_tiles = (n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS;
     size_t strips = (n + DPOI_BLOCK_COLS - 1) / DPOI_BLOCK_COLS, pieces = 1;
-    if (strips >= threads) strips = (strips + threads - 1) / threads * threads;
-    while (threads > 1 && strips * pieces < 4 * threads && rows > 2 * DPOI_BLOCK_ROWS * pieces)
+    if (col_tiles >= 4 * threads) strips = (strips + threads - 1) / threads * threads;
+    while (threads > 1 && strips * pieces < 2 * threads && rows > 2 * DPOI_BLOCK_ROWS * pieces)
         pieces++;
     while (strips * pieces % threads && pieces < row_tiles) pieces++;
     DPOI_PARALLEL_FOR((int)threads)
