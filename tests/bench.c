@@ -90,6 +90,27 @@ __attribute__((noinline)) static float multiply_add(const volatile float *in, lo
     return total;
 }
 
+#ifdef DPOI_AMX
+/* As many operations as `steps` of dot_pairs, by products of whole tiles: four are under way. */
+static void multiply_tiles(long steps)
+{
+    dpoi_amx_begin();
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_zero(4);
+    _tile_zero(6);
+    for (long s = 0; s < steps * CHAINS / (4 * DPOI_TILE_ROWS * DPOI_LINE); s++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_dpbf16ps(2, 4, 6);
+        _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_release();
+}
+#endif
+
 /* The same with dot products of two bf16, two of them to a float's place; the chains' values do not
    matter, as long as they are finite. */
 #if DPOI_UNIT_BF16 == 2
@@ -100,6 +121,12 @@ __attribute__((noinline)) static float dot_pairs(const volatile float *in, long 
     UNROLL
     for (int c = 0; c < CHAINS; c++) sum[c] = factor * in[2 + c];
     const float one = in[1];
+#ifdef DPOI_AMX
+    if (dpoi_amx) {
+        multiply_tiles(steps);
+        return one;
+    }
+#endif
     for (long s = 0; s < steps; s++) {
         UNROLL
         for (int c = 0; c < CHAINS; c++) sum[c] = dpoi_dot_pairs(sum[c], one, factor);
@@ -295,7 +322,8 @@ static int run(int threads, float *array, size_t array_floats)
     printf("\n%d thread%s                min  median     max\n", threads, threads > 1 ? "s" : " ");
     const struct { const char *name; double *samples; const char *unit; } rows[] = {
         { "fp32 FMA peak", peak, "GFLOP/s" },
-        { DPOI_UNIT_BF16 == 2 ? "bf16 dot products" : "bf16 by fp32 FMAs", half, "GFLOP/s" },
+        { dpoi_amx ? "bf16 tiles (AMX)" : DPOI_UNIT_BF16 == 2 ? "bf16 dot products"
+                                                              : "bf16 by fp32 FMAs", half, "GFLOP/s" },
         { "reading memory", reading, "GB/s" }, { "updating memory", updating, "GB/s" } };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         double middle = median(rows[i].samples);

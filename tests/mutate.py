@@ -8,7 +8,8 @@ a sum that should add made to overwrite, the wrong one of two alike. One that su
 test_gradients, test_invariants and test_modes means that a formula could be wrong without anybody
 noticing. A piece that the function does not have exactly once is an error, so the list has to follow
 the code. What changes nothing but speed or the last bit has no place here. Mutants marked PAIRED are
-tried where the CPU has dot products of bf16, and counted as left out elsewhere.
+tried where the CPU has dot products of bf16, those marked AMX where it has products of bf16 tiles;
+elsewhere they are counted as left out.
 
 All mutants are compiled at once, as copies of their functions beside the original; the environment's
 DPO_MUTANT says which copy is called.
@@ -31,8 +32,9 @@ __attribute__((constructor)) static void dpoi_choose_mutant(void)
 }
 """
 
-# Only of products that multiply bf16 in pairs: mutants of these say nothing on other CPUs.
-PAIRED = True
+# Only of products that multiply bf16 in pairs, or in tiles: these say nothing on other CPUs.
+PAIRED = ("__AVX512BF16__", "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC")
+AMX = ("__AMX_BF16__", "__AMXBF16__")
 
 # function: pieces and what becomes of them
 MUTANTS = {
@@ -101,6 +103,19 @@ MUTANTS = {
         ("sum[i][j] + a[i] * b_vec[j]", "sum[i][j] - a[i] * b_vec[j]"),
         ("if (add) sum[i][j] += *c_vec;", ""),
     ],
+    "dpoi_amx_tile": [
+        ("dpbf16ps(2, 5, 6)", "dpbf16ps(2, 5, 7)", AMX),
+        ("_tile_loadd(7, b + DPOI_LINE, ROW)", "_tile_loadd(7, b, ROW)", AMX),
+        ("sum[0][i][j] + sum[1][i][j]", "sum[0][i][j]", AMX),
+        ("add ? c[j] : 0.0f", "0.0f", AMX),
+    ],
+    "dpoi_count_units": [
+        ("k + 2 * DPOI_LINE - 1", "k", AMX),
+        ("(k + 1) / 2", "k / 2", PAIRED),
+    ],
+    "dpoi_turn_units": [
+        ("copy + u * DPOI_TILE_ROWS + i", "copy + u * DPOI_TILE_ROWS", AMX),
+    ],
     "dpoi_transpose_4x4": [
         ("DPOI_SHUFFLE(a, b, 0, 4, 1, 5)", "DPOI_SHUFFLE(b, a, 0, 4, 1, 5)"),
         ("DPOI_SHUFFLE(a, b, 2, 6, 3, 7)", "DPOI_SHUFFLE(a, b, 0, 4, 1, 5)"),
@@ -108,6 +123,8 @@ MUTANTS = {
     "dpoi_pack": [
         ("DPOI_MIN(r, rows - 4)", "r - r % 8"),
         ("(k + per_unit - 1) / per_unit", "k / per_unit", PAIRED),
+        ("whole && units < room", "0", AMX),
+        ("u % DPOI_LINE == DPOI_LINE - 1 || u == units - 1", "u % DPOI_LINE == DPOI_LINE - 1", AMX),
         ("per_unit == 2 && l + 1 < k", "per_unit == 2", PAIRED),
         ("if (n_whole < n)", "if (0)", PAIRED),
         ("NULL, per_unit, DPOI_LINE", "NULL, 1, DPOI_LINE", PAIRED),
@@ -128,7 +145,6 @@ MUTANTS = {
     "dpoi_matmul_serial": [
         ("accumulate || l > 0", "accumulate"),
         ("l == 0 || l < k", "l < k"),
-        ("(depth + per_unit - 1) / per_unit", "depth / per_unit", PAIRED),
     ],
     "dpoi_pack_shared": [
         ("dpoi_submatrix(a, i, block * most)", "dpoi_submatrix(a, i, 0)"),
@@ -815,9 +831,9 @@ def find_function(source, name):
     return None
 
 
-def make_mutants(source, word, paired):
-    """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Mutants of
-    paired products are left out unless `paired`."""
+def make_mutants(source, word, macros):
+    """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Of those
+    that go with PAIRED or AMX, one of the macros has to be among `macros`."""
     mutants, errors, additions, left_out = [], [], [], 0
     for name, pairs in MUTANTS.items():
         if word not in name:
@@ -827,12 +843,12 @@ def make_mutants(source, word, paired):
             errors.append("dpo.h has no function %s" % name)
             continue
         function, copies, choice = source[extent[0]:extent[1]], "", name
-        for piece, instead, *only_paired in pairs:
+        for piece, instead, *wanted in pairs:
             what = "%s: %s  ->  %s" % (name, piece, instead or "nothing")
             body = function.index("{")
             if function.count(piece, body) != 1:
                 errors.append("%s: found %d times, not once" % (what, function.count(piece, body)))
-            elif only_paired and not paired:
+            elif wanted and not macros.intersection(*wanted):
                 left_out += 1
             else:
                 mutants.append(what)
@@ -843,7 +859,7 @@ def make_mutants(source, word, paired):
         # Within its own macro a name stands for itself: the function as it is.
         additions.append((extent[1], "%s\n#define %s (%s)\n" % (copies, name, choice)))
     if left_out:
-        print("%d mutants of products of paired bf16 left out: not on this CPU" % left_out)
+        print("%d mutants of products of bf16 left out: not on this CPU" % left_out)
     for place, text in sorted(additions, reverse=True):
         source = source[:place] + text + source[place:]
     # A function that is chosen while the program runs cannot be inlined always.
@@ -863,10 +879,10 @@ def compiler():
             "-fno-trapping-math", "-DCHECK_ONE_FAILURE", "-DDPO_STATIC"] + cpu
 
 
-def has_paired_products(command):
-    macros = subprocess.run(command + ["-dM", "-E", "-xc", os.devnull], capture_output=True,
-                            text=True).stdout
-    return "__AVX512BF16__" in macros or "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC" in macros
+def macros_of(command):
+    text = subprocess.run(command + ["-dM", "-E", "-xc", os.devnull], capture_output=True,
+                          text=True).stdout
+    return set(re.findall(r"#define (\w+)", text))
 
 
 def passes(program, mutant):
@@ -883,7 +899,7 @@ def main():
         source = header.read()
     command = compiler()
     mutants, text, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "",
-                                         has_paired_products(command))
+                                         macros_of(command))
     for error in errors:
         print("error:", error)
     with tempfile.TemporaryDirectory(prefix="dpo-mutants-") as directory, \
