@@ -173,8 +173,8 @@ typedef enum dpo_operation {
 
 typedef struct dpo_profile {
     double seconds[DPO_N_OPERATIONS];   // by the clock on the wall
-    double flops[DPO_N_OPERATIONS];     // of matrix products as computed, an FMA being two; or, ...
-    double bytes[DPO_N_OPERATIONS];     // ... without products, size of the arrays read and written
+    double flops[DPO_N_OPERATIONS];     // of products, causal ones as such, an FMA being two; or,
+    double bytes[DPO_N_OPERATIONS];     // without products: of the arrays, as read and as written
     double last;                        // the moment up to which time is accounted for
 } dpo_profile;
 
@@ -933,7 +933,9 @@ static int dpoi_thread_index(void) { return omp_get_thread_num(); }
 static int dpoi_thread_index(void) { return 0; }
 #endif
 
-#define DPOI_PIECE 16384    // elements that one iteration of a parallel loop over an array takes
+/* Elements that one iteration of a parallel loop over an array takes. Two such buffers must fit the
+   stack of a thread, which is 128 KB with musl. */
+#define DPOI_PIECE 8192
 
 /* How many threads some elementary operations are worth: starting and joining threads takes
    microseconds, and far longer when something else wants the cores. */
@@ -943,6 +945,13 @@ static int dpoi_thread_index(void) { return 0; }
 static int dpoi_threads(const dpo_context *context, size_t work)
 {
     return work > DPOI_SERIAL_WORK ? context->n_threads : 1;
+}
+
+static void dpoi_zero(const dpo_context *context, void *bytes, size_t n)
+{
+    DPOI_PARALLEL_FOR(dpoi_threads(context, n))
+    for (size_t first = 0; first < n; first += 4 * DPOI_PIECE)
+        memset((char *)bytes + first, 0, DPOI_MIN(n - first, (size_t)4 * DPOI_PIECE));
 }
 
 /* Adds the time since the last call to an operation's: one call behind each operation measures them
@@ -1220,7 +1229,9 @@ static float dpoi_max(const float *x, size_t n)
                  registers        tile         sums + b + a    loads and FMAs in a step
        AVX-512   32 of 16 floats  14 x 2 vec   28 + 2 + 1      16   28
        AVX2      16 of 8 floats    6 x 2 vec   12 + 2 + 1       8   12
-       NEON      32 of 4 floats    8 x 3 vec   24 + 3 + 2      11   24
+       NEON      32 of 4 floats    8 x 3 vec   24 + 3 + 2       5   24
+
+   (NEON multiplies by one lane of a vector: a's eight numbers are two loads.)
 
    Packing. The tile wants what it loads in one step side by side. So the operands are copied into
    panels first, a's [k, TILE_ROWS] and b's [k, TILE_COLS], filled up with zeros at the edges.
@@ -1291,18 +1302,18 @@ static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dp
 
 /* ---- 3.2 the tile ---------------------------------------------------------------------------- */
 
-/* SHORT_ROWS: a second, lower tile for the last rows, so that 64 rows do not cost 70. */
+/* SHORT_ROWS: a second, lower tile for the last rows, so that 64 rows do not cost 70 (66). */
 #if defined(__AVX512F__)
 enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8,
        DPOI_STRIP = 512 };
 #elif defined(__AVX__)
-enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2,
+enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 4,
        DPOI_STRIP = 256 };
 #elif defined(__aarch64__)
 enum { DPOI_LANES = 4, DPOI_TILE_VECS = 3, DPOI_TILE_ROWS = 8, DPOI_SHORT_ROWS = 4,
        DPOI_STRIP = 256 };
 #else
-enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 2,
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 4,
        DPOI_STRIP = 256 };
 #endif
 enum {
@@ -1328,8 +1339,8 @@ static inline size_t dpoi_panel_floats(size_t width, size_t units)
 }
 
 /* The compiler's vector extension says "these lanes together" without naming an instruction set.
-   Option DPO_PLAIN_C: do without it, as with other compilers. */
-#if defined(__GNUC__) && !defined(DPO_PLAIN_C)
+   Option DPO_PLAIN_C: plain loops instead. */
+#ifndef DPO_PLAIN_C
 #define DPOI_INLINE static inline __attribute__((always_inline))
 #define DPOI_NOINLINE static __attribute__((noinline))
 typedef float dpoi_vec __attribute__((vector_size(DPOI_LANES * sizeof(float))));
@@ -1482,7 +1493,8 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #define DPOI_UNIT_BF16 1
 #undef DPOI_AMX
 enum { dpoi_amx = 0 };
-#ifdef FP_FAST_FMAF // named, or a compiler makes FMAs of some loops only: bits would depend on rows
+// Named, or a compiler makes FMAs of some loops only, and bits depend on rows.
+#if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF)
 #define DPOI_FMA(a, b, c) fmaf(a, b, c)
 #else
 #define DPOI_FMA(a, b, c) ((a) * (b) + (c))
@@ -2575,6 +2587,7 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
             dpoi_matmul(context, mean, C, dpoi_rows(logits, n), dpoi_transposed(chunk), S, C, n,
                         v0 > 0, W->dtype);
     }
+    DPOI_PARALLEL_ROWS(dpoi_threads(context, mean ? S * C : S))
     for (size_t s = 0; s < S; s++) {
         const float sum = (float)log_sum[s];
         for (size_t c = 0; c < C && mean; c++) mean[s * C + c] /= sum;
@@ -3918,8 +3931,8 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
         dpoi_head_backward_frozen(context, w->dhead, dlogp, weights->head,
                                   (float)config->logit_scale, w->targets, w->first_target, w->S);
     // dhead becomes the gradient of the gathered rows, which then go back to their places
-    memset(w->dx, 0, w->R * C * sizeof *w->dx);
-    memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);
+    dpoi_zero(context, w->dx, w->R * C * sizeof *w->dx);
+    dpoi_zero(context, w->dnormed, w->S * C * sizeof *w->dnormed);
     dpoi_norm_backward(context, w->dnormed, weights->norm_w->grad, weights->norm_b->grad, w->dhead,
                        w->head_stats, w->head_in, weights->norm_w->data, w->S, C);
     for (size_t s = 0; s < w->S; s++)
@@ -3952,7 +3965,7 @@ DPO_API int dpo_model_zero_grad(dpo_model *model)
         }
     }
     dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
-    memset(model->grads, 0, model->grad_bytes);
+    dpoi_zero(model->context, model->grads, model->grad_bytes);
     dpoi_lap(model->context, DPO_TIME_ZERO_GRAD, 0, (double)model->grad_bytes);
     return 0;
 }
@@ -4154,6 +4167,7 @@ DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, doubl
         .b2 = (float)optimizer->beta2, .rest1 = (float)(1 - optimizer->beta1),
         .rest2 = (float)(1 - optimizer->beta2), .epsilon = (float)optimizer->epsilon,
         .root2 = (float)sqrt(correction2), .scale = (float)scale };
+    double bytes = (double)model->grad_bytes; // read and written
     for (size_t k = 0; k < model->n_tensors; k++) {
         const dpo_tensor *tensor = &model->tensors[k];
         if (!tensor->grad) continue;
@@ -4161,9 +4175,10 @@ DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, doubl
         rule.keep = (float)(1 - (tensor->decays ? lr * optimizer->weight_decay : 0.0));
         rule.rate = (float)(optimizer->kind == DPO_ADAMW ? lr / correction1 : lr);
         dpoi_update_tensor(model, optimizer, tensor, rule);
+        const double weight_bytes = tensor->dtype == DPO_F32 ? 8 : tensor->master ? 10 : 4;
+        bytes += (double)tensor->n * (weight_bytes + (optimizer->m ? 16 : 8));
     }
-    dpoi_lap(model->context, DPO_TIME_UPDATE, 0, (double)model->grad_bytes +
-             (double)model->n_trainable * (optimizer->m ? 24 : 16));
+    dpoi_lap(model->context, DPO_TIME_UPDATE, 0, bytes);
     return 0;
 }
 

@@ -634,8 +634,8 @@ MUTANTS = {
     "dpo_backward": [
         ("embeds ? 0 : dpoi_lowest_trained(model)", "0"),
         ("embeds || l > lowest", "1"),
-        ("memset(w->dx, 0, w->R * C * sizeof *w->dx);", ""),
-        ("memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);", ""),
+        ("dpoi_zero(context, w->dx, w->R * C * sizeof *w->dx);", ""),
+        ("dpoi_zero(context, w->dnormed, w->S * C * sizeof *w->dnormed);", ""),
         ("weights->head, (float)config->logit_scale, w->targets", "weights->head, 1.0f, w->targets"),
         ("(float)config->logit_scale, w->targets, w->first_target, w->S)",
          "1.0f, w->targets, w->first_target, w->S)"),
@@ -648,7 +648,7 @@ MUTANTS = {
         ("embeds || l > lowest", "embeds"),
     ],
     "dpo_model_zero_grad": [
-        ("memset(model->grads, 0, model->grad_bytes);", ""),
+        ("dpoi_zero(model->context, model->grads, model->grad_bytes);", ""),
     ],
     "dpo_score_examples": [
         ("scores += examples[e].n_branches", "scores++"),
