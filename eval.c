@@ -481,6 +481,7 @@ int main(int argc, char **argv)
     }
     if (s.label_smoothing > 0 && s.loss_type != DPO_LOSS_SIGMOID)
         usage_fail("--label-smoothing goes with --loss-type sigmoid only");
+    note_busy_machine(s.threads);
 
     dpo_context context;
     check(&context, dpo_context_init(&context, (int)s.threads));

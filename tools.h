@@ -512,6 +512,22 @@ static inline double now(void)
 
 /* ---- what both programs print ---------------------------------------------------------------- */
 
+/* OpenMP's threads spin while they wait. Beside other programs they take the cores from whoever is
+   being waited for, so a busy machine is worth a word. */
+static inline void note_busy_machine(size_t n_threads)
+{
+#ifdef _OPENMP
+    double load;
+    const long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    if (n_threads == 1 || getenv("OMP_WAIT_POLICY") || getloadavg(&load, 1) != 1) return;
+    if (processors > 0 && 2 * load > (double)processors)
+        say("note    the machine is busy (load %.1f): OMP_WAIT_POLICY=passive may be several times "
+            "faster", load);
+#else
+    (void)n_threads;
+#endif
+}
+
 /* Long scoring goes by so many examples, to show how far it is. */
 enum { SCORE_PIECE = 64 };
 

@@ -1602,6 +1602,7 @@ int main(int argc, char **argv)
     }
     parse_options(argc, argv, c, bit, options, n_options);
     if (bit & TRAIN) check_lora_options(argc, argv, &s);
+    if (bit & TRAIN) note_busy_machine(s.threads);
 
     dpo_context context;
     check(&context, dpo_context_init(&context, (int)s.threads));

@@ -77,8 +77,8 @@ def same_files(a, b, names, what):
             check((a / name).read_bytes() == (b / name).read_bytes(), f"{what}: another {name}")
 
 
-# Comes before a program's own functions: the N-th rename to a name kills it at that instant, and a
-# disk has as little room as a test wants.
+# Comes before a program's own functions: the N-th rename to a name kills it at that instant, a disk
+# has as little room, and a machine as much to do, as a test wants.
 SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -101,6 +101,11 @@ int statvfs(const char *path, struct statvfs *disk)
     int failed = real(path, disk);
     if (getenv("FREE_BYTES")) disk->f_bavail = atoll(getenv("FREE_BYTES")) / disk->f_frsize;
     return failed;
+}
+int getloadavg(double *load, int n)
+{
+    *load = atof(getenv("LOAD") ? getenv("LOAD") : "0");
+    return n < 1 ? n : 1;
 }
 """
 
@@ -403,6 +408,27 @@ def test_disk(data, base):
     check(abs(disk - size - state) < 0.1 and abs(again - disk - size - state) < 0.1,
           f"{disk} MB, and {again} after an interrupt, with {size} MB of result")
     shutil.rmtree(out)
+
+
+def test_busy_machine(data, base):
+    """Threads that spin beside other programs are slow, which is said only where it is so."""
+    environment, text = shim(data), data / "busy.txt"
+    text.write_text("some text")
+    program = (ROOT / "eval").read_bytes()
+    if not environment or not (b"GOMP_parallel" in program or b"__kmpc_fork" in program):
+        return
+    loud = {**environment, "LOAD": str(os.cpu_count() / 2 + 0.1)}
+    del loud["OMP_WAIT_POLICY"]
+    note = f"the machine is busy (load {os.cpu_count() / 2 + 0.1:.1f}): OMP_WAIT_POLICY=passive"
+    words = ["./eval", "loss", "-m", base, "-d", text]
+    check(note in run(*words, env=loud), "eval on a busy machine")
+    sft = ["./train", "sft", "-m", base, "-d", text, "--max-steps", "1", "-o", data / "busy"]
+    check(note in run(*sft, env=loud), "train on a busy machine")
+    shutil.rmtree(data / "busy")
+    for quiet in ({**loud, "OMP_WAIT_POLICY": "active"},
+                  {**loud, "LOAD": str(os.cpu_count() / 2 - 0.1)}):
+        check("is busy" not in run(*words, env=quiet), "a note without a cause")
+    check("is busy" not in run(*words, "--threads", "1", env=loud), "one thread waits for no other")
 
 
 def test_reference_model(data, base):
@@ -723,6 +749,7 @@ def main():
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
+        test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
         test_best(data, base)
