@@ -111,7 +111,7 @@ typedef struct option {
     const char *argument;   // what help calls the value; of a choice, the choices
     const char *help;
     double low, high;       // accepted numbers; a high of 0: no end
-    int required;
+    int required;           // 2: except with --resume, whose run has it
 } option;
 
 /* Rows of the table. */
@@ -261,7 +261,8 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
         printf("  %-34s", left);
         if (n_left > 33) printf("\n%36s", "");
         fputs(o->help, stdout);
-        if (o->required) fputs(" (required)", stdout);
+        if (o->required)
+            fputs(o->required == 2 ? " (required, except with --resume)" : " (required)", stdout);
         print_default(stdout, o);
         putchar('\n');
     }

@@ -410,6 +410,21 @@ def test_disk(data, base):
     shutil.rmtree(out)
 
 
+def test_help():
+    """Help says of each command what is true of it."""
+    texts = {name: run("./train", name, "--help") for name in ("init", "sft", "dpo", "merge", "plan")}
+    for name, option, said in (
+            ("dpo", "-d, --data", "pairs, JSON lines (required, except with --resume)"),
+            ("sft", "-d, --data", "JSON lines or plain text (required, except with --resume)"),
+            ("sft", "-m, --model", "directory (required, except with --resume)"),
+            ("merge", "-m, --model", "directory (required)"), ("sft", "-o, --output", "(required)"),
+            ("dpo", "--lora-r", "with --lora: "), ("plan", "--lora-r", "rank of the adapter [16]"),
+            ("init", "--seed", "of the random weights [0]"), ("dpo", "--seed", "order of the data"),
+            ("init", "--arch", "instead of the preset's")):
+        line = texts[name].partition(f" {option} ")[2].partition("\n  ")[0]
+        check(said in line, f"{name} --help, {option}: {line}")
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -749,6 +764,7 @@ def main():
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
+        test_help()
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
