@@ -271,6 +271,48 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
     exit(0);
 }
 
+/* What other programs call options of ours. */
+static const struct { const char *name, *ours, *value; } foreign_names[] = {
+    {"lr", "learning-rate", ""}, {"bf16", "dtype", " bf16"}, {"num-train-epochs", "epochs", ""},
+    {"per-device-train-batch-size", "batch-size", ""},
+};
+
+/* Says of a long option that this command has not what may have been meant, and exits: the same of
+   another command, ours for another program's, or the nearest by its letters. */
+__attribute__((noreturn))
+static inline void explain_unknown(const char *word, const tool_command *c, unsigned bit,
+                                   const option *options, size_t n)
+{
+    char name[64], others[128] = "";
+    const int length = (int)strcspn(word, "=");
+    const option *nearest = NULL;
+    size_t distance = SIZE_MAX, used = 0;
+    snprintf(name, sizeof name, "%.*s", length - 2, word + 2);
+    for (char *p = name; *p; p++) if (*p == '_') *p = '-';      // as Python's programs have it
+    for (const option *o = options; o < options + n; o++) {
+        const size_t d = edit_distance(name, o->name);
+        if (o->commands & bit) {
+            if (d < distance) { distance = d; nearest = o; }
+            for (size_t i = 0; i < sizeof foreign_names / sizeof *foreign_names; i++)
+                if (!strcmp(foreign_names[i].name, name) && !strcmp(foreign_names[i].ours, o->name))
+                    usage_fail("no option %.*s; here it is --%s%s", length, word, o->name,
+                               foreign_names[i].value);
+        } else if (!d) {
+            const tool_command *other = c;
+            for (unsigned b = bit; b > 1; b >>= 1) other--;     // the first command
+            for (unsigned b = 1; b && b <= o->commands && used < sizeof others; b <<= 1, other++)
+                if (o->commands & b)
+                    used += (size_t)snprintf(others + used, sizeof others - used, "%s%.*s %s",
+                                             used ? ", " : "", (int)strcspn(tool_name, " "),
+                                             tool_name, other->name);
+        }
+    }
+    if (used) usage_fail("no option %.*s; it is one of %s", length, word, others);
+    if (nearest && distance <= 1 + strlen(name) / 3)
+        usage_fail("no option %.*s; did you mean --%s?", length, word, nearest->name);
+    usage_fail("no option %s; try ./%s --help", word, tool_name);
+}
+
 /* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. */
 static inline void parse_options(int argc, char **argv, const tool_command *c, unsigned bit,
                                  const option *options, size_t n)
@@ -278,8 +320,8 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
     const option *end = options + n;
     for (int i = 2; i < argc; i++) {
         const char *word = argv[i], *value = NULL;
-        const option *found = NULL, *nearest = NULL;
-        size_t distance = SIZE_MAX, length;
+        const option *found = NULL;
+        size_t length;
         if (!strcmp(word, "--help") || !strcmp(word, "-h")) print_help(c, bit, options, n);
         if (word[0] != '-' || !word[1])
             usage_fail("'%s' is no option; try ./%s --help", word, tool_name);
@@ -292,13 +334,8 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
             if (!(o->commands & bit)) continue;
             if (is_long ? strlen(o->name) == length && !strncmp(o->name, name, length)
                         : o->letter == name[0]) found = o;
-            char given[64];
-            snprintf(given, sizeof given, "%.*s", (int)(length < 63 ? length : 63), name);
-            size_t d = edit_distance(given, o->name);
-            if (is_long && d < distance) { distance = d; nearest = o; }
         }
-        if (!found && nearest && distance <= 1 + length / 3)
-            usage_fail("no option %.*s; did you mean --%s?", (int)length + 2, word, nearest->name);
+        if (!found && is_long) explain_unknown(word, c, bit, options, n);
         if (!found) usage_fail("no option %s; try ./%s --help", word, tool_name);
         if (found->kind == OPTION_FLAG) {
             if (value) usage_fail("--%s takes no value", found->name);

@@ -425,6 +425,25 @@ def test_help():
         check(said in line, f"{name} --help, {option}: {line}")
 
 
+def test_unknown_options():
+    """An unknown option is explained by what it is elsewhere, before what is spelled like it."""
+    for command, option, said in (
+            ("train sft", "--beta", "one of train dpo"), ("train dpo", "--sft-loss=sum", "train sft"),
+            ("train merge", "--limit", "no option --limit; it is one of train sft, train dpo"),
+            ("train dpo", "--preset", "it is one of train init"),
+            ("eval loss", "--top-k", "it is one of eval generate, eval chat"),
+            ("train dpo", "--lr", "no option --lr; here it is --learning-rate"),
+            ("train sft", "--bf16", "here it is --dtype bf16"),
+            ("train sft", "--num_train_epochs=2", "no option --num_train_epochs; here it is --epochs"),
+            ("train sft", "--per-device-train-batch-size", "here it is --batch-size"),
+            ("train sft", "--learning_rate", "did you mean --learning-rate?"),
+            ("train dpo", "--betta", "did you mean --beta?"), ("eval chat", "--lr", "try ./eval chat"),
+            ("train dpo", "--zzzzzzzzzzzz", "no option --zzzzzzzzzzzz; try ./train dpo --help"),
+            ("train dpo", "--" + "x" * 99, "try ./train dpo --help"), ("train dpo", "--=", "--help"),
+            ("train sft", "-r", "no option -r; try ./train sft --help")):
+        refused(["./" + command.split()[0], command.split()[1], option], said, status=2)
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -765,6 +784,7 @@ def main():
         test_one_process(data, base)
         test_disk(data, base)
         test_help()
+        test_unknown_options()
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
