@@ -299,9 +299,18 @@ static void read_prompts(dpo_context *context, const settings *s, prompts *p,
     const char *path = s->data ? s->data : "/dev/stdin";
     dpo_jsonl reader;
     int found = 0;
+    if (!s->data && isatty(STDIN_FILENO))
+        say("reading prompts from standard input, {\"prompt\": \"...\"} on each line");
     check(context, dpo_jsonl_open(context, &reader, path));
     while (!s->limit || p->n < s->limit) {
-        check(context, dpo_jsonl_next(context, &reader, &found));
+        const int failed = dpo_jsonl_next(context, &reader, &found);
+        const dpo_string *line = &reader.buffer;
+        size_t blank = 0;
+        while (blank < line->n && isspace((unsigned char)line->bytes[blank])) blank++;
+        if (failed && reader.line && blank < line->n && line->bytes[blank] != '{')  // mere text
+            fail("%s:%zu: {\"prompt\": \"...\"} is expected on each line; one prompt can be given "
+                 "by -p TEXT", path, reader.line);
+        check(context, failed);
         if (!found) break;
         const dpo_json_value *text = dpo_json_member(&reader.json, reader.json.values, "prompt");
         if (!text || text->kind != DPO_JSON_STRING)

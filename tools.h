@@ -768,7 +768,7 @@ static inline void load_data(dpo_context *context, dpo_data *data, const char *p
         options->max_length = config->context_length;
         say("note    --max-length becomes %zu, the model's context", options->max_length);
     }
-    if (options->max_prompt_length >= options->max_length) {
+    if (options->use != DPO_USE_TEXT && options->max_prompt_length >= options->max_length) {
         options->max_prompt_length = options->max_length / 2;
         say("note    --max-prompt-length becomes %zu, half of --max-length",
             options->max_prompt_length);

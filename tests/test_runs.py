@@ -7,6 +7,7 @@ import csv
 import json
 import os
 import pathlib
+import pty
 import random
 import shutil
 import signal
@@ -444,6 +445,29 @@ def test_unknown_options():
         refused(["./" + command.split()[0], command.split()[1], option], said, status=2)
 
 
+def test_text_as_prompts(data, base):
+    """What eval says of text, and of nothing, where prompts are expected."""
+    text = data / "words.txt"
+    text.write_text("\n  some words\n" * 40)
+    said = run("./eval", "loss", "-m", base, "-d", text, "--max-length", "32")
+    check("max-prompt-length" not in said, f"an option that loss has not: {said}")
+    generate = ["./eval", "generate", "-m", base, "--max-new-tokens", "1"]
+    refused(generate + ["-d", text], 'words.txt:2: {"prompt": "..."} is expected', "-p TEXT")
+    text.write_text('{"prompt": }\n')
+    refused(generate + ["-d", text], "words.txt:1: ")
+    terminal, ours = pty.openpty()
+    process = start(*generate, stdin=ours)
+    os.write(terminal, b'{"prompt": "a"}\n\x04')
+    out, err = process.communicate(timeout=60)
+    check(process.returncode == 0 and "completion" in out and
+          "reading prompts from standard input" in err, f"on a terminal: {out}{err}")
+    os.close(terminal)
+    os.close(ours)
+    process = start(*generate, stdin=subprocess.PIPE)
+    out, err = process.communicate('{"prompt": "a"}\n', timeout=60)
+    check("completion" in out and "reading" not in err, f"in a pipe: {out}{err}")
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -785,6 +809,7 @@ def main():
         test_disk(data, base)
         test_help()
         test_unknown_options()
+        test_text_as_prompts(data, base)
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
