@@ -48,7 +48,7 @@ typedef struct settings {
     double epochs, learning_rate, warmup_ratio, adam_beta1, adam_beta2, adam_epsilon, rmsprop_alpha;
     double weight_decay, max_grad_norm;
     size_t eval_examples, eval_steps, samples, seed, threads, micro_tokens, max_memory;
-    int dtype, stochastic_rounding, recompute, lora, rslora, resume;
+    int dtype, stochastic_rounding, recompute, lora, rslora, resume, dry_run;
     size_t lora_r, save_steps, patience;
     double lora_alpha, lora_dropout, save_minutes, min_delta;
     // Of a run that goes on: what config.json says of a reference that is not named anew.
@@ -199,6 +199,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "updates between saves of the run's state; 0: only by time"),
         FLAG(TRAIN, "resume", &s->resume,
             "go on with the interrupted run in -o, by its config.json"),
+        FLAG(TRAIN, "dry-run", &s->dry_run,
+            "print what the run will be and take, and stop before anything is made"),
         COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE,
             bit == INIT ? "of the random weights"
             : "of the order of the data, of a new adapter, of dropout and of rounding"),
@@ -509,7 +511,7 @@ static void enter_directory(const run *r)
 {
     lock_directory(r->s->output);
     check_directory(r);
-    remove_temporaries(r->s->output);
+    if (!r->s->dry_run) remove_temporaries(r->s->output);
 }
 
 /* The run's files at the worst moment: the best model beside its successor, the result of an
@@ -547,7 +549,7 @@ static void check_disk(const run *r, size_t result)
 static int is_free(const char *name)
 {
     static const char *const names[] = {"threads", "max-memory", "no-verify", "resume",
-                                        "save-steps", "save-minutes", "reference-cache", "output",
+                                        "dry-run", "save-steps", "save-minutes", "reference-cache", "output",
                                         "model", "adapter", "reference", "data", "eval-data"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!strcmp(names[i], name)) return 1;
@@ -1101,6 +1103,21 @@ static void read_reference(run *r)
     say("reference log-probabilities read from %s", cache);
 }
 
+/* Whether the reference is the model that training starts from. */
+static int reference_is_policy(const run *r)
+{
+    return r->reference_source.file.identity == r->source.file.identity &&
+           r->reference_source.adapter_identity == r->source.adapter_identity;
+}
+
+static void say_reference(const run *r)
+{
+    const source *from = &r->reference_source;
+    say("reference: %s%s%s, %s", from->path, from->adapter ? " with adapter " : "",
+        from->adapter ? from->adapter : "", reference_is_policy(r)
+        ? "the model that training starts from" : "as --reference says");
+}
+
 /* Loads the policy; if no cache had them, computes the reference's log-probabilities: by the policy
    before its first update, or by another model, which is in memory before the policy and never
    beside it. The run directory gets its own copy: 16 bytes a pair. */
@@ -1109,11 +1126,8 @@ static void load_reference(run *r)
     const settings *s = r->s;
     const source *from = &r->reference_source;
     const int cached = r->reference_cached;
-    int same = from->file.identity == r->source.file.identity &&
-               from->adapter_identity == r->source.adapter_identity;
-    say("reference: %s%s%s, %s", from->path, from->adapter ? " with adapter " : "",
-        from->adapter ? from->adapter : "",
-        same ? "the model that training starts from" : "as --reference says");
+    const int same = reference_is_policy(r);
+    say_reference(r);
     dpo_model other, *scorer = same ? &r->model : &other;
     if (!same && !cached) load_model(r->context, &other, from, model_options(r));
     if (same || cached) load_policy(r);
@@ -1533,6 +1547,11 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     r.config_path = path_join(s->output, "config.json");
     r.reference_path = path_join(s->output, "reference.bin");
     prepare(&r, options, n_options);
+    if (s->dry_run) {   // the directories that prepare made are taken away again at the end
+        if (bit == DPO) say_reference(&r);
+        say("dry run: nothing was made; without --dry-run this trains");
+        return 0;
+    }
     if (bit == DPO) load_reference(&r);
     else load_policy(&r);
     if (!s->resume) settle_config(&r, options, n_options);

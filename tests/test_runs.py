@@ -468,6 +468,34 @@ def test_text_as_prompts(data, base):
     check("completion" in out and "reading" not in err, f"in a pipe: {out}{err}")
 
 
+def test_dry_run(data, base):
+    """It says what a run would, and makes nothing; the run itself is as if it had not been."""
+    out, there = data / "deep" / "run", data / "there"
+    there.mkdir()
+    for command in ("dpo", "sft"):
+        for place in (out, there):
+            words = begin(base, data, place, "--max-steps", "2", "--dry-run")
+            words[1] = command
+            before = sorted(data.rglob("*"))
+            text = run(*words)
+            for said in ("memory  ", "disk    ", "data    ", "plan    2 updates", "trains  ",
+                         "dry run: nothing was made"):
+                check(said in text, f"{command} --dry-run does not say {said!r}: {text}")
+            check(("reference: " in text) == (command == "dpo"), f"{command}'s reference: {text}")
+            check("step 0" not in text and sorted(data.rglob("*")) == before,
+                  f"{command} --dry-run makes something: {text}")
+    there.rmdir()
+    refused(begin(base, data, out, "--dry-run", "--max-memory", "1"), "allowed by --max-memory")
+    leave(begin(base, data, out, "--max-steps", "500"), out)
+    (out / "state.bin.tmp-1").write_text("half a file")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    text = run("./train", "dpo", "--resume", "-o", out, "--dry-run")
+    check("dry run" in text and before == {path: path.read_bytes() for path in out.iterdir()},
+          f"--resume --dry-run changes something: {text}")
+    refused(begin(base, data, out, "--dry-run"), "holds another run")
+    shutil.rmtree(data / "deep")
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -810,6 +838,7 @@ def main():
         test_help()
         test_unknown_options()
         test_text_as_prompts(data, base)
+        test_dry_run(data, base)
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
