@@ -1372,6 +1372,10 @@ static void plan_steps(run *r)
     if (s->warmup_steps) r->warmup = s->warmup_steps;
     say("plan    %zu updates of %zu examples, learning rate %g, warmup %zu", r->steps,
         s->batch_size, s->learning_rate, r->warmup);
+    if (r->warmup >= r->steps && s->learning_rate > 0)
+        say("note    the warmup lasts as long as the run, which never reaches its learning rate (at "
+            "most %g); lower --warmup-%s", s->learning_rate * (double)r->steps /
+            (double)(r->warmup + 1), s->warmup_steps ? "steps" : "ratio");
 }
 
 /* Buffers of the programs' own; everything large is the library's. */

@@ -496,6 +496,16 @@ def test_dry_run(data, base):
     shutil.rmtree(data / "deep")
 
 
+def test_warmup(data, base):
+    """A run that is all warmup never gets to its learning rate, and says so."""
+    for options, most in ((["--warmup-steps", "9"], "at most 0.0009); lower --warmup-steps"),
+                          (["--warmup-ratio", "1"], "at most 0.0009); lower --warmup-ratio"),
+                          (["--warmup-steps", "8"], None)):
+        words = begin(base, data, data / "run", "--max-steps", "9", *options, "--dry-run")
+        text = run(*words)
+        check(most in text if most else "warmup lasts" not in text, f"{options}: {text}")
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -839,6 +849,7 @@ def main():
         test_unknown_options()
         test_text_as_prompts(data, base)
         test_dry_run(data, base)
+        test_warmup(data, base)
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
