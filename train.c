@@ -749,7 +749,12 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     dpo_context context;
     dpo_json json = {0};
     const char *path = run_file(directory, "config.json");
-    if (!path) fail("%s cannot be resumed: it has no config.json", directory);
+    if (!path && run_file(directory, "reference.bin"))
+        fail("%s cannot be resumed: it has no config.json; begin anew with another -o (its "
+             "reference.bin serves as --reference-cache)", directory);
+    if (!path)
+        fail("%s cannot be resumed: it has no config.json; begin it without --resume (the same -o "
+             "will do)", directory);
     char *text = read_text(path);
     check(&context, dpo_context_init(&context, 1));
     check(&context, dpo_json_parse(&context, &json, text, strlen(text), path));
@@ -898,6 +903,12 @@ static void load_state(run *r)
         char error[sizeof r->context->error];
         memcpy(error, r->context->error, sizeof error);
         check_whose_state(r);
+        char *advice = strstr(error, "make it again");      // which no state can be
+        while (advice && advice > error && *advice != ';') advice--;
+        if (advice)
+            fail("%.*s; put a whole copy back if there is one, or begin another run%s",
+                 (int)(advice - error), error, r->bit == DPO
+                 ? " (its reference.bin serves as --reference-cache)" : "");
         fail("%s", error);
     }
     if (notes.n != sizeof r->at + strlen(r->description) ||
@@ -1096,7 +1107,8 @@ static void read_reference(run *r)
     const dpo_reference_key key = reference_key(r);
     r->reference_cached = cache && path_exists(cache);
     if (!r->reference_cached && r->s->resume)
-        fail("%s cannot be resumed: its reference.bin is missing", r->s->output);
+        fail("%s cannot be resumed: its reference.bin is missing; put it back (a --reference-cache "
+             "that it was given is the same), or begin another run", r->s->output);
     if (!r->reference_cached) return;
     check(r->context, dpo_reference_load(r->context, cache, &key, r->reference,
                                          2 * (r->data.n + r->eval.n)));
@@ -1627,7 +1639,7 @@ int main(int argc, char **argv)
     tool_name = names[c - commands];
     const char *output = given_value(argc, argv, "output", 'o');
     const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
-    if (resumes && !output) usage_fail("--resume needs -o DIR, the run to go on with");
+    if (resumes && (!output || !*output)) usage_fail("--resume needs -o DIR, the run to go on with");
     if (resumes) {
         read_config(output, bit, options, n_options, &s);
         s.reference_known = s.reference && !given_value(argc, argv, "reference", 0);

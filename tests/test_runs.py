@@ -268,7 +268,11 @@ def replaced(path, content, words, *say):
 def test_resume_refusals(data, base):
     cut, other = data / "cut", data / "other"
     resume = ["./train", "dpo", "--resume", "-o", cut]
-    refused(resume, "cannot be resumed", "config.json")
+    refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
+    cut.mkdir()
+    (cut / "reference.bin").write_text("")
+    refused(resume, "no config.json", "another -o", "--reference-cache")
+    shutil.rmtree(cut)
     begun = ["--max-steps", "500", "--adapter", data / "adapter", "--reference", data / "ref.bin"]
     run(*begin(base, data, data / "adapter", "--max-steps", "1", "--lora"))
     run("./train", "init", "-o", data / "ref.bin", "--seed", "8", "--d-model", "32")
@@ -284,7 +288,8 @@ def test_resume_refusals(data, base):
                                ("lr-scheduler-type", "cosine", "constant"), ("limit", "9", "0")):
         refused(resume + ["--" + option, value], f"--{option} was ", now, value, "--max-memory")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
-    refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
+    for words in ([], ["-o"], ["-o", ""], ["--output="]):
+        refused(["./train", "dpo", "--resume", *words], "--resume needs -o DIR", status=2)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
     refused(begin(base, data, cut), "holds another run", "--resume")
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
@@ -298,16 +303,18 @@ def test_resume_refusals(data, base):
             "has not the content")
     shutil.rmtree(other)
     model = pathlib.Path(base).read_bytes()
-    replaced(cut / "state.bin", state[:-10], resume, "state.bin", "cut")
+    for n in (len(state) - 10, 80):
+        replaced(cut / "state.bin", state[:n], resume, "state.bin", "cut short or added to; put a "
+                 "whole copy back if there is one, or begin another run", "--reference-cache")
     replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
     leave(begin(base, data, other, *begun, "--seed", "4"), other)
     replaced(cut / "state.bin", (other / "state.bin").read_bytes(), resume, "state.bin",
              "another run", "--seed was 4 there, and is 0 here")
     damaged = bytearray(state)
     damaged[-100] ^= 1
-    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum")
+    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum", "cut short; put a whole")
     (cut / "reference.bin").unlink()
-    refused(resume, "reference.bin is missing")
+    refused(resume, "reference.bin is missing; put it back", "begin another run")
     (cut / "state.bin").unlink()
     refused(resume, "no state.bin")
     for path in (cut, other, data / "adapter"):
