@@ -424,10 +424,11 @@ static inline const char *given_value(int argc, char **argv, const char *name, c
     return value;
 }
 
-static inline FILE *create_file(const char *path)
+/* `name` is what messages call it: of a temporary file, what it will be. */
+static inline FILE *create_file(const char *path, const char *name)
 {
     FILE *file = fopen(path, "wx");     // x: never over an existing file
-    if (!file) fail("cannot create %s: %s", path, strerror(errno));
+    if (!file) fail("cannot create %s: %s; choose another place", name, strerror(errno));
     return file;
 }
 
@@ -442,8 +443,9 @@ static inline void check_can_make(const char *path)
 {
     if (path_exists(path)) fail("%s exists already; nothing was changed", path);
     char *temporary = temporary_path(path);
-    close_file(create_file(temporary), temporary);
-    remove(temporary);
+    FILE *file = create_file(temporary, path);
+    remove(temporary);      // before anything can fail
+    close_file(file, path);
     free(temporary);
 }
 
@@ -463,7 +465,7 @@ static inline FILE *reopen_file(const char *path, size_t bytes)
 
 static inline csv csv_create(const char *path, const char *target)
 {
-    return (csv){create_file(path), path, target, 0};
+    return (csv){create_file(path, target ? target : path), path, target, 0};
 }
 
 static inline void csv_check(const csv *c, int failed)

@@ -705,11 +705,14 @@ static void check_same_run(const run *r, const char *then, const char *now_text)
 static void write_text(const char *path, const char *text, size_t n)
 {
     char *temporary = temporary_path(path);
-    FILE *file = create_file(temporary);
+    FILE *file = create_file(temporary, path);
     fwrite(text, 1, n, file);
-    if (fflush(file) || fsync(fileno(file))) fail("cannot write %s: %s", path, strerror(errno));
-    close_file(file, path);
-    if (rename(temporary, path)) fail("cannot write %s: %s", path, strerror(errno));
+    int failed = ferror(file) || fflush(file) || fsync(fileno(file));
+    if (fclose(file) || failed || rename(temporary, path)) {
+        const int reason = errno;
+        remove(temporary);
+        fail("cannot write %s: %s", path, strerror(reason));
+    }
     free(temporary);
 }
 
@@ -808,7 +811,7 @@ static void create_logs(run *r)
     if (!r->s->samples) return;
     r->samples_path = path_join(r->s->output, "samples.jsonl");
     r->samples = r->s->resume ? reopen_file(r->samples_path, r->at.samples_bytes)
-                              : create_file(r->samples_path);
+                              : create_file(r->samples_path, r->samples_path);
 }
 
 /* The length of a log, all of which is on the disk before a state says that it is. */

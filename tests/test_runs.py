@@ -513,6 +513,16 @@ def test_warmup(data, base):
         check(most in text if most else "warmup lasts" not in text, f"{options}: {text}")
 
 
+def test_unwritable(data, base):
+    """Errors name what was to be made, and not its temporary file."""
+    nowhere, pairs = data / "nowhere", data / "pairs.jsonl"
+    for words, name in ((["./train", "init", "-o", nowhere / "a.bin"], "a.bin"),
+                        (["./train", "merge", "-m", base, "-o", nowhere / "b.bin"], "b.bin"),
+                        (["./eval", "prefs", "-m", base, "-r", base, "-d", pairs, "--out",
+                          nowhere / "c.csv"], "c.csv")):
+        refused(words, f"cannot create {nowhere / name}: No such file or directory; choose")
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -857,6 +867,7 @@ def main():
         test_text_as_prompts(data, base)
         test_dry_run(data, base)
         test_warmup(data, base)
+        test_unwritable(data, base)
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
