@@ -9,6 +9,7 @@
 #define DPO_IMPLEMENTATION
 #include "dpo.h"
 #include "tools.h"
+#include <signal.h>
 
 enum { PREFS = 1, LOSS = 2, GENERATE = 4, CHAT = 8, DATA = PREFS | LOSS, TALK = GENERATE | CHAT,
        ALL = DATA | TALK };
@@ -479,6 +480,7 @@ int main(int argc, char **argv)
     unsigned bit;
     option options[N_OPTIONS];
     tool_name = "eval";
+    signal(SIGXFSZ, SIG_IGN);   // a file at ulimit -f is then an error as a full disk is
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     tool_name = names[c - commands];
     if (bit & (LOSS | CHAT)) s.max_length = 0;

@@ -1634,6 +1634,7 @@ int main(int argc, char **argv)
                                         "train plan"};
     unsigned bit;
     tool_name = "train";
+    signal(SIGXFSZ, SIG_IGN);   // a file at ulimit -f is then an error as a full disk is
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     static settings s;
     s = default_settings(bit, trains_adapter(argc, argv));

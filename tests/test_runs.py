@@ -9,6 +9,7 @@ import os
 import pathlib
 import pty
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -523,6 +524,21 @@ def test_unwritable(data, base):
         refused(words, f"cannot create {nowhere / name}: No such file or directory; choose")
 
 
+def test_file_limit(data, base):
+    """ulimit -f is reported as a full disk is, and leaves no half of a file."""
+    place = data / "limited"
+    place.mkdir()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+    text = run("./train", "init", "-o", place / "a.bin", status=1, preexec_fn=limit)
+    check("a.bin: cannot be written: File too large" in text, text)
+    text = run("./eval", "prefs", "-m", base, "-r", base, "-d", data / "pairs.jsonl", "--out",
+               place / "b.csv", status=1,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    check("cannot write" in text and "b.csv: File too large" in text, text)
+    check(not list(place.iterdir()), f"left: {list(place.iterdir())}")
+    place.rmdir()
+
+
 def test_busy_machine(data, base):
     """Threads that spin beside other programs are slow, which is said only where it is so."""
     environment, text = shim(data), data / "busy.txt"
@@ -868,6 +884,7 @@ def main():
         test_dry_run(data, base)
         test_warmup(data, base)
         test_unwritable(data, base)
+        test_file_limit(data, base)
         test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
