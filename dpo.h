@@ -693,6 +693,15 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #if defined(DPO_IMPLEMENTATION) && !defined(DPOI_IMPLEMENTED)
 #define DPOI_IMPLEMENTED    // including the header again changes nothing
 
+#ifdef __cplusplus
+#error "dpo.h: DPO_IMPLEMENTATION belongs in a C file of its own, compiled with -std=gnu11"
+#elif defined(__STRICT_ANSI__)
+#error "dpo.h: the implementation needs POSIX and GNU C; compile this file with -std=gnu11"
+#endif
+#ifdef __FAST_MATH__
+#error "dpo.h: -ffast-math (or -Ofast) reorders sums and loses NaNs; compile with -O3 without it"
+#endif
+
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -6125,8 +6134,8 @@ static int dpoi_check_plain(dpo_context *context, const dpo_jsonl *reader)
     size_t blank = 0;
     while (blank < text->n && memchr(" \t\r\n", text->bytes[blank], 4)) blank++;
     if (blank == text->n || text->bytes[blank] != '{') return 0;
-    return dpoi_fail(context, "%s: looks like JSON lines; give it a name that ends in .jsonl (plain "
-                     "text that begins with { can be the {\"text\"} of one)", reader->path);
+    return dpoi_fail(context, "%s: looks like JSON lines; give it a name that ends in .jsonl "
+                     "(plain text that begins with { can be the {\"text\"} of one)", reader->path);
 }
 
 /* Reads all records, or a file of plain text as one document. */
