@@ -549,8 +549,9 @@ static void check_disk(const run *r, size_t result)
 static int is_free(const char *name)
 {
     static const char *const names[] = {"threads", "max-memory", "no-verify", "resume",
-                                        "dry-run", "save-steps", "save-minutes", "reference-cache", "output",
-                                        "model", "adapter", "reference", "data", "eval-data"};
+                                        "dry-run", "save-steps", "save-minutes",
+                                        "reference-cache", "output", "model", "adapter",
+                                        "reference", "data", "eval-data"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!strcmp(names[i], name)) return 1;
     return 0;
@@ -1388,8 +1389,8 @@ static void plan_steps(run *r)
     say("plan    %zu updates of %zu examples, learning rate %g, warmup %zu", r->steps,
         s->batch_size, s->learning_rate, r->warmup);
     if (r->warmup >= r->steps && s->learning_rate > 0)
-        say("note    the warmup lasts as long as the run, which never reaches its learning rate (at "
-            "most %g); lower --warmup-%s", s->learning_rate * (double)r->steps /
+        say("note    the warmup lasts as long as the run, which never reaches its learning rate "
+            "(at most %g); lower --warmup-%s", s->learning_rate * (double)r->steps /
             (double)(r->warmup + 1), s->warmup_steps ? "steps" : "ratio");
 }
 
@@ -1643,7 +1644,8 @@ int main(int argc, char **argv)
     tool_name = names[c - commands];
     const char *output = given_value(argc, argv, "output", 'o');
     const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
-    if (resumes && (!output || !*output)) usage_fail("--resume needs -o DIR, the run to go on with");
+    if (resumes && (!output || !*output))
+        usage_fail("--resume needs -o DIR, the run to go on with");
     if (resumes) {
         read_config(output, bit, options, n_options, &s);
         s.reference_known = s.reference && !given_value(argc, argv, "reference", 0);
