@@ -14,7 +14,7 @@
    architectures, exactly as Hugging Face computes them), not a pretraining framework. It wants a
    POSIX system and a little-endian 64-bit machine.
 
-   A program. Twelve updates on preference pairs, and the model is saved:
+   A program. Twelve updates on the first 8 pairs of a file, and the model is saved:
 
        #define DPO_IMPLEMENTATION
        #include "dpo.h"
