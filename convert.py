@@ -131,7 +131,7 @@ def all_sizes(values, kind):
 
 def refuse_existing(path):
     if os.path.lexists(path):
-        fail(path, "exists already and is never overwritten; remove it or choose another name")
+        fail(path, "exists already and is never overwritten; choose another name")
 
 
 @contextlib.contextmanager
@@ -1265,6 +1265,8 @@ def run_file(path, *names):
 
 
 def import_directory(directory, output, base):
+    if not os.path.isdir(directory):    # first: of swapped names the other exists already
+        fail(directory, "is no directory; the order is import DIR FILE")
     refuse_existing(output)
     is_adapter = os.path.exists(os.path.join(directory, PEFT_CONFIG))
     if is_adapter and base is None:
@@ -1353,9 +1355,18 @@ def import_adapter(directory, output, base):
     report(output, f"LoRA of rank {r}", tensors, started)
 
 
+def is_hf_folder(path):
+    """A run directory has a config.json, too, but one of its own."""
+    config = os.path.join(path, "config.json")
+    return (os.path.exists(os.path.join(path, PEFT_CONFIG)) or
+            os.path.exists(config) and "model_type" in read_json_object(config))
+
+
 def export_file(path, directory):
     directory = directory.rstrip("/") or "/"
-    path = run_file(path, "model.bin", "adapter.bin")
+    folder, path = path, run_file(path, "model.bin", "adapter.bin")
+    if not os.path.exists(path) and is_hf_folder(folder):
+        fail(folder, "is a Hugging Face folder, and export makes one; did you mean import?")
     if os.path.lexists(directory) and not (os.path.isdir(directory) and not os.listdir(directory)):
         fail(directory, "is not an empty directory and never overwritten; choose another name")
     (export_adapter if container_kind(path) == ADAPTER else export_model)(path, directory)

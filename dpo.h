@@ -14,7 +14,7 @@
    architectures, exactly as Hugging Face computes them), not a pretraining framework. It wants a
    POSIX system and a little-endian 64-bit machine.
 
-   A program. Twelve updates on preference pairs, and the model is saved:
+   A program. Twelve updates on the first 8 pairs of a file, and the model is saved:
 
        #define DPO_IMPLEMENTATION
        #include "dpo.h"
@@ -376,7 +376,8 @@ typedef struct dpo_data {
     dpo_tokens tokens;
 } dpo_data;
 
-/* Reads a .jsonl file (or, for text, any other file as one document) by the rules of part 9. */
+/* Reads a .jsonl, .ndjson or .json file (or, for text, any other as one document) by the rules of
+   part 9. */
 DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
                           const dpo_tokenizer *tokenizer, uint32_t end_token,
                           const dpo_data_options *options);
@@ -692,6 +693,15 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #if defined(DPO_IMPLEMENTATION) && !defined(DPOI_IMPLEMENTED)
 #define DPOI_IMPLEMENTED    // including the header again changes nothing
 
+#ifdef __cplusplus
+#error "dpo.h: DPO_IMPLEMENTATION belongs in a C file of its own, compiled with -std=gnu11"
+#elif defined(__STRICT_ANSI__)
+#error "dpo.h: the implementation needs POSIX and GNU C; compile this file with -std=gnu11"
+#endif
+#ifdef __FAST_MATH__
+#error "dpo.h: -ffast-math (or -Ofast) reorders sums and loses NaNs; compile with -O3 without it"
+#endif
+
 #include <errno.h>
 #include <fcntl.h>
 #include <float.h>
@@ -701,6 +711,7 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <strings.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <time.h>
@@ -6122,6 +6133,26 @@ static int dpoi_add_record(dpoi_loader *l, const dpoi_text *fields, size_t line)
     return 0;
 }
 
+/* Whether a file's name says that it holds JSON lines; some call them .json. */
+static int dpoi_is_jsonl(const char *path)
+{
+    const char *dot = strrchr(path, '.');
+    return dot && (!strcasecmp(dot, ".jsonl") || !strcasecmp(dot, ".ndjson") ||
+                   !strcasecmp(dot, ".json"));
+}
+
+/* Fails if what is to be plain text begins as JSON lines do: under another name they would be
+   trained on as they are written, brackets and all. */
+static int dpoi_check_plain(dpo_context *context, const dpo_jsonl *reader)
+{
+    const dpo_string *text = &reader->buffer;
+    size_t blank = 0;
+    while (blank < text->n && memchr(" \t\r\n", text->bytes[blank], 4)) blank++;
+    if (blank == text->n || text->bytes[blank] != '{') return 0;
+    return dpoi_fail(context, "%s: looks like JSON lines; give it a name that ends in .jsonl "
+                     "(plain text that begins with { can be the {\"text\"} of one)", reader->path);
+}
+
 /* Reads all records, or a file of plain text as one document. */
 static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
 {
@@ -6137,6 +6168,7 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
         if (plain ? dpoi_jsonl_read(l->context, reader, EOF, &found)
                   : dpo_jsonl_next(l->context, reader, &found)) return 1;
         if (!found) break;
+        if (plain && dpoi_check_plain(l->context, reader)) return 1;
         if (plain) fields[1] = (dpoi_text){ reader->buffer.bytes, reader->buffer.n };
         else if (dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
         if (data->counts.records++ && kind != l->kind)
@@ -6263,9 +6295,7 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
                          tokenizer->n_tokens);
     dpoi_loader l = { .context = context, .data = data, .tokenizer = tokenizer, .options = options,
         .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
-    const char *dot = strrchr(path, '.');       // some call JSON lines .json
-    int plain = options->use != DPO_USE_PAIRS &&
-                !(dot && (!strcmp(dot, ".jsonl") || !strcmp(dot, ".json")));
+    int plain = options->use != DPO_USE_PAIRS && !dpoi_is_jsonl(path);
     dpo_jsonl reader;
     int failed = dpo_jsonl_open(context, &reader, path) ||
                  dpoi_load_records(&l, &reader, plain) ||

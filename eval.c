@@ -9,6 +9,7 @@
 #define DPO_IMPLEMENTATION
 #include "dpo.h"
 #include "tools.h"
+#include <signal.h>
 
 enum { PREFS = 1, LOSS = 2, GENERATE = 4, CHAT = 8, DATA = PREFS | LOSS, TALK = GENERATE | CHAT,
        ALL = DATA | TALK };
@@ -299,9 +300,18 @@ static void read_prompts(dpo_context *context, const settings *s, prompts *p,
     const char *path = s->data ? s->data : "/dev/stdin";
     dpo_jsonl reader;
     int found = 0;
+    if (!s->data && isatty(STDIN_FILENO))
+        say("reading prompts from standard input, {\"prompt\": \"...\"} on each line");
     check(context, dpo_jsonl_open(context, &reader, path));
     while (!s->limit || p->n < s->limit) {
-        check(context, dpo_jsonl_next(context, &reader, &found));
+        const int failed = dpo_jsonl_next(context, &reader, &found);
+        const dpo_string *line = &reader.buffer;
+        size_t blank = 0;
+        while (blank < line->n && isspace((unsigned char)line->bytes[blank])) blank++;
+        if (failed && reader.line && blank < line->n && line->bytes[blank] != '{')  // mere text
+            fail("%s:%zu: {\"prompt\": \"...\"} is expected on each line; one prompt can be given "
+                 "by -p TEXT", path, reader.line);
+        check(context, failed);
         if (!found) break;
         const dpo_json_value *text = dpo_json_member(&reader.json, reader.json.values, "prompt");
         if (!text || text->kind != DPO_JSON_STRING)
@@ -470,6 +480,7 @@ int main(int argc, char **argv)
     unsigned bit;
     option options[N_OPTIONS];
     tool_name = "eval";
+    signal(SIGXFSZ, SIG_IGN);   // a file at ulimit -f is then an error as a full disk is
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     tool_name = names[c - commands];
     if (bit & (LOSS | CHAT)) s.max_length = 0;
@@ -481,6 +492,7 @@ int main(int argc, char **argv)
     }
     if (s.label_smoothing > 0 && s.loss_type != DPO_LOSS_SIGMOID)
         usage_fail("--label-smoothing goes with --loss-type sigmoid only");
+    note_busy_machine(s.threads);
 
     dpo_context context;
     check(&context, dpo_context_init(&context, (int)s.threads));

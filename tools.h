@@ -111,7 +111,7 @@ typedef struct option {
     const char *argument;   // what help calls the value; of a choice, the choices
     const char *help;
     double low, high;       // accepted numbers; a high of 0: no end
-    int required;
+    int required;           // 2: except with --resume, whose run has it
 } option;
 
 /* Rows of the table. */
@@ -261,13 +261,56 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
         printf("  %-34s", left);
         if (n_left > 33) printf("\n%36s", "");
         fputs(o->help, stdout);
-        if (o->required) fputs(" (required)", stdout);
+        if (o->required)
+            fputs(o->required == 2 ? " (required, except with --resume)" : " (required)", stdout);
         print_default(stdout, o);
         putchar('\n');
     }
     printf("      --help                        print this\n");
     finish_stdout();
     exit(0);
+}
+
+/* What other programs call options of ours. */
+static const struct { const char *name, *ours, *value; } foreign_names[] = {
+    {"lr", "learning-rate", ""}, {"bf16", "dtype", " bf16"}, {"num-train-epochs", "epochs", ""},
+    {"per-device-train-batch-size", "batch-size", ""},
+};
+
+/* Says of a long option that this command has not what may have been meant, and exits: the same of
+   another command, ours for another program's, or the nearest by its letters. */
+__attribute__((noreturn))
+static inline void explain_unknown(const char *word, const tool_command *c, unsigned bit,
+                                   const option *options, size_t n)
+{
+    char name[64], others[128] = "";
+    const int length = (int)strcspn(word, "=");
+    const option *nearest = NULL;
+    size_t distance = SIZE_MAX, used = 0;
+    snprintf(name, sizeof name, "%.*s", length - 2, word + 2);
+    for (char *p = name; *p; p++) if (*p == '_') *p = '-';      // as Python's programs have it
+    for (const option *o = options; o < options + n; o++) {
+        const size_t d = edit_distance(name, o->name);
+        if (o->commands & bit) {
+            if (d < distance) { distance = d; nearest = o; }
+            for (size_t i = 0; i < sizeof foreign_names / sizeof *foreign_names; i++)
+                if (!strcmp(foreign_names[i].name, name) && !strcmp(foreign_names[i].ours, o->name))
+                    usage_fail("no option %.*s; here it is --%s%s", length, word, o->name,
+                               foreign_names[i].value);
+        } else if (!d) {
+            const tool_command *other = c;
+            for (unsigned b = bit; b > 1; b >>= 1) other--;     // the first command
+            for (unsigned b = 1; b && b <= o->commands && used < sizeof others; b <<= 1, other++)
+                if (o->commands & b)
+                    used += (size_t)snprintf(others + used, sizeof others - used, "%s%.*s %s",
+                                             used ? ", " : "", (int)strcspn(tool_name, " "),
+                                             tool_name, other->name);
+        }
+    }
+    if (used) usage_fail("no option %.*s; it is one of %s", length, word, others);
+    if (nearest && distance <= 1 + strlen(name) / 3)
+        usage_fail("no option %.*s; did you mean --%s?", length, word, nearest->name);
+    usage_fail("no option %s; try ./%s --help", word, tool_name);
 }
 
 /* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. */
@@ -277,8 +320,8 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
     const option *end = options + n;
     for (int i = 2; i < argc; i++) {
         const char *word = argv[i], *value = NULL;
-        const option *found = NULL, *nearest = NULL;
-        size_t distance = SIZE_MAX, length;
+        const option *found = NULL;
+        size_t length;
         if (!strcmp(word, "--help") || !strcmp(word, "-h")) print_help(c, bit, options, n);
         if (word[0] != '-' || !word[1])
             usage_fail("'%s' is no option; try ./%s --help", word, tool_name);
@@ -291,13 +334,8 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
             if (!(o->commands & bit)) continue;
             if (is_long ? strlen(o->name) == length && !strncmp(o->name, name, length)
                         : o->letter == name[0]) found = o;
-            char given[64];
-            snprintf(given, sizeof given, "%.*s", (int)(length < 63 ? length : 63), name);
-            size_t d = edit_distance(given, o->name);
-            if (is_long && d < distance) { distance = d; nearest = o; }
         }
-        if (!found && nearest && distance <= 1 + length / 3)
-            usage_fail("no option %.*s; did you mean --%s?", (int)length + 2, word, nearest->name);
+        if (!found && is_long) explain_unknown(word, c, bit, options, n);
         if (!found) usage_fail("no option %s; try ./%s --help", word, tool_name);
         if (found->kind == OPTION_FLAG) {
             if (value) usage_fail("--%s takes no value", found->name);
@@ -386,10 +424,11 @@ static inline const char *given_value(int argc, char **argv, const char *name, c
     return value;
 }
 
-static inline FILE *create_file(const char *path)
+/* `name` is what messages call it: of a temporary file, what it will be. */
+static inline FILE *create_file(const char *path, const char *name)
 {
     FILE *file = fopen(path, "wx");     // x: never over an existing file
-    if (!file) fail("cannot create %s: %s", path, strerror(errno));
+    if (!file) fail("cannot create %s: %s; choose another place", name, strerror(errno));
     return file;
 }
 
@@ -404,8 +443,9 @@ static inline void check_can_make(const char *path)
 {
     if (path_exists(path)) fail("%s exists already; nothing was changed", path);
     char *temporary = temporary_path(path);
-    close_file(create_file(temporary), temporary);
-    remove(temporary);
+    FILE *file = create_file(temporary, path);
+    remove(temporary);      // before anything can fail
+    close_file(file, path);
     free(temporary);
 }
 
@@ -425,7 +465,7 @@ static inline FILE *reopen_file(const char *path, size_t bytes)
 
 static inline csv csv_create(const char *path, const char *target)
 {
-    return (csv){create_file(path), path, target, 0};
+    return (csv){create_file(path, target ? target : path), path, target, 0};
 }
 
 static inline void csv_check(const csv *c, int failed)
@@ -511,6 +551,22 @@ static inline double now(void)
 }
 
 /* ---- what both programs print ---------------------------------------------------------------- */
+
+/* OpenMP's threads spin while they wait. Beside other programs they take the cores from whoever is
+   being waited for, so a busy machine is worth a word. */
+static inline void note_busy_machine(size_t n_threads)
+{
+#ifdef _OPENMP
+    double load;
+    const long processors = sysconf(_SC_NPROCESSORS_ONLN);
+    if (n_threads == 1 || getenv("OMP_WAIT_POLICY") || getloadavg(&load, 1) != 1) return;
+    if (processors > 0 && 2 * load > (double)processors)
+        say("note    the machine is busy (load %.1f): OMP_WAIT_POLICY=passive may be several times "
+            "faster", load);
+#else
+    (void)n_threads;
+#endif
+}
 
 /* Long scoring goes by so many examples, to show how far it is. */
 enum { SCORE_PIECE = 64 };
@@ -714,7 +770,7 @@ static inline void load_data(dpo_context *context, dpo_data *data, const char *p
         options->max_length = config->context_length;
         say("note    --max-length becomes %zu, the model's context", options->max_length);
     }
-    if (options->max_prompt_length >= options->max_length) {
+    if (options->use != DPO_USE_TEXT && options->max_prompt_length >= options->max_length) {
         options->max_prompt_length = options->max_length / 2;
         say("note    --max-prompt-length becomes %zu, half of --max-length",
             options->max_prompt_length);

@@ -48,7 +48,7 @@ typedef struct settings {
     double epochs, learning_rate, warmup_ratio, adam_beta1, adam_beta2, adam_epsilon, rmsprop_alpha;
     double weight_decay, max_grad_norm;
     size_t eval_examples, eval_steps, samples, seed, threads, micro_tokens, max_memory;
-    int dtype, stochastic_rounding, recompute, lora, rslora, resume;
+    int dtype, stochastic_rounding, recompute, lora, rslora, resume, dry_run;
     size_t lora_r, save_steps, patience;
     double lora_alpha, lora_dropout, save_minutes, min_delta;
     // Of a run that goes on: what config.json says of a reference that is not named anew.
@@ -98,11 +98,12 @@ static const struct preset {
 static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
 {
     const option table[] = {
-        TEXT(FROM, 'm', "model", &s->model, "FILE", 1,
+        TEXT(FROM, 'm', "model", &s->model, "FILE", bit & TRAIN ? 2 : 1,
             "model to start from: its file, an adapter, or a run directory"),
         TEXT(FROM, 0, "adapter", &s->adapter, "FILE", 0,
             bit == MERGE ? "adapter to fold into it" : "adapter over the model, to train further"),
-        TEXT(TRAIN, 'd', "data", &s->data, "FILE", 1, "training data, JSON lines or text"),
+        TEXT(TRAIN, 'd', "data", &s->data, "FILE", bit & TRAIN ? 2 : 1,
+            bit == DPO ? "training pairs, JSON lines" : "training data, JSON lines or plain text"),
         TEXT(MAKE, 'o', "output", &s->output, bit & TRAIN ? "DIR" : "FILE", 1,
             bit & TRAIN ? "run directory to make" : "model to make"),
         CHOICE(MAKE, "dtype", &s->dtype, "fp32|bf16", bit & TRAIN
@@ -113,14 +114,19 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         FLAG(TRAIN | PLAN, "gradient-checkpointing", &s->recompute,
             "compute blocks again in the backward: less memory, a third more time"),
         FLAG(TRAIN, "lora", &s->lora, "train an adapter, leaving the model as it is"),
-        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1 << 20, "rank of the adapter"),
-        REAL(TRAIN, "lora-alpha", &s->lora_alpha, 1e-6, 1e6, "it counts alpha / r times"),
-        FLAG(TRAIN, "use-rslora", &s->rslora, "it counts alpha / sqrt(r) times"),
-        REAL(TRAIN, "lora-dropout", &s->lora_dropout, 0, 0.99, "of the adapter's inputs"),
+        COUNT(TRAIN | PLAN, "lora-r", &s->lora_r, 1, 1 << 20,
+            bit == PLAN ? "rank of the adapter" : "with --lora: rank of the adapter"),
+        REAL(TRAIN, "lora-alpha", &s->lora_alpha, 1e-6, 1e6,
+            "with --lora: the adapter counts alpha / r times"),
+        FLAG(TRAIN, "use-rslora", &s->rslora,
+            "with --lora: the adapter counts alpha / sqrt(r) times"),
+        REAL(TRAIN, "lora-dropout", &s->lora_dropout, 0, 0.99,
+            "with --lora: dropout of the adapter's inputs"),
         TEXT(TRAIN, 0, "lora-target-modules", &s->lora_targets, "NAMES", 0,
-            "layers to adapt: names with commas between, as PEFT matches them"),
+            "with --lora: layers to adapt, names with commas between, as PEFT matches them"),
         CHOICE(INIT, "preset", &s->preset, PRESETS, "sizes to start from"),
-        CHOICE(INIT, "arch", &s->architecture, "gpt_neox|btlm", "not the preset's"),
+        CHOICE(INIT, "arch", &s->architecture, "gpt_neox|btlm",
+            "instead of the preset's"),
         COUNT(INIT, "n-layers", &s->n_layers, 0, 1e4, "0: the preset's"),
         COUNT(INIT, "d-model", &s->d_model, 0, 1e6, "width; 0: the preset's"),
         COUNT(INIT, "n-heads", &s->n_heads, 0, 1e4, "0: the preset's"),
@@ -128,12 +134,14 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         COUNT(INIT, "context-length", &s->context_length, 0, 1e7, "0: the preset's"),
         COUNT(INIT, "vocab-size", &s->vocab_size, 0, 1e8,
             "0: the preset's, or without --tokenizer as many as bytes need"),
-        CHOICE(INIT, "position", &s->position, "rotary|alibi|learned", "not the architecture's"),
+        CHOICE(INIT, "position", &s->position, "rotary|alibi|learned",
+            "instead of the architecture's"),
         CHOICE(INIT, "activation", &s->activation,
-            "gelu|gelu_new|gelu_fast|quick_gelu|silu|relu|swiglu", "not the architecture's"),
+            "gelu|gelu_new|gelu_fast|quick_gelu|silu|relu|swiglu",
+            "instead of the architecture's"),
         CHOICE(INIT, "parallel-residual", &s->parallel_residual, "no|yes",
-            "not the architecture's"),
-        CHOICE(INIT, "tied-head", &s->tied_head, "no|yes", "not the architecture's"),
+            "instead of the architecture's"),
+        CHOICE(INIT, "tied-head", &s->tied_head, "no|yes", "instead of the architecture's"),
         TEXT(INIT, 0, "tokenizer", &s->tokenizer, "FILE", 0,
             "model whose tokenizer to take; without it: a token per byte"),
         CHOICE(DPO, "loss-type", &s->loss_type, "sigmoid|ipo|ipo-sum|hinge",
@@ -191,8 +199,11 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "updates between saves of the run's state; 0: only by time"),
         FLAG(TRAIN, "resume", &s->resume,
             "go on with the interrupted run in -o, by its config.json"),
+        FLAG(TRAIN, "dry-run", &s->dry_run,
+            "print what the run will be and take, and stop before anything is made"),
         COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE,
-            "of weights, or of the order of the data"),
+            bit == INIT ? "of the random weights"
+            : "of the order of the data, of a new adapter, of dropout and of rounding"),
         COUNT(TRAIN | PLAN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(FROM, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -500,7 +511,7 @@ static void enter_directory(const run *r)
 {
     lock_directory(r->s->output);
     check_directory(r);
-    remove_temporaries(r->s->output);
+    if (!r->s->dry_run) remove_temporaries(r->s->output);
 }
 
 /* The run's files at the worst moment: the best model beside its successor, the result of an
@@ -538,8 +549,9 @@ static void check_disk(const run *r, size_t result)
 static int is_free(const char *name)
 {
     static const char *const names[] = {"threads", "max-memory", "no-verify", "resume",
-                                        "save-steps", "save-minutes", "reference-cache", "output",
-                                        "model", "adapter", "reference", "data", "eval-data"};
+                                        "dry-run", "save-steps", "save-minutes",
+                                        "reference-cache", "output", "model", "adapter",
+                                        "reference", "data", "eval-data"};
     for (size_t i = 0; i < sizeof names / sizeof *names; i++)
         if (!strcmp(names[i], name)) return 1;
     return 0;
@@ -694,11 +706,14 @@ static void check_same_run(const run *r, const char *then, const char *now_text)
 static void write_text(const char *path, const char *text, size_t n)
 {
     char *temporary = temporary_path(path);
-    FILE *file = create_file(temporary);
+    FILE *file = create_file(temporary, path);
     fwrite(text, 1, n, file);
-    if (fflush(file) || fsync(fileno(file))) fail("cannot write %s: %s", path, strerror(errno));
-    close_file(file, path);
-    if (rename(temporary, path)) fail("cannot write %s: %s", path, strerror(errno));
+    int failed = ferror(file) || fflush(file) || fsync(fileno(file));
+    if (fclose(file) || failed || rename(temporary, path)) {
+        const int reason = errno;
+        remove(temporary);
+        fail("cannot write %s: %s", path, strerror(reason));
+    }
     free(temporary);
 }
 
@@ -738,7 +753,12 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     dpo_context context;
     dpo_json json = {0};
     const char *path = run_file(directory, "config.json");
-    if (!path) fail("%s cannot be resumed: it has no config.json", directory);
+    if (!path && run_file(directory, "reference.bin"))
+        fail("%s cannot be resumed: it has no config.json; begin anew with another -o (its "
+             "reference.bin serves as --reference-cache)", directory);
+    if (!path)
+        fail("%s cannot be resumed: it has no config.json; begin it without --resume (the same -o "
+             "will do)", directory);
     char *text = read_text(path);
     check(&context, dpo_context_init(&context, 1));
     check(&context, dpo_json_parse(&context, &json, text, strlen(text), path));
@@ -792,7 +812,7 @@ static void create_logs(run *r)
     if (!r->s->samples) return;
     r->samples_path = path_join(r->s->output, "samples.jsonl");
     r->samples = r->s->resume ? reopen_file(r->samples_path, r->at.samples_bytes)
-                              : create_file(r->samples_path);
+                              : create_file(r->samples_path, r->samples_path);
 }
 
 /* The length of a log, all of which is on the disk before a state says that it is. */
@@ -887,6 +907,12 @@ static void load_state(run *r)
         char error[sizeof r->context->error];
         memcpy(error, r->context->error, sizeof error);
         check_whose_state(r);
+        char *advice = strstr(error, "make it again");      // which no state can be
+        while (advice && advice > error && *advice != ';') advice--;
+        if (advice)
+            fail("%.*s; put a whole copy back if there is one, or begin another run%s",
+                 (int)(advice - error), error, r->bit == DPO
+                 ? " (its reference.bin serves as --reference-cache)" : "");
         fail("%s", error);
     }
     if (notes.n != sizeof r->at + strlen(r->description) ||
@@ -1085,11 +1111,27 @@ static void read_reference(run *r)
     const dpo_reference_key key = reference_key(r);
     r->reference_cached = cache && path_exists(cache);
     if (!r->reference_cached && r->s->resume)
-        fail("%s cannot be resumed: its reference.bin is missing", r->s->output);
+        fail("%s cannot be resumed: its reference.bin is missing; put it back (a --reference-cache "
+             "that it was given is the same), or begin another run", r->s->output);
     if (!r->reference_cached) return;
     check(r->context, dpo_reference_load(r->context, cache, &key, r->reference,
                                          2 * (r->data.n + r->eval.n)));
     say("reference log-probabilities read from %s", cache);
+}
+
+/* Whether the reference is the model that training starts from. */
+static int reference_is_policy(const run *r)
+{
+    return r->reference_source.file.identity == r->source.file.identity &&
+           r->reference_source.adapter_identity == r->source.adapter_identity;
+}
+
+static void say_reference(const run *r)
+{
+    const source *from = &r->reference_source;
+    say("reference: %s%s%s, %s", from->path, from->adapter ? " with adapter " : "",
+        from->adapter ? from->adapter : "", reference_is_policy(r)
+        ? "the model that training starts from" : "as --reference says");
 }
 
 /* Loads the policy; if no cache had them, computes the reference's log-probabilities: by the policy
@@ -1100,11 +1142,8 @@ static void load_reference(run *r)
     const settings *s = r->s;
     const source *from = &r->reference_source;
     const int cached = r->reference_cached;
-    int same = from->file.identity == r->source.file.identity &&
-               from->adapter_identity == r->source.adapter_identity;
-    say("reference: %s%s%s, %s", from->path, from->adapter ? " with adapter " : "",
-        from->adapter ? from->adapter : "",
-        same ? "the model that training starts from" : "as --reference says");
+    const int same = reference_is_policy(r);
+    say_reference(r);
     dpo_model other, *scorer = same ? &r->model : &other;
     if (!same && !cached) load_model(r->context, &other, from, model_options(r));
     if (same || cached) load_policy(r);
@@ -1349,6 +1388,10 @@ static void plan_steps(run *r)
     if (s->warmup_steps) r->warmup = s->warmup_steps;
     say("plan    %zu updates of %zu examples, learning rate %g, warmup %zu", r->steps,
         s->batch_size, s->learning_rate, r->warmup);
+    if (r->warmup >= r->steps && s->learning_rate > 0)
+        say("note    the warmup lasts as long as the run, which never reaches its learning rate "
+            "(at most %g); lower --warmup-%s", s->learning_rate * (double)r->steps /
+            (double)(r->warmup + 1), s->warmup_steps ? "steps" : "ratio");
 }
 
 /* Buffers of the programs' own; everything large is the library's. */
@@ -1524,6 +1567,11 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     r.config_path = path_join(s->output, "config.json");
     r.reference_path = path_join(s->output, "reference.bin");
     prepare(&r, options, n_options);
+    if (s->dry_run) {   // the directories that prepare made are taken away again at the end
+        if (bit == DPO) say_reference(&r);
+        say("dry run: nothing was made; without --dry-run this trains");
+        return 0;
+    }
     if (bit == DPO) load_reference(&r);
     else load_policy(&r);
     if (!s->resume) settle_config(&r, options, n_options);
@@ -1587,6 +1635,7 @@ int main(int argc, char **argv)
                                         "train plan"};
     unsigned bit;
     tool_name = "train";
+    signal(SIGXFSZ, SIG_IGN);   // a file at ulimit -f is then an error as a full disk is
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     static settings s;
     s = default_settings(bit, trains_adapter(argc, argv));
@@ -1595,13 +1644,15 @@ int main(int argc, char **argv)
     tool_name = names[c - commands];
     const char *output = given_value(argc, argv, "output", 'o');
     const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
-    if (resumes && !output) usage_fail("--resume needs -o DIR, the run to go on with");
+    if (resumes && (!output || !*output))
+        usage_fail("--resume needs -o DIR, the run to go on with");
     if (resumes) {
         read_config(output, bit, options, n_options, &s);
         s.reference_known = s.reference && !given_value(argc, argv, "reference", 0);
     }
     parse_options(argc, argv, c, bit, options, n_options);
     if (bit & TRAIN) check_lora_options(argc, argv, &s);
+    if (bit & TRAIN) note_busy_machine(s.threads);
 
     dpo_context context;
     check(&context, dpo_context_init(&context, (int)s.threads));

@@ -375,7 +375,7 @@ class CheckpointTest(ConvertTest):
         self.refused("no model.safetensors", "import", self.directory(config__json=NEOX),
                      self.path("m"))
         self.refused("config.json", "import", self.directory(), self.path("m"))
-        self.refused("No such file", "import", self.path("nowhere"), self.path("m"))
+        self.refused("nowhere: is no directory", "import", self.path("nowhere"), self.path("m"))
 
     def test_hostile_safetensors(self):
         tensors = {"a": ("f32", (2, 2), bytes(16)), "b": ("f32", (3,), bytes(12))}
@@ -906,7 +906,17 @@ class ExportTest(ConvertTest):
         self.good("export", model, target)                      # an empty directory is filled
         self.refused("not an empty directory", "export", model, target)
         self.refused("not an empty directory", "export", model, model)
-        self.refused("exists already", "import", target, model)
+        self.refused("exists already and is never overwritten; choose another name$",
+                     "import", target, model)
+        self.refused(r"model\d.bin: is no directory; the order is import DIR FILE",
+                     "import", model, target)                   # swapped
+        self.refused("is no directory", "import", self.path("new.bin"), target)
+        self.refused("full: is a Hugging Face folder.*did you mean import", "export", target,
+                     self.path("x"))
+        adapter = self.directory(adapter_config__json=PEFT)
+        self.refused("is a Hugging Face folder", "export", adapter, self.path("x"))
+        unfinished = self.directory(config__json={"command": "dpo"})
+        self.refused("model.bin: No such file", "export", unfinished, self.path("x"))
         self.refused("No such file", "export", self.path("nothing"), self.path("x"))
         self.refused("header", "export", os.path.join(target, "config.json"), self.path("x"))
         config = json.loads(self.contents(model)["config"][3])

@@ -71,6 +71,22 @@ class Manual(unittest.TestCase):
                 run(compiler, standard, "-pedantic-errors", "-Wall", "-Wextra", "-Werror", "-I",
                     ROOT, "-c", name, "-o", "user.o", cwd=folder)
 
+    def test_implementation_refuses_what_would_break_it(self):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, compiler, flags, said in (
+                    ("a.c", CC, ["-std=c11"], "-std=gnu11"),
+                    ("b.c", CC, ["-std=gnu11", "-ffast-math"], "without it"),
+                    ("c.cc", shutil.which("g++"), [], "C file of its own")):
+                if not compiler:
+                    continue
+                with open(os.path.join(folder, name), "w") as file:
+                    file.write('#define DPO_IMPLEMENTATION\n#include "dpo.h"\n')
+                done = subprocess.run([compiler, *flags, "-I", ROOT, "-fsyntax-only", name],
+                                      cwd=folder, capture_output=True, text=True)
+                errors = [line for line in done.stderr.splitlines() if "error" in line]
+                self.assertTrue(done.returncode and "dpo.h" in errors[0] and said in errors[0],
+                                f"{name}: {done.stderr[:999]}")
+
     def test_contents_name_the_parts(self):
         text = read("dpo.h")
         contents = re.findall(r"^       (\d+) +(\w+) {2,}", text.split("Contents")[1], re.M)

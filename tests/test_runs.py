@@ -7,7 +7,9 @@ import csv
 import json
 import os
 import pathlib
+import pty
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -77,8 +79,8 @@ def same_files(a, b, names, what):
             check((a / name).read_bytes() == (b / name).read_bytes(), f"{what}: another {name}")
 
 
-# Comes before a program's own functions: the N-th rename to a name kills it at that instant, and a
-# disk has as little room as a test wants.
+# Comes before a program's own functions: the N-th rename to a name kills it at that instant, a disk
+# has as little room, and a machine as much to do, as a test wants.
 SHIM = r"""
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -101,6 +103,11 @@ int statvfs(const char *path, struct statvfs *disk)
     int failed = real(path, disk);
     if (getenv("FREE_BYTES")) disk->f_bavail = atoll(getenv("FREE_BYTES")) / disk->f_frsize;
     return failed;
+}
+int getloadavg(double *load, int n)
+{
+    *load = atof(getenv("LOAD") ? getenv("LOAD") : "0");
+    return n < 1 ? n : 1;
 }
 """
 
@@ -262,7 +269,11 @@ def replaced(path, content, words, *say):
 def test_resume_refusals(data, base):
     cut, other = data / "cut", data / "other"
     resume = ["./train", "dpo", "--resume", "-o", cut]
-    refused(resume, "cannot be resumed", "config.json")
+    refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
+    cut.mkdir()
+    (cut / "reference.bin").write_text("")
+    refused(resume, "no config.json", "another -o", "--reference-cache")
+    shutil.rmtree(cut)
     begun = ["--max-steps", "500", "--adapter", data / "adapter", "--reference", data / "ref.bin"]
     run(*begin(base, data, data / "adapter", "--max-steps", "1", "--lora"))
     run("./train", "init", "-o", data / "ref.bin", "--seed", "8", "--d-model", "32")
@@ -278,7 +289,8 @@ def test_resume_refusals(data, base):
                                ("lr-scheduler-type", "cosine", "constant"), ("limit", "9", "0")):
         refused(resume + ["--" + option, value], f"--{option} was ", now, value, "--max-memory")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
-    refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
+    for words in ([], ["-o"], ["-o", ""], ["--output="]):
+        refused(["./train", "dpo", "--resume", *words], "--resume needs -o DIR", status=2)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
     refused(begin(base, data, cut), "holds another run", "--resume")
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
@@ -292,16 +304,18 @@ def test_resume_refusals(data, base):
             "has not the content")
     shutil.rmtree(other)
     model = pathlib.Path(base).read_bytes()
-    replaced(cut / "state.bin", state[:-10], resume, "state.bin", "cut")
+    for n in (len(state) - 10, 80):
+        replaced(cut / "state.bin", state[:n], resume, "state.bin", "cut short or added to; put a "
+                 "whole copy back if there is one, or begin another run", "--reference-cache")
     replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
     leave(begin(base, data, other, *begun, "--seed", "4"), other)
     replaced(cut / "state.bin", (other / "state.bin").read_bytes(), resume, "state.bin",
              "another run", "--seed was 4 there, and is 0 here")
     damaged = bytearray(state)
     damaged[-100] ^= 1
-    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum")
+    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum", "cut short; put a whole")
     (cut / "reference.bin").unlink()
-    refused(resume, "reference.bin is missing")
+    refused(resume, "reference.bin is missing; put it back", "begin another run")
     (cut / "state.bin").unlink()
     refused(resume, "no state.bin")
     for path in (cut, other, data / "adapter"):
@@ -403,6 +417,147 @@ def test_disk(data, base):
     check(abs(disk - size - state) < 0.1 and abs(again - disk - size - state) < 0.1,
           f"{disk} MB, and {again} after an interrupt, with {size} MB of result")
     shutil.rmtree(out)
+
+
+def test_help():
+    """Help says of each command what is true of it."""
+    texts = {name: run("./train", name, "--help") for name in ("init", "sft", "dpo", "merge", "plan")}
+    for name, option, said in (
+            ("dpo", "-d, --data", "pairs, JSON lines (required, except with --resume)"),
+            ("sft", "-d, --data", "JSON lines or plain text (required, except with --resume)"),
+            ("sft", "-m, --model", "directory (required, except with --resume)"),
+            ("merge", "-m, --model", "directory (required)"), ("sft", "-o, --output", "(required)"),
+            ("dpo", "--lora-r", "with --lora: "), ("plan", "--lora-r", "rank of the adapter [16]"),
+            ("init", "--seed", "of the random weights [0]"), ("dpo", "--seed", "order of the data"),
+            ("init", "--arch", "instead of the preset's")):
+        line = texts[name].partition(f" {option} ")[2].partition("\n  ")[0]
+        check(said in line, f"{name} --help, {option}: {line}")
+
+
+def test_unknown_options():
+    """An unknown option is explained by what it is elsewhere, before what is spelled like it."""
+    for command, option, said in (
+            ("train sft", "--beta", "one of train dpo"), ("train dpo", "--sft-loss=sum", "train sft"),
+            ("train merge", "--limit", "no option --limit; it is one of train sft, train dpo"),
+            ("train dpo", "--preset", "it is one of train init"),
+            ("eval loss", "--top-k", "it is one of eval generate, eval chat"),
+            ("train dpo", "--lr", "no option --lr; here it is --learning-rate"),
+            ("train sft", "--bf16", "here it is --dtype bf16"),
+            ("train sft", "--num_train_epochs=2", "no option --num_train_epochs; here it is --epochs"),
+            ("train sft", "--per-device-train-batch-size", "here it is --batch-size"),
+            ("train sft", "--learning_rate", "did you mean --learning-rate?"),
+            ("train dpo", "--betta", "did you mean --beta?"), ("eval chat", "--lr", "try ./eval chat"),
+            ("train dpo", "--zzzzzzzzzzzz", "no option --zzzzzzzzzzzz; try ./train dpo --help"),
+            ("train dpo", "--" + "x" * 99, "try ./train dpo --help"), ("train dpo", "--=", "--help"),
+            ("train sft", "-r", "no option -r; try ./train sft --help")):
+        refused(["./" + command.split()[0], command.split()[1], option], said, status=2)
+
+
+def test_text_as_prompts(data, base):
+    """What eval says of text, and of nothing, where prompts are expected."""
+    text = data / "words.txt"
+    text.write_text("\n  some words\n" * 40)
+    said = run("./eval", "loss", "-m", base, "-d", text, "--max-length", "32")
+    check("max-prompt-length" not in said, f"an option that loss has not: {said}")
+    generate = ["./eval", "generate", "-m", base, "--max-new-tokens", "1"]
+    refused(generate + ["-d", text], 'words.txt:2: {"prompt": "..."} is expected', "-p TEXT")
+    text.write_text('{"prompt": }\n')
+    refused(generate + ["-d", text], "words.txt:1: ")
+    terminal, ours = pty.openpty()
+    process = start(*generate, stdin=ours)
+    os.write(terminal, b'{"prompt": "a"}\n\x04')
+    out, err = process.communicate(timeout=60)
+    check(process.returncode == 0 and "completion" in out and
+          "reading prompts from standard input" in err, f"on a terminal: {out}{err}")
+    os.close(terminal)
+    os.close(ours)
+    process = start(*generate, stdin=subprocess.PIPE)
+    out, err = process.communicate('{"prompt": "a"}\n', timeout=60)
+    check("completion" in out and "reading" not in err, f"in a pipe: {out}{err}")
+
+
+def test_dry_run(data, base):
+    """It says what a run would, and makes nothing; the run itself is as if it had not been."""
+    out, there = data / "deep" / "run", data / "there"
+    there.mkdir()
+    for command in ("dpo", "sft"):
+        for place in (out, there):
+            words = begin(base, data, place, "--max-steps", "2", "--dry-run")
+            words[1] = command
+            before = sorted(data.rglob("*"))
+            text = run(*words)
+            for said in ("memory  ", "disk    ", "data    ", "plan    2 updates", "trains  ",
+                         "dry run: nothing was made"):
+                check(said in text, f"{command} --dry-run does not say {said!r}: {text}")
+            check(("reference: " in text) == (command == "dpo"), f"{command}'s reference: {text}")
+            check("step 0" not in text and sorted(data.rglob("*")) == before,
+                  f"{command} --dry-run makes something: {text}")
+    there.rmdir()
+    refused(begin(base, data, out, "--dry-run", "--max-memory", "1"), "allowed by --max-memory")
+    leave(begin(base, data, out, "--max-steps", "500"), out)
+    (out / "state.bin.tmp-1").write_text("half a file")
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    text = run("./train", "dpo", "--resume", "-o", out, "--dry-run")
+    check("dry run" in text and before == {path: path.read_bytes() for path in out.iterdir()},
+          f"--resume --dry-run changes something: {text}")
+    refused(begin(base, data, out, "--dry-run"), "holds another run")
+    shutil.rmtree(data / "deep")
+
+
+def test_warmup(data, base):
+    """A run that is all warmup never gets to its learning rate, and says so."""
+    for options, most in ((["--warmup-steps", "9"], "at most 0.0009); lower --warmup-steps"),
+                          (["--warmup-ratio", "1"], "at most 0.0009); lower --warmup-ratio"),
+                          (["--warmup-steps", "8"], None)):
+        words = begin(base, data, data / "run", "--max-steps", "9", *options, "--dry-run")
+        text = run(*words)
+        check(most in text if most else "warmup lasts" not in text, f"{options}: {text}")
+
+
+def test_unwritable(data, base):
+    """Errors name what was to be made, and not its temporary file."""
+    nowhere, pairs = data / "nowhere", data / "pairs.jsonl"
+    for words, name in ((["./train", "init", "-o", nowhere / "a.bin"], "a.bin"),
+                        (["./train", "merge", "-m", base, "-o", nowhere / "b.bin"], "b.bin"),
+                        (["./eval", "prefs", "-m", base, "-r", base, "-d", pairs, "--out",
+                          nowhere / "c.csv"], "c.csv")):
+        refused(words, f"cannot create {nowhere / name}: No such file or directory; choose")
+
+
+def test_file_limit(data, base):
+    """ulimit -f is reported as a full disk is, and leaves no half of a file."""
+    place = data / "limited"
+    place.mkdir()
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
+    text = run("./train", "init", "-o", place / "a.bin", status=1, preexec_fn=limit)
+    check("a.bin: cannot be written: File too large" in text, text)
+    text = run("./eval", "prefs", "-m", base, "-r", base, "-d", data / "pairs.jsonl", "--out",
+               place / "b.csv", status=1,
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+    check("cannot write" in text and "b.csv: File too large" in text, text)
+    check(not list(place.iterdir()), f"left: {list(place.iterdir())}")
+    place.rmdir()
+
+
+def test_busy_machine(data, base):
+    """Threads that spin beside other programs are slow, which is said only where it is so."""
+    environment, text = shim(data), data / "busy.txt"
+    text.write_text("some text")
+    program = (ROOT / "eval").read_bytes()
+    if not environment or not (b"GOMP_parallel" in program or b"__kmpc_fork" in program):
+        return
+    loud = {**environment, "LOAD": str(os.cpu_count() / 2 + 0.1)}
+    del loud["OMP_WAIT_POLICY"]
+    note = f"the machine is busy (load {os.cpu_count() / 2 + 0.1:.1f}): OMP_WAIT_POLICY=passive"
+    words = ["./eval", "loss", "-m", base, "-d", text]
+    check(note in run(*words, env=loud), "eval on a busy machine")
+    sft = ["./train", "sft", "-m", base, "-d", text, "--max-steps", "1", "-o", data / "busy"]
+    check(note in run(*sft, env=loud), "train on a busy machine")
+    shutil.rmtree(data / "busy")
+    for quiet in ({**loud, "OMP_WAIT_POLICY": "active"},
+                  {**loud, "LOAD": str(os.cpu_count() / 2 - 0.1)}):
+        check("is busy" not in run(*words, env=quiet), "a note without a cause")
+    check("is busy" not in run(*words, "--threads", "1", env=loud), "one thread waits for no other")
 
 
 def test_reference_model(data, base):
@@ -723,6 +878,14 @@ def main():
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
+        test_help()
+        test_unknown_options()
+        test_text_as_prompts(data, base)
+        test_dry_run(data, base)
+        test_warmup(data, base)
+        test_unwritable(data, base)
+        test_file_limit(data, base)
+        test_busy_machine(data, base)
         test_reference_model(data, base)
         test_best_and_state(data, base)
         test_best(data, base)

@@ -508,6 +508,14 @@ static void test_text_windows(void)
     check_must(load(&data, "t.txt", "ab", text), &context);
     check_example(&data, 0, "", "ab$", NULL);
     dpo_data_free(&context, &data);
+    check_must(load(&data, "t.txt", "a {\n{", text), &context);
+    dpo_data_free(&context, &data);
+    static const char *const names[] = { "t.ndjson", "t.JSONL", "T.Json" };
+    for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
+        check_must(load(&data, names[i], lines, text), &context);
+        check(data.counts.records == 3, "%s is read as JSON lines", names[i]);
+        dpo_data_free(&context, &data);
+    }
 }
 
 static void test_shuffle(void)
@@ -573,6 +581,9 @@ static void test_bad_data(void)
         check_fails(load(&data, "d.jsonl", bad[i].text, *bad[i].options), bad[i].wanted, bad[i].text);
     check_fails(load(&data, "d.txt", "ab\xFF", text), "d.txt: byte 3", "plain text that is not UTF-8");
     check_fails(load(&data, "d.txt", "", text), "d.txt: no records", "an empty file");
+    check_fails(load(&data, "d.txt", "\xEF\xBB\xBF \r\n\t" PAIR("a", "b", "c"), sft),
+                "d.txt: looks like JSON lines", "pairs as plain text");
+    check_fails(load(&data, "d.txt", "{}", text), "ends in .jsonl", "JSON lines as plain text");
     check_fails(load(&data, "d.json", "[\n{\"text\":\"a\"}]\n", text), "d.json:1", "a JSON array");
 
     dpo_data_options options = pairs;
@@ -612,7 +623,8 @@ int main(void)
     check(context.heap_bytes == heap, "%zu bytes were not freed", context.heap_bytes - heap);
     dpo_context_free(&context);
     static const char *const names[] = { "hostile.bin", "lines.jsonl", "long.jsonl", "p.jsonl", "t.jsonl",
-                                         "h.jsonl", "s.jsonl", "t.txt", "d.jsonl", "d.txt", "d.json" };
+                                         "h.jsonl", "s.jsonl", "t.txt", "d.jsonl", "d.txt", "d.json",
+                                         "t.ndjson", "t.JSONL", "T.Json" };
     for (size_t i = 0; i < sizeof names / sizeof names[0]; i++) {
         snprintf(path, sizeof path, "%s/%s", directory, names[i]);
         remove(path);
