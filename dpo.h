@@ -1367,8 +1367,8 @@ typedef dpoi_four dpoi_four_at __attribute__((aligned(4), may_alias));
 #define DPOI_FEW_STEPS _Pragma("GCC unroll 4") // less counting
 typedef int dpoi_four_ints __attribute__((vector_size(16)));
 #define DPOI_SHUFFLE(x, y, i, j, k, l) __builtin_shuffle(x, y, (dpoi_four_ints){ i, j, k, l })
-/* a * b + c must become one FMA. gcc does that by default but not under -std=c11, and ignores the
-   standard's pragma; clang obeys that one, below. */
+/* a * b + c must become one FMA. gcc does that by default but not under -ffp-contract=off, and
+   ignores the standard's pragma; clang obeys that one, below. */
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast")
 #endif
