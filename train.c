@@ -545,6 +545,19 @@ static int is_free(const char *name)
     return 0;
 }
 
+/* JSON is UTF-8, which a path need not be. */
+static int is_utf8(dpo_context *context, const char *text)
+{
+    dpo_string given = {0}, valid = {0};
+    check(context, dpo_json_quote(context, &given, text, strlen(text)));
+    check(context, dpo_json_quote(context, &valid, text, strlen(text)));
+    check(context, dpo_string_make_valid(context, &valid));
+    const int same = given.n == valid.n && !memcmp(given.bytes, valid.bytes, given.n);
+    dpo_string_free(context, &given);
+    dpo_string_free(context, &valid);
+    return same;
+}
+
 /* Files and directories are written as a run finds them from wherever it goes on. */
 static void write_option(dpo_context *context, FILE *file, const option *o)
 {
@@ -563,6 +576,11 @@ static void write_option(dpo_context *context, FILE *file, const option *o)
         text = *(const char **)o->value;
         absolute = text && strcmp(o->argument, "NAMES") ? realpath(text, NULL) : NULL;
         if (absolute) text = absolute;
+        if (text && !is_utf8(context, text)) {
+            say("note    the path of --%s is not UTF-8, so config.json has null for it: give it "
+                "again with --resume", o->name);
+            text = NULL;
+        }
         if (text) write_quoted(context, file, text, strlen(text));
         else fputs("null", file);
         free(absolute);
@@ -656,12 +674,13 @@ static int next_difference(const char **before, const char **after, difference *
 static void check_same_file(const run *r, const char *name)
 {
     const settings *s = r->s;
-    const char *reference = s->reference ? "reference" : "model";
     const struct { const char *name, *option, *path; } files[] = {
         {"model_identity", "model", r->source.path},
-        {"adapter_identity", s->adapter ? "adapter" : "model", r->source.adapter},
-        {"reference_identity", reference, r->reference_source.path},
-        {"reference_adapter_identity", reference, r->reference_source.adapter},
+        {"adapter_identity", s->adapter || !r->source.adapter ? "adapter" : "model",
+            r->source.adapter},
+        {"reference_identity", "reference", s->reference ? r->reference_source.path : NULL},
+        {"reference_adapter_identity", "reference",
+            s->reference ? r->reference_source.adapter : NULL},
         {"data_hash", "data", s->data}, {"eval_data_hash", "eval-data", s->eval_data},
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)

@@ -43,7 +43,7 @@ def check(ok, message):
 
 
 def start(*words, **options):
-    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True,
+    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True, errors="replace",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -323,6 +323,42 @@ def test_resume_refusals(data, base):
         run(*sft)
         check(not list(cut.glob("*.tmp-*")), "a temporary file is left")
         shutil.rmtree(cut)
+
+
+def test_odd_paths(data, base):
+    """A path that is not UTF-8 cannot be in config.json; a run that has one goes on if it is named
+    again."""
+    odd, out = data / "odd\udcff", data / "run"
+    try:
+        odd.mkdir()
+    except OSError:     # of a file system that has UTF-8 only
+        return
+    model, adapter, pairs = odd / "base.bin", odd / "adapter", odd / "pairs.jsonl"
+    run(*begin(base, data, adapter, "--max-steps", "1", "--lora"))
+    shutil.copy(base, model)
+    shutil.copy(data / "pairs.jsonl", pairs)
+    leave(begin(model, data, out, "-d", pairs, "--adapter", adapter, "--reference", model,
+                "--max-steps", "500"), out)
+    options = json.loads((out / "config.json").read_text())["options"]
+    check([options[name] for name in ("model", "data", "adapter", "reference")] == 4 * [None] and
+          options["eval-data"] == str((data / "held.jsonl").resolve()), f"paths: {options}")
+    resume = ["./train", "dpo", "--resume", "-o", out]
+    refused(resume, "--model is missing", status=2)
+    resume += ["-m", model, "-d", pairs]
+    refused(resume, "another --adapter; give that again")
+    resume += ["--adapter", adapter]
+    refused(resume, "another --reference; give that again")
+    process = start(*resume, "--reference", model)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("resumed"):
+            process.send_signal(signal.SIGINT)
+    process.communicate()
+    check(process.returncode == 128 + signal.SIGINT and "path of --data is not UTF-8" in
+          "".join(lines), "".join(lines))
+    shutil.rmtree(out)
+    shutil.rmtree(odd)
 
 
 def test_save_minutes(data, base):
@@ -720,6 +756,7 @@ def main():
         test_killed(data, base)
         test_killed(data, base, "--lora", "--dtype", "bf16", "--lora-dropout", "0.1")
         test_resume_refusals(data, base)
+        test_odd_paths(data, base)
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
