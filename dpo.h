@@ -4313,14 +4313,38 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, 
                      file->bytes - place);
 }
 
-/* Lets the machine drop an entry's pages, which come back when they are read again. What was read
-   once should not count as memory that the program holds. */
-static void dpoi_file_release(const dpo_entry *entry)
+/* Lets the machine drop the pages of part of an entry, which come back when they are read again.
+   What was read once should not count as memory that the program holds. */
+static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_bytes)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)entry->data;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)entry->data + first;
     const uintptr_t from = (start + page - 1) / page * page;
-    const uintptr_t to = (start + entry->bytes) / page * page;
+    const uintptr_t to = (start + n_bytes) / page * page;
     if (to > from) madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
+/* An entry may be as large as all that is trained, so each thread reads it by pieces of so many
+   bytes. */
+#define DPOI_READ ((size_t)4 << 20)
+
+static uint32_t dpoi_entry_crc(const dpoi_crc_table *table, const dpo_entry *entry)
+{
+    uint32_t crc = 0;
+    for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
+        const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
+        crc = dpoi_crc(table, crc, (const char *)entry->data + at, n);
+        dpoi_file_release(entry, at, n);
+    }
+    return crc;
+}
+
+static void dpoi_entry_copy(void *to, const dpo_entry *entry)
+{
+    for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
+        const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
+        memcpy((char *)to + at, (const char *)entry->data + at, n);
+        dpoi_file_release(entry, at, n);
+    }
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
@@ -4329,11 +4353,8 @@ static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const dp
     char *wrong; // [n_entries]
     if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
-    for (size_t i = 0; i < file->n_entries; i++) {
-        const dpo_entry *entry = &file->entries[i];
-        wrong[i] = dpoi_crc(crc, 0, entry->data, entry->bytes) != dpoi_file_records(file)[i].crc;
-        dpoi_file_release(entry);
-    }
+    for (size_t i = 0; i < file->n_entries; i++)
+        wrong[i] = dpoi_entry_crc(crc, &file->entries[i]) != dpoi_file_records(file)[i].crc;
     size_t i = 0;
     while (i < file->n_entries && !wrong[i]) i++;
     dpoi_free(context, wrong);
@@ -4642,7 +4663,7 @@ static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_
     }
     for (size_t p = 0; p < n_pieces; p++) total += bad[p];
     dpoi_free(context, bad);
-    if (tensor->data != entry->data) dpoi_file_release(entry);
+    if (tensor->data != entry->data) dpoi_file_release(entry, 0, entry->bytes);
     return !total ? 0
          : dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the file is "
                      "damaged or its training diverged", path, entry->name, total);
@@ -5184,10 +5205,8 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     }
     failed = failed || dpoi_string_append(context, notes, file.entries[n].data,
                                           file.entries[n].bytes);
-    for (size_t i = 0; i < n && !failed; i++) {
-        memcpy((void *)(uintptr_t)entries[i].data, file.entries[i].data, entries[i].bytes);
-        dpoi_file_release(&file.entries[i]);
-    }
+    for (size_t i = 0; i < n && !failed; i++)
+        dpoi_entry_copy((void *)(uintptr_t)entries[i].data, &file.entries[i]);
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
         if (model->tensors[i].master)
             dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,

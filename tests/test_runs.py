@@ -722,23 +722,31 @@ def test_reference_cache(data, base):
         shutil.rmtree(data / name)
 
 
+def check_peak(text, mapped, what):
+    """The programs and their libraries take some 5 MB that no plan knows of."""
+    line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
+    words = line.split()
+    plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
+    heap = plan - planned_map
+    low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
+    check(low < peak < 1.02 * heap + planned_map + 8, f"{what}: {line}")
+
+
 def test_memory(data):
     """The plan against the most that was resident: the heap within 2 %, and the mapped part at most
-    as planned. The programs and their libraries take some 5 MB that no plan knows of."""
-    model = data / "large.bin"
+    as planned; also of a run that goes on, which reads its state beside all that it trains."""
+    model, out = data / "large.bin", data / "run"
     run("./train", "init", "-o", model, "--preset", "pythia-70m", "--d-model", "512")
     for options, mapped in (([], 0), (["--dtype", "bf16"], 0), (["--lora"], 1),
                             (["--dtype", "bf16", "--stochastic-rounding"], 0),
                             (["--lora", "--gradient-checkpointing"], 1)):
-        out = data / "run"
-        text = run(*begin(model, data, out, "--max-steps", "2", *options))
-        line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
-        words = line.split()
-        plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
-        heap = plan - planned_map
-        low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
-        check(low < peak < 1.02 * heap + planned_map + 8, f"{options}: {line}")
+        check_peak(run(*begin(model, data, out, "--max-steps", "2", *options)), mapped, options)
         shutil.rmtree(out)
+        if not mapped:
+            few = ["--batch-size", "1", "--micro-tokens", "64", "--max-length", "64", *options]
+            leave(begin(model, data, out, "--max-steps", "4", *few), out)
+            check_peak(run("./train", "dpo", "--resume", "-o", out), mapped, [*few, "resumed"])
+            shutil.rmtree(out)
     refused(begin(model, data, data / "x", "--max-memory", "50M"), "50.0 MB are allowed by "
             "--max-memory")
     check(not (data / "x").exists(), "a run that does not fit leaves a directory")
