@@ -483,7 +483,7 @@ int main(int argc, char **argv)
         usage_fail("--label-smoothing goes with --loss-type sigmoid only");
 
     dpo_context context;
-    check(&context, dpo_context_init(&context, (int)s.threads));
+    start_context(&context, s.threads);
     run[c - commands](&context, &s);
     finish_stdout();
     dpo_context_free(&context);

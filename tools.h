@@ -512,6 +512,14 @@ static inline double now(void)
 
 /* ---- what both programs print ---------------------------------------------------------------- */
 
+static size_t context_bytes;    // what dpo_context_init took, which memory plans call scratch
+
+static inline void start_context(dpo_context *context, size_t threads)
+{
+    check(context, dpo_context_init(context, (int)threads));
+    context_bytes = context->heap_bytes;
+}
+
 /* Long scoring goes by so many examples, to show how far it is. */
 enum { SCORE_PIECE = 64 };
 
@@ -532,7 +540,7 @@ static inline dpo_memory check_memory(dpo_context *context, const dpo_config *co
 {
     dpo_memory m;
     check(context, dpo_memory_plan(context, &m, config, plan));
-    size_t data = context->heap_bytes + other;
+    size_t data = context->heap_bytes - context_bytes + other;
     m.heap += data;
     m.total += data;
     size_t free_bytes = available_memory();

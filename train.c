@@ -1623,7 +1623,7 @@ int main(int argc, char **argv)
     if (bit & TRAIN) check_lora_options(argc, argv, &s);
 
     dpo_context context;
-    check(&context, dpo_context_init(&context, (int)s.threads));
+    start_context(&context, s.threads);
     int status = 0;
     if (bit == INIT) init_model(&context, &s);
     else if (bit == MERGE) merge_model(&context, &s);
