@@ -1443,8 +1443,9 @@ static void plan_memory(run *r)
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
 }
 
-/* Another model than the policy scores the pairs before the policy is loaded. */
-static void plan_reference_memory(const run *r)
+/* Another model than the policy scores the pairs before the policy is loaded, so the larger of the
+   two is what the run takes. */
+static void plan_reference_memory(run *r)
 {
     const source *from = &r->reference_source;
     dpo_plan_options plan = {.model = model_options(r), .file = &from->file, .lora = from->lora,
@@ -1452,9 +1453,14 @@ static void plan_reference_memory(const run *r)
     plan.model.frozen = 1;
     plan_scoring(&plan, &r->data, r->s->micro_tokens);
     plan_scoring(&plan, &r->eval, r->s->micro_tokens);
-    check_memory(r->context, &from->config, &plan, reference_bytes(r), r->s->max_memory, 0,
-                 "for the model of --reference; lower --micro-tokens or --max-length, use "
-                 "--dtype bf16, or make a --reference-cache on a larger machine");
+    dpo_memory m = check_memory(r->context, &from->config, &plan, reference_bytes(r),
+                                r->s->max_memory, 0, "for the model of --reference; lower "
+                                "--micro-tokens or --max-length, use --dtype bf16, or make a "
+                                "--reference-cache on a larger machine");
+    if (m.total <= r->memory.total) return;
+    say("  reference model %.1f MB, before training, which takes less", 1e-6 * (double)m.total);
+    r->memory.total = m.total;
+    r->memory.mapped = m.mapped;
 }
 
 /* What the result takes on disk: an adapter, or the model with tokenizer and original files. */

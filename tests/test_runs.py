@@ -42,6 +42,18 @@ def check(ok, message):
     return ok
 
 
+def check_peak(text, mapped, what):
+    """The programs and their libraries take some 5 MB that no plan knows of."""
+    line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
+    words = line.split()
+    plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
+    heap = plan - planned_map
+    low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
+    check(low < peak < plan + 6, f"{what}: {line}")
+    data = [line.split()[1] for line in text.splitlines() if line.startswith("  data ")]
+    check(data and float(data[0]) < 0.3, f"{what}: 40 pairs and a byte tokenizer take {data} MB")
+
+
 def start(*words, **options):
     return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True, errors="replace",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
@@ -454,6 +466,8 @@ def test_reference_model(data, base):
     refused(begin(base, data, out, *words, "--max-memory", limit + "M"), f"{limit} MB are allowed",
             "--reference;")
     text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
+    check_peak(text, 1, "--reference")
+    check("reference model" in text and "reference model" not in alone, f"memory: {text}")
     log = rows(out / "eval.csv")
     accuracy = float(log[0]["eval_rewards/accuracies"])
     check(accuracy > 0 and "step 1, accuracy" in text and
@@ -720,18 +734,6 @@ def test_reference_cache(data, base):
     refused(words, "another reference model")
     for name in "ab":
         shutil.rmtree(data / name)
-
-
-def check_peak(text, mapped, what):
-    """The programs and their libraries take some 5 MB that no plan knows of."""
-    line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
-    words = line.split()
-    plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
-    heap = plan - planned_map
-    low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
-    check(low < peak < plan + 6, f"{what}: {line}")
-    data = [line.split()[1] for line in text.splitlines() if line.startswith("  data ")]
-    check(data and float(data[0]) < 0.3, f"{what}: 40 pairs and a byte tokenizer take {data} MB")
 
 
 def test_memory(data):
