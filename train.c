@@ -750,6 +750,22 @@ static uint64_t read_identity(const dpo_json *json, const char *name)
     return strtoull(digits, NULL, 16);
 }
 
+/* Whether an option can have a value that config.json gives it; people edit such files. */
+static int is_possible(const option *o, const dpo_json_value *value, const char *text)
+{
+    const double number = value->number;
+    switch (o->kind) {
+    case OPTION_FLAG: return value->kind == DPO_JSON_BOOL;
+    case OPTION_TEXT: return value->kind == DPO_JSON_STRING;
+    case OPTION_CHOICE:
+        return value->kind == DPO_JSON_STRING && find_choice(o->argument, text) >= 0;
+    default:
+        return value->kind == DPO_JSON_NUMBER && number >= o->low &&
+               (o->high <= 0 || number <= o->high) &&
+               (o->kind == OPTION_REAL || (number == floor(number) && number < 0x1p63));
+    }
+}
+
 /* Gives every option the value that config.json says a run had. */
 static void read_config(const char *directory, unsigned bit, const option *options,
                         size_t n_options, settings *s)
@@ -770,14 +786,16 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     for (const option *o = options; o < options + n_options; o++) {
         const dpo_json_value *value = dpo_json_member(&json, all, o->name);
         if (!(o->commands & bit) || !value || value->kind == DPO_JSON_NULL) continue;
-        char number[32], *copy = allocate(value->n_string + 1, 1);
+        char *copy = allocate(value->n_string + 1, 1);
         if (value->kind == DPO_JSON_STRING)
             memcpy(copy, json.text.bytes + value->string, value->n_string);
+        if (!is_possible(o, value, copy))
+            fail("%s: --%s cannot have the value that stands there; put back the file as the run "
+                 "wrote it", path, o->name);
         if (o->kind == OPTION_FLAG) *(int *)o->value = value->number != 0;
-        else if (o->kind == OPTION_SIZE || o->kind == OPTION_BYTES)
-            *(size_t *)o->value = (size_t)value->number;
+        else if (o->kind == OPTION_REAL) *(double *)o->value = value->number;
         else if (value->kind == DPO_JSON_STRING) parse_value(o, copy);
-        else parse_value(o, real_text(number, value->number));
+        else *(size_t *)o->value = (size_t)value->number;
     }
     s->reference_identity = read_identity(&json, "reference_identity");
     s->reference_adapter_identity = read_identity(&json, "reference_adapter_identity");

@@ -289,6 +289,12 @@ def test_resume_refusals(data, base):
                                ("dtype", "bf16", "fp32"), ("micro-tokens", "900", "2048"),
                                ("lr-scheduler-type", "cosine", "constant"), ("limit", "9", "0")):
         refused(resume + ["--" + option, value], f"--{option} was ", now, value, "--max-memory")
+    for option, value in (("batch-size", 0), ("batch-size", 1.5), ("batch-size", "8"),
+                          ("seed", 1e300), ("beta", -1), ("beta", 1e7), ("loss-type", "other"),
+                          ("data", 5), ("lora", 1)):
+        edited = {**config, "options": {**config["options"], option: value}}
+        replaced(cut / "config.json", json.dumps(edited).encode(), resume, f"--{option} ",
+                 str(cut / "config.json"), "as the run wrote it")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
     refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
