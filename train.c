@@ -410,6 +410,20 @@ static void load_examples(run *r, dpo_data *data, const char *path, size_t limit
     load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, &r->cut);
 }
 
+/* The model of --reference has to read the same tokens, and its context may be shorter. */
+static void check_reference_context(const run *r, const dpo_data *data, const char *path)
+{
+    const source *from = &r->reference_source;
+    size_t context = from->config.context_length;
+    if (from->config.position == DPO_ALIBI) return;     // which goes on beyond
+    for (const dpo_example *e = data->examples; e < data->examples + data->n; e++)
+        for (size_t b = 0; b < e->n_branches; b++)
+            if (e->n_prompt + e->branches[b].n - 1 > context)
+                fail("%s (--reference) reads %zu tokens, and the pair at line %zu of %s has %zu; "
+                     "lower --max-length to %zu", from->path, context, e->line, path,
+                     e->n_prompt + e->branches[b].n, context);
+}
+
 static dpo_model_options model_options(const run *r)
 {
     return (dpo_model_options){.no_verify = r->s->no_verify, .dtype = dtypes[r->s->dtype],
@@ -1510,6 +1524,10 @@ static void prepare(run *r, const option *options, size_t n_options)
     load_examples(r, &r->data, s->data, s->limit);
     if (s->eval_data) load_examples(r, &r->eval, s->eval_data, s->eval_examples);
     else say("note    no --eval-data: nothing held out is evaluated, so there is no best.bin");
+    if (s->reference && !s->reference_known) {
+        check_reference_context(r, &r->data, s->data);
+        check_reference_context(r, &r->eval, s->eval_data);
+    }
     plan_adapter(r);
     plan_steps(r);
     allocate_buffers(r);

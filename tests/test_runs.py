@@ -469,6 +469,14 @@ def test_reference_model(data, base):
     alone = run(*begin(base, data, out, *hard(data), "--max-steps", "1"))   # what the policy needs
     limit = f"{float(alone.split('memory  planned ')[1].split()[0]) + 0.5:.1f}"
     shutil.rmtree(out)
+    short = data / "short.bin"
+    run("./train", "init", "-o", short, "--d-model", "32", "--context-length", "30")
+    refused(begin(base, data, out, *hard(data), "--reference", short), "short.bin (--reference)",
+            "reads 30 tokens", "at line 1 of", "lower --max-length to 30")
+    check(not out.exists(), "a reference that is too short leaves a directory")
+    run(*begin(base, data, out, *hard(data), "--reference", short, "--max-length", "30",
+               "--max-steps", "1"))
+    shutil.rmtree(out)
     refused(begin(base, data, out, *words, "--max-memory", limit + "M"), f"{limit} MB are allowed",
             "--reference;")
     text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
