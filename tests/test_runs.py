@@ -306,6 +306,10 @@ def test_resume_refusals(data, base):
                  "has not the content")
     replaced(data / "adapter" / "adapter.bin", (other / "adapter.bin").read_bytes(), resume,
              "adapter.bin (--adapter)", "has not the content")
+    run(*begin(base, data, data / "rank", "--max-steps", "1", "--lora", "--lora-r", "4"))
+    refused(resume + ["--adapter", data / "rank"], "rank/adapter.bin (--adapter)",
+            "has not the content")
+    shutil.rmtree(data / "rank")
     refused(resume + ["--reference", data / "other.bin"], "other.bin (--reference)",
             "has not the content")
     shutil.rmtree(other)
