@@ -3352,12 +3352,17 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     return 0;
 }
 
+/* Bytes of a tensor's gradient, made whole floats: one may follow. */
+static size_t dpoi_grad_size(const dpo_tensor *tensor)
+{
+    return (tensor->n * dpoi_dtype_bytes(tensor->grad_dtype) + 3) / 4 * 4;
+}
+
 static size_t dpoi_grad_bytes(const dpo_model *model)
 {
     size_t bytes = 0;
     for (size_t i = 0; i < model->n_tensors; i++)
-        if (model->tensors[i].trainable)
-            bytes += model->tensors[i].n * dpoi_dtype_bytes(model->tensors[i].grad_dtype);
+        if (model->tensors[i].trainable) bytes += dpoi_grad_size(&model->tensors[i]);
     return bytes;
 }
 
@@ -3948,7 +3953,7 @@ DPO_API int dpo_model_zero_grad(dpo_model *model)
             dpo_tensor *tensor = &model->tensors[i];
             if (!tensor->trainable) continue;
             tensor->grad = grad;
-            grad += tensor->n * dpoi_dtype_bytes(tensor->grad_dtype);
+            grad += dpoi_grad_size(tensor);
         }
     }
     dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
