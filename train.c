@@ -1361,7 +1361,8 @@ static void print_best(const run *r)
     printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
            "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
            at->best_step, what, r->bit == DPO ? at->best.accuracy : at->best.loss,
-           out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+           out_of_patience(r) && at->step < r->steps ? " (then out of patience)" : "",
+           r->best_path);
     if (at->n_equal) printf("no better, but as good: step");
     for (size_t i = 0; i < at->n_equal && i < most; i++)
         printf("%s %zu", i ? "," : "", at->equal_steps[i]);

@@ -608,6 +608,11 @@ def test_best(data, base):
                 break
         check(f"{end} of 24 updates" in text, f"patience {patience}, delta {delta}: not at step "
                                               f"{end}: {text}")
+    for steps in (3, 4):    # patience that ends with the run has ended nothing
+        shutil.rmtree(again)
+        text = run(*begin(base, data, again, "--max-steps", steps, "--eval-steps", "1",
+                          "--patience", "2", "--learning-rate", "0"))
+        check(f"3 of {steps} updates" in text and ("out of patience" in text) == (steps > 3), text)
     refused(["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", data / "no",
              "--patience", "2"], "--eval-data", status=2)
     shutil.rmtree(again)
