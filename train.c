@@ -1297,6 +1297,10 @@ static void evaluate(run *r)
         say("step %zu: eval loss %.4f nats per %s, perplexity %.2f", r->at.step, m->loss,
             sum ? "answer" : "token", exp(-logp / scored));
     }
+    if (!isfinite(m->loss) && r->at.best.n)
+        fail("the evaluation after update %zu gives a loss of %g, so no model was saved but that "
+             "of update %zu, %s; a lower --learning-rate may help", r->at.step, m->loss,
+             r->at.best_step, r->best_path);
     if (!isfinite(m->loss))
         fail("the evaluation after update %zu gives a loss of %g, so no model was saved; a lower "
              "--learning-rate may help", r->at.step, m->loss);

@@ -622,6 +622,13 @@ def test_best(data, base):
     losses = [float(row["eval_loss"]) for row in rows(again / "eval.csv")]
     check(min(losses[1:]) > losses[0] and "training started from, was better: loss "
           f"{losses[0]:.4f}" in text, f"SFT that only worsens, {losses}: {text}")
+    wild = ["--lora", "--learning-rate", "1e3", "--weight-decay", "1e3", "--warmup-ratio", "0",
+            "--eval-steps"]     # the adapter's product overflows in its second update
+    for steps, saved in (("1", f"but that of update 1, {again / 'best.bin'}"),
+                         ("2", "so no model was saved;")):
+        shutil.rmtree(again)
+        refused(begin(base, data, again, *wild, steps), "after update 2 gives a loss of", saved)
+        check((again / "best.bin").exists() == ("best" in saved), saved)
     text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", held, "--versus",
                out, "--skip", "4", "--max-length", "96", "--json")
     result = json.loads(text[text.index("{"):text.rindex("}") + 1])
