@@ -460,9 +460,11 @@ static void check_directory(const run *r)
     const char *directory = r->s->output;
     if (r->s->resume) {
         if (path_exists(r->state_path)) return;
-        fail("%s cannot be resumed: it has no state.bin%s", directory,
+        fail("%s cannot be resumed: it has no state.bin%s%s", directory,
              path_exists(r->result_path) ? ", because the run is complete"
-             : "; begin anew with another -o (its reference.bin serves as --reference-cache)");
+             : "; begin anew with another -o", path_exists(r->result_path) ||
+             !path_exists(r->reference_path) ? ""
+             : " (its reference.bin serves as --reference-cache)");
     }
     for (size_t i = 0; i < N_RUN_FILES; i++)
         if (run_file(directory, run_files[i]))

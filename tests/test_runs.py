@@ -322,10 +322,13 @@ def test_resume_refusals(data, base):
     damaged = bytearray(state)
     damaged[-100] ^= 1
     replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum")
-    (cut / "reference.bin").unlink()
+    hidden = (cut / "reference.bin").rename(cut / "hidden")
     refused(resume, "reference.bin is missing")
     (cut / "state.bin").unlink()
-    refused(resume, "no state.bin")
+    text = run(*resume, status=1)
+    check("no state.bin; begin anew" in text and "reference.bin" not in text, text)
+    hidden.rename(cut / "reference.bin")
+    refused(resume, "no state.bin; begin anew", "reference.bin serves as --reference-cache")
     for path in (cut, other, data / "adapter"):
         shutil.rmtree(path)
     leave(begin(base, data, cut, "--max-steps", "500"), cut)
