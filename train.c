@@ -1464,6 +1464,9 @@ static void plan_updates(run *r, dpo_plan_options *plan)
 #define LESS_TRAINING_MEMORY "lower --micro-tokens or --max-length, use --lora, --dtype bf16, " \
     "--gradient-checkpointing or --stochastic-rounding, or a smaller model"
 
+#define RESUMING_MEMORY "a run that goes on needs what it needed, but for the scratch of " \
+    "--threads; end other programs, or move its directory to a larger machine"
+
 static size_t reference_bytes(const run *r)
 {
     return r->bit == DPO ? 2 * (r->data.n + r->eval.n) * sizeof(double) : 0;
@@ -1484,7 +1487,8 @@ static void plan_memory(run *r)
         if (longest + SAMPLE_TOKENS > plan.max_positions)
             plan.max_positions = longest + SAMPLE_TOKENS;
     r->memory = check_memory(r->context, &r->source.config, &plan, reference_bytes(r),
-                             s->max_memory, 1, LESS_TRAINING_MEMORY);
+                             s->max_memory, 1,
+                             s->resume ? RESUMING_MEMORY : LESS_TRAINING_MEMORY);
     say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
 }

@@ -297,6 +297,8 @@ def test_resume_refusals(data, base):
                  str(cut / "config.json"), "as the run wrote it")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
     refused(["./train", "dpo", "--resume"], "-o DIR", status=2)
+    text = run(*resume, "--max-memory", "5M", status=1)     # what could not change is no advice
+    check("5.0 MB are allowed" in text and "larger machine" in text and "--lora," not in text, text)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
     refused(begin(base, data, cut), "holds another run", "--resume")
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
@@ -785,7 +787,7 @@ def test_memory(data):
             check_peak(run("./train", "dpo", "--resume", "-o", out), mapped, [*few, "resumed"])
             shutil.rmtree(out)
     refused(begin(model, data, data / "x", "--max-memory", "50M"), "50.0 MB are allowed by "
-            "--max-memory")
+            "--max-memory", "--lora,")
     check(not (data / "x").exists(), "a run that does not fit leaves a directory")
 
 
