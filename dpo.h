@@ -474,6 +474,7 @@ typedef struct dpo_model {
     size_t grad_bytes;          // before dpo_model_zero_grad; n_trainable floats if none is bf16
     dpo_lora lora;              // lora.r is 0 without an adapter
     float *adapter;             // the adapter's weights
+    dpo_string adapter_config;  // what PEFT's own says of one that was imported, for the way back
     dpo_tokenizer tokenizer;
     dpo_file file;              // the file it came from (weights, tokenizer tables, originals)
     uint64_t identity;          // of that file; 0 for a model made by dpo_model_init
@@ -3176,6 +3177,7 @@ static void dpoi_remove_adapter(dpo_model *model, size_t first)
 {
     for (size_t i = 0; i < first; i++) model->tensors[i].lora_a = model->tensors[i].lora_b = NULL;
     dpoi_free(model->context, model->adapter);
+    dpo_string_free(model->context, &model->adapter_config);
     model->adapter = NULL;
     model->n_tensors = first;
     model->lora = (dpo_lora){ 0 };
@@ -4970,6 +4972,7 @@ DPO_API void dpo_model_free(dpo_model *model)
     dpoi_free(context, model->params);
     dpoi_free(context, model->masters);
     dpoi_free(context, model->adapter);
+    dpo_string_free(context, &model->adapter_config);
     dpoi_free(context, model->grads);
     *model = (dpo_model){ .context = context };
 }
@@ -4984,7 +4987,10 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
 /* ---- 8.5 adapters ---------------------------------------------------------------------------- */
 
 /* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
-   of every adapted layer under PEFT's names, and of an imported one PEFT's own config. */
+   of every adapted layer under PEFT's names, and of an imported one PEFT's own config, also when it
+   was trained further: the export sees whether that is still true. */
+
+#define DPOI_PEFT_CONFIG "file/adapter_config.json"
 
 static const dpoi_field dpoi_lora_fields[] = {
     { "r", DPOI_SIZE, offsetof(dpo_lora, r), 0, NULL },
@@ -5058,7 +5064,11 @@ DPO_API int dpo_lora_load(dpo_model *model, const char *path)
                  dpo_lora_check_base(context, &lora, path, model->identity);
     if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
     if (!failed) {
-        failed = dpoi_match_entries(model, &file, first) || dpoi_read_tensors(model, &file, first);
+        const dpo_entry *original = dpo_file_find(&file, DPOI_PEFT_CONFIG);
+        failed = dpoi_match_entries(model, &file, first) ||
+                 dpoi_read_tensors(model, &file, first) ||
+                 (original && dpoi_string_append(context, &model->adapter_config, original->data,
+                                                 original->bytes));
         if (failed) dpoi_remove_adapter(model, first);
     }
     if (!failed) model->adapter_identity = file.identity;
@@ -5083,7 +5093,7 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
     const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
     snprintf(lora.base, sizeof lora.base, "%s", keep ? base_path : "");
     int failed = dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
-                 dpoi_alloc(context, &entries, model->n_tensors + 2, sizeof *entries);
+                 dpoi_alloc(context, &entries, model->n_tensors + 3, sizeof *entries);
     if (!failed) {
         entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
         entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
@@ -5091,6 +5101,9 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
             if (strncmp(model->tensors[i].name, "base_model.", 11)) continue;
             entries[n++] = dpoi_tensor_entry(&model->tensors[i], DPO_F32, model->tensors[i].data);
         }
+        if (model->adapter_config.n)
+            entries[n++] = dpoi_vector(DPOI_PEFT_CONFIG, DPO_U8, model->adapter_config.bytes,
+                                       model->adapter_config.n);
         failed = dpo_file_write(context, path, DPO_FILE_ADAPTER, entries, n);
     }
     dpoi_free(context, entries);

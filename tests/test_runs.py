@@ -728,6 +728,19 @@ def test_adapters(data, base):
     refused(["./eval", "generate", "-m", moved, *generate], "base model", "not there")
     run("./eval", "generate", "-m", hidden, "--adapter", moved, *generate)
     hidden.rename(base)
+    # PEFT's own config of an imported adapter, for the way back
+    entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
+    peft = convert.blob("file/adapter_config.json", b'{"peft_type": "LORA"}')
+    imported = data / "imported.bin"
+    convert.write_container(str(imported), convert.ADAPTER, [
+        *((name, entry.dtype, entry.shape, entry.layout, convert.read_entry(entry))
+          for name, entry in entries.items()), peft])
+    run(*begin(imported, data, data / "further", "--max-steps", "2"))
+    for name in ("adapter.bin", "best.bin"):
+        now = convert.open_container(str(data / "further" / name), convert.ADAPTER)
+        check(list(now) == [*entries, peft[0]] and convert.read_entry(now[peft[0]]) == peft[-1],
+              f"{name} of an imported adapter holds {list(now)}")
+    shutil.rmtree(data / "further")
     # An adapter that cannot be, from a file that another program made: its path, whoever reads it
     bad = data / "bad.bin"
     entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
