@@ -642,6 +642,10 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
     dpo_file file;
     check(context, dpo_file_open(context, &file, s->adapter, DPO_FILE_ADAPTER, 0));
     check(context, dpo_lora_read(context, &s->lora, &file));
+    for (const dpo_entry *e = file.entries; e < file.entries + file.n_entries; e++)
+        if (strstr(e->name, ".lora_A.") && e->shape[0] != s->lora.r)    // plans go by the config
+            fail("%s: its config says r %zu, but %s has rank %zu: the file is damaged; make it "
+                 "again", s->adapter, s->lora.r, e->name, e->shape[0]);
     s->adapter_identity = file.identity;
     dpo_file_close(context, &file);
     if (s->path != s->adapter) return;

@@ -754,6 +754,13 @@ def test_adapters(data, base):
                   ["./eval", "prefs", "-m", base, "-r", bad, "-d", data / "pairs.jsonl"],
                   ["./train", "merge", "-m", bad, "-o", data / "x.bin"]):
         refused(words, "bad.bin: LoRA: r is 4, alpha -2")
+    config = contents.pop("config").replace(b'"alpha": -2', b'"alpha": 32')
+    convert.write_container(str(bad), convert.ADAPTER, [
+        convert.blob("config", config.replace(b'"r": 4', b'"r": 1000000')),
+        *((name, entries[name].dtype, entries[name].shape, entries[name].layout, content)
+          for name, content in contents.items())])
+    for words in (begin(bad, data, data / "x"), ["./eval", "generate", "-m", bad, *generate]):
+        refused(words, "bad.bin: its config says r 1000000", "has rank 4")
     for path in (sft, dpo, other, moved, data / "named", data / "high"):
         shutil.rmtree(path)
 
