@@ -475,6 +475,7 @@ typedef struct dpo_model {
     size_t grad_bytes;          // before dpo_model_zero_grad; n_trainable floats if none is bf16
     dpo_lora lora;              // lora.r is 0 without an adapter
     float *adapter;             // the adapter's weights
+    dpo_string adapter_config;  // what PEFT's own says of one that was imported, for the way back
     dpo_tokenizer tokenizer;
     dpo_file file;              // the file it came from (weights, tokenizer tables, originals)
     uint64_t identity;          // of that file; 0 for a model made by dpo_model_init
@@ -3200,6 +3201,7 @@ static void dpoi_remove_adapter(dpo_model *model, size_t first)
 {
     for (size_t i = 0; i < first; i++) model->tensors[i].lora_a = model->tensors[i].lora_b = NULL;
     dpoi_free(model->context, model->adapter);
+    dpo_string_free(model->context, &model->adapter_config);
     model->adapter = NULL;
     model->n_tensors = first;
     model->lora = (dpo_lora){ 0 };
@@ -3376,12 +3378,17 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     return 0;
 }
 
+/* Bytes of a tensor's gradient, made whole floats: one may follow. */
+static size_t dpoi_grad_size(const dpo_tensor *tensor)
+{
+    return (tensor->n * dpoi_dtype_bytes(tensor->grad_dtype) + 3) / 4 * 4;
+}
+
 static size_t dpoi_grad_bytes(const dpo_model *model)
 {
     size_t bytes = 0;
     for (size_t i = 0; i < model->n_tensors; i++)
-        if (model->tensors[i].trainable)
-            bytes += model->tensors[i].n * dpoi_dtype_bytes(model->tensors[i].grad_dtype);
+        if (model->tensors[i].trainable) bytes += dpoi_grad_size(&model->tensors[i]);
     return bytes;
 }
 
@@ -3972,7 +3979,7 @@ DPO_API int dpo_model_zero_grad(dpo_model *model)
             dpo_tensor *tensor = &model->tensors[i];
             if (!tensor->trainable) continue;
             tensor->grad = grad;
-            grad += tensor->n * dpoi_dtype_bytes(tensor->grad_dtype);
+            grad += dpoi_grad_size(tensor);
         }
     }
     dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
@@ -4339,14 +4346,38 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, 
                      file->bytes - place);
 }
 
-/* Lets the machine drop an entry's pages, which come back when they are read again. What was read
-   once should not count as memory that the program holds. */
-static void dpoi_file_release(const dpo_entry *entry)
+/* Lets the machine drop the pages of part of an entry, which come back when they are read again.
+   What was read once should not count as memory that the program holds. */
+static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_bytes)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)entry->data;
+    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)entry->data + first;
     const uintptr_t from = (start + page - 1) / page * page;
-    const uintptr_t to = (start + entry->bytes) / page * page;
+    const uintptr_t to = (start + n_bytes) / page * page;
     if (to > from) madvise((void *)from, to - from, MADV_DONTNEED);
+}
+
+/* An entry may be as large as all that is trained, so each thread reads it by pieces of so many
+   bytes. */
+#define DPOI_READ ((size_t)4 << 20)
+
+static uint32_t dpoi_entry_crc(const dpoi_crc_table *table, const dpo_entry *entry)
+{
+    uint32_t crc = 0;
+    for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
+        const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
+        crc = dpoi_crc(table, crc, (const char *)entry->data + at, n);
+        dpoi_file_release(entry, at, n);
+    }
+    return crc;
+}
+
+static void dpoi_entry_copy(void *to, const dpo_entry *entry)
+{
+    for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
+        const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
+        memcpy((char *)to + at, (const char *)entry->data + at, n);
+        dpoi_file_release(entry, at, n);
+    }
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
@@ -4355,11 +4386,8 @@ static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const dp
     char *wrong; // [n_entries]
     if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
-    for (size_t i = 0; i < file->n_entries; i++) {
-        const dpo_entry *entry = &file->entries[i];
-        wrong[i] = dpoi_crc(crc, 0, entry->data, entry->bytes) != dpoi_file_records(file)[i].crc;
-        dpoi_file_release(entry);
-    }
+    for (size_t i = 0; i < file->n_entries; i++)
+        wrong[i] = dpoi_entry_crc(crc, &file->entries[i]) != dpoi_file_records(file)[i].crc;
     size_t i = 0;
     while (i < file->n_entries && !wrong[i]) i++;
     dpoi_free(context, wrong);
@@ -4668,7 +4696,7 @@ static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_
     }
     for (size_t p = 0; p < n_pieces; p++) total += bad[p];
     dpoi_free(context, bad);
-    if (tensor->data != entry->data) dpoi_file_release(entry);
+    if (tensor->data != entry->data) dpoi_file_release(entry, 0, entry->bytes);
     return !total ? 0
          : dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the file is "
                      "damaged or its training diverged", path, entry->name, total);
@@ -4970,6 +4998,7 @@ DPO_API void dpo_model_free(dpo_model *model)
     dpoi_free(context, model->params);
     dpoi_free(context, model->masters);
     dpoi_free(context, model->adapter);
+    dpo_string_free(context, &model->adapter_config);
     dpoi_free(context, model->grads);
     *model = (dpo_model){ .context = context };
 }
@@ -4984,7 +5013,10 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
 /* ---- 8.5 adapters ---------------------------------------------------------------------------- */
 
 /* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
-   of every adapted layer under PEFT's names, and of an imported one PEFT's own config. */
+   of every adapted layer under PEFT's names, and of an imported one PEFT's own config, also when it
+   was trained further: the export sees whether that is still true. */
+
+#define DPOI_PEFT_CONFIG "file/adapter_config.json"
 
 static const dpoi_field dpoi_lora_fields[] = {
     { "r", DPOI_SIZE, offsetof(dpo_lora, r), 0, NULL },
@@ -5058,7 +5090,11 @@ DPO_API int dpo_lora_load(dpo_model *model, const char *path)
                  dpo_lora_check_base(context, &lora, path, model->identity);
     if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
     if (!failed) {
-        failed = dpoi_match_entries(model, &file, first) || dpoi_read_tensors(model, &file, first);
+        const dpo_entry *original = dpo_file_find(&file, DPOI_PEFT_CONFIG);
+        failed = dpoi_match_entries(model, &file, first) ||
+                 dpoi_read_tensors(model, &file, first) ||
+                 (original && dpoi_string_append(context, &model->adapter_config, original->data,
+                                                 original->bytes));
         if (failed) dpoi_remove_adapter(model, first);
     }
     if (!failed) model->adapter_identity = file.identity;
@@ -5083,7 +5119,7 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
     const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
     snprintf(lora.base, sizeof lora.base, "%s", keep ? base_path : "");
     int failed = dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
-                 dpoi_alloc(context, &entries, model->n_tensors + 2, sizeof *entries);
+                 dpoi_alloc(context, &entries, model->n_tensors + 3, sizeof *entries);
     if (!failed) {
         entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
         entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
@@ -5091,6 +5127,9 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
             if (strncmp(model->tensors[i].name, "base_model.", 11)) continue;
             entries[n++] = dpoi_tensor_entry(&model->tensors[i], DPO_F32, model->tensors[i].data);
         }
+        if (model->adapter_config.n)
+            entries[n++] = dpoi_vector(DPOI_PEFT_CONFIG, DPO_U8, model->adapter_config.bytes,
+                                       model->adapter_config.n);
         failed = dpo_file_write(context, path, DPO_FILE_ADAPTER, entries, n);
     }
     dpoi_free(context, entries);
@@ -5210,10 +5249,8 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     }
     failed = failed || dpoi_string_append(context, notes, file.entries[n].data,
                                           file.entries[n].bytes);
-    for (size_t i = 0; i < n && !failed; i++) {
-        memcpy((void *)(uintptr_t)entries[i].data, file.entries[i].data, entries[i].bytes);
-        dpoi_file_release(&file.entries[i]);
-    }
+    for (size_t i = 0; i < n && !failed; i++)
+        dpoi_entry_copy((void *)(uintptr_t)entries[i].data, &file.entries[i]);
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
         if (model->tensors[i].master)
             dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,

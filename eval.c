@@ -495,7 +495,7 @@ int main(int argc, char **argv)
     note_busy_machine(s.threads);
 
     dpo_context context;
-    check(&context, dpo_context_init(&context, (int)s.threads));
+    start_context(&context, s.threads);
     run[c - commands](&context, &s);
     finish_stdout();
     dpo_context_free(&context);

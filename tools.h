@@ -568,6 +568,14 @@ static inline void note_busy_machine(size_t n_threads)
 #endif
 }
 
+static size_t context_bytes;    // what dpo_context_init took, which memory plans call scratch
+
+static inline void start_context(dpo_context *context, size_t threads)
+{
+    check(context, dpo_context_init(context, (int)threads));
+    context_bytes = context->heap_bytes;
+}
+
 /* Long scoring goes by so many examples, to show how far it is. */
 enum { SCORE_PIECE = 64 };
 
@@ -588,7 +596,7 @@ static inline dpo_memory check_memory(dpo_context *context, const dpo_config *co
 {
     dpo_memory m;
     check(context, dpo_memory_plan(context, &m, config, plan));
-    size_t data = context->heap_bytes + other;
+    size_t data = context->heap_bytes - context_bytes + other;
     m.heap += data;
     m.total += data;
     size_t free_bytes = available_memory();
@@ -690,6 +698,10 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
     dpo_file file;
     check(context, dpo_file_open(context, &file, s->adapter, DPO_FILE_ADAPTER, 0));
     check(context, dpo_lora_read(context, &s->lora, &file));
+    for (const dpo_entry *e = file.entries; e < file.entries + file.n_entries; e++)
+        if (strstr(e->name, ".lora_A.") && e->shape[0] != s->lora.r)    // plans go by the config
+            fail("%s: its config says r %zu, but %s has rank %zu: the file is damaged; make it "
+                 "again", s->adapter, s->lora.r, e->name, e->shape[0]);
     s->adapter_identity = file.identity;
     dpo_file_close(context, &file);
     if (s->path != s->adapter) return;

@@ -421,6 +421,20 @@ static void load_examples(run *r, dpo_data *data, const char *path, size_t limit
     load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, &r->cut);
 }
 
+/* The model of --reference has to read the same tokens, and its context may be shorter. */
+static void check_reference_context(const run *r, const dpo_data *data, const char *path)
+{
+    const source *from = &r->reference_source;
+    size_t context = from->config.context_length;
+    if (from->config.position == DPO_ALIBI) return;     // which goes on beyond
+    for (const dpo_example *e = data->examples; e < data->examples + data->n; e++)
+        for (size_t b = 0; b < e->n_branches; b++)
+            if (e->n_prompt + e->branches[b].n - 1 > context)
+                fail("%s (--reference) reads %zu tokens, and the pair at line %zu of %s has %zu; "
+                     "lower --max-length to %zu", from->path, context, e->line, path,
+                     e->n_prompt + e->branches[b].n, context);
+}
+
 static dpo_model_options model_options(const run *r)
 {
     return (dpo_model_options){.no_verify = r->s->no_verify, .dtype = dtypes[r->s->dtype],
@@ -457,9 +471,11 @@ static void check_directory(const run *r)
     const char *directory = r->s->output;
     if (r->s->resume) {
         if (path_exists(r->state_path)) return;
-        fail("%s cannot be resumed: it has no state.bin%s", directory,
+        fail("%s cannot be resumed: it has no state.bin%s%s", directory,
              path_exists(r->result_path) ? ", because the run is complete"
-             : "; begin anew with another -o (its reference.bin serves as --reference-cache)");
+             : "; begin anew with another -o", path_exists(r->result_path) ||
+             !path_exists(r->reference_path) ? ""
+             : " (its reference.bin serves as --reference-cache)");
     }
     for (size_t i = 0; i < N_RUN_FILES; i++)
         if (run_file(directory, run_files[i]))
@@ -557,6 +573,19 @@ static int is_free(const char *name)
     return 0;
 }
 
+/* JSON is UTF-8, which a path need not be. */
+static int is_utf8(dpo_context *context, const char *text)
+{
+    dpo_string given = {0}, valid = {0};
+    check(context, dpo_json_quote(context, &given, text, strlen(text)));
+    check(context, dpo_json_quote(context, &valid, text, strlen(text)));
+    check(context, dpo_string_make_valid(context, &valid));
+    const int same = given.n == valid.n && !memcmp(given.bytes, valid.bytes, given.n);
+    dpo_string_free(context, &given);
+    dpo_string_free(context, &valid);
+    return same;
+}
+
 /* Files and directories are written as a run finds them from wherever it goes on. */
 static void write_option(dpo_context *context, FILE *file, const option *o)
 {
@@ -575,6 +604,11 @@ static void write_option(dpo_context *context, FILE *file, const option *o)
         text = *(const char **)o->value;
         absolute = text && strcmp(o->argument, "NAMES") ? realpath(text, NULL) : NULL;
         if (absolute) text = absolute;
+        if (text && !is_utf8(context, text)) {
+            say("note    the path of --%s is not UTF-8, so config.json has null for it: give it "
+                "again with --resume", o->name);
+            text = NULL;
+        }
         if (text) write_quoted(context, file, text, strlen(text));
         else fputs("null", file);
         free(absolute);
@@ -668,12 +702,13 @@ static int next_difference(const char **before, const char **after, difference *
 static void check_same_file(const run *r, const char *name)
 {
     const settings *s = r->s;
-    const char *reference = s->reference ? "reference" : "model";
     const struct { const char *name, *option, *path; } files[] = {
         {"model_identity", "model", r->source.path},
-        {"adapter_identity", s->adapter ? "adapter" : "model", r->source.adapter},
-        {"reference_identity", reference, r->reference_source.path},
-        {"reference_adapter_identity", reference, r->reference_source.adapter},
+        {"adapter_identity", s->adapter || !r->source.adapter ? "adapter" : "model",
+            r->source.adapter},
+        {"reference_identity", "reference", s->reference ? r->reference_source.path : NULL},
+        {"reference_adapter_identity", "reference",
+            s->reference ? r->reference_source.adapter : NULL},
         {"data_hash", "data", s->data}, {"eval_data_hash", "eval-data", s->eval_data},
     };
     for (size_t i = 0; i < sizeof files / sizeof *files; i++)
@@ -686,9 +721,16 @@ static void check_same_file(const run *r, const char *name)
                  files[i].option);
 }
 
+/* Another model comes first: what options say may only follow from it, as an adapter's rank. Data
+   come in their turn, since their hash follows from options. */
 static void check_same_run(const run *r, const char *then, const char *now_text)
 {
+    const char *const starts[] = {then, now_text};
     difference d;
+    while (next_difference(&then, &now_text, &d))
+        if (strstr(d.name, "_identity")) check_same_file(r, d.name);
+    then = starts[0];
+    now_text = starts[1];
     while (next_difference(&then, &now_text, &d)) {
         if (!strcmp(d.name, "compiler")) {
             say("note    the run was begun by another build: its last bits may differ");
@@ -746,6 +788,22 @@ static uint64_t read_identity(const dpo_json *json, const char *name)
     return strtoull(digits, NULL, 16);
 }
 
+/* Whether an option can have a value that config.json gives it; people edit such files. */
+static int is_possible(const option *o, const dpo_json_value *value, const char *text)
+{
+    const double number = value->number;
+    switch (o->kind) {
+    case OPTION_FLAG: return value->kind == DPO_JSON_BOOL;
+    case OPTION_TEXT: return value->kind == DPO_JSON_STRING;
+    case OPTION_CHOICE:
+        return value->kind == DPO_JSON_STRING && find_choice(o->argument, text) >= 0;
+    default:
+        return value->kind == DPO_JSON_NUMBER && number >= o->low &&
+               (o->high <= 0 || number <= o->high) &&
+               (o->kind == OPTION_REAL || (number == floor(number) && number < 0x1p63));
+    }
+}
+
 /* Gives every option the value that config.json says a run had. */
 static void read_config(const char *directory, unsigned bit, const option *options,
                         size_t n_options, settings *s)
@@ -771,14 +829,16 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     for (const option *o = options; o < options + n_options; o++) {
         const dpo_json_value *value = dpo_json_member(&json, all, o->name);
         if (!(o->commands & bit) || !value || value->kind == DPO_JSON_NULL) continue;
-        char number[32], *copy = allocate(value->n_string + 1, 1);
+        char *copy = allocate(value->n_string + 1, 1);
         if (value->kind == DPO_JSON_STRING)
             memcpy(copy, json.text.bytes + value->string, value->n_string);
+        if (!is_possible(o, value, copy))
+            fail("%s: --%s cannot have the value that stands there; put back the file as the run "
+                 "wrote it", path, o->name);
         if (o->kind == OPTION_FLAG) *(int *)o->value = value->number != 0;
-        else if (o->kind == OPTION_SIZE || o->kind == OPTION_BYTES)
-            *(size_t *)o->value = (size_t)value->number;
+        else if (o->kind == OPTION_REAL) *(double *)o->value = value->number;
         else if (value->kind == DPO_JSON_STRING) parse_value(o, copy);
-        else parse_value(o, real_text(number, value->number));
+        else *(size_t *)o->value = (size_t)value->number;
     }
     s->reference_identity = read_identity(&json, "reference_identity");
     s->reference_adapter_identity = read_identity(&json, "reference_adapter_identity");
@@ -1278,6 +1338,10 @@ static void evaluate(run *r)
         say("step %zu: eval loss %.4f nats per %s, perplexity %.2f", r->at.step, m->loss,
             sum ? "answer" : "token", exp(-logp / scored));
     }
+    if (!isfinite(m->loss) && r->at.best.n)
+        fail("the evaluation after update %zu gives a loss of %g, so no model was saved but that "
+             "of update %zu, %s; a lower --learning-rate may help", r->at.step, m->loss,
+             r->at.best_step, r->best_path);
     if (!isfinite(m->loss))
         fail("the evaluation after update %zu gives a loss of %g, so no model was saved; a lower "
              "--learning-rate may help", r->at.step, m->loss);
@@ -1342,7 +1406,8 @@ static void print_best(const run *r)
     printf("best of %zu evaluations: step %zu, %s %.4f%s: %s; chosen by the numbers that it "
            "shows, it looks better than it is: confirm it on other data\n", at->evaluations,
            at->best_step, what, r->bit == DPO ? at->best.accuracy : at->best.loss,
-           out_of_patience(r) ? " (then out of patience)" : "", r->best_path);
+           out_of_patience(r) && at->step < r->steps ? " (then out of patience)" : "",
+           r->best_path);
     if (at->n_equal) printf("no better, but as good: step");
     for (size_t i = 0; i < at->n_equal && i < most; i++)
         printf("%s %zu", i ? "," : "", at->equal_steps[i]);
@@ -1442,6 +1507,9 @@ static void plan_updates(run *r, dpo_plan_options *plan)
 #define LESS_TRAINING_MEMORY "lower --micro-tokens or --max-length, use --lora, --dtype bf16, " \
     "--gradient-checkpointing or --stochastic-rounding, or a smaller model"
 
+#define RESUMING_MEMORY "a run that goes on needs what it needed, but for the scratch of " \
+    "--threads; end other programs, or move its directory to a larger machine"
+
 static size_t reference_bytes(const run *r)
 {
     return r->bit == DPO ? 2 * (r->data.n + r->eval.n) * sizeof(double) : 0;
@@ -1462,13 +1530,15 @@ static void plan_memory(run *r)
         if (longest + SAMPLE_TOKENS > plan.max_positions)
             plan.max_positions = longest + SAMPLE_TOKENS;
     r->memory = check_memory(r->context, &r->source.config, &plan, reference_bytes(r),
-                             s->max_memory, 1, LESS_TRAINING_MEMORY);
+                             s->max_memory, 1,
+                             s->resume ? RESUMING_MEMORY : LESS_TRAINING_MEMORY);
     say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
 }
 
-/* Another model than the policy scores the pairs before the policy is loaded. */
-static void plan_reference_memory(const run *r)
+/* Another model than the policy scores the pairs before the policy is loaded, so the larger of the
+   two is what the run takes. */
+static void plan_reference_memory(run *r)
 {
     const source *from = &r->reference_source;
     dpo_plan_options plan = {.model = model_options(r), .file = &from->file, .lora = from->lora,
@@ -1476,9 +1546,14 @@ static void plan_reference_memory(const run *r)
     plan.model.frozen = 1;
     plan_scoring(&plan, &r->data, r->s->micro_tokens);
     plan_scoring(&plan, &r->eval, r->s->micro_tokens);
-    check_memory(r->context, &from->config, &plan, reference_bytes(r), r->s->max_memory, 0,
-                 "for the model of --reference; lower --micro-tokens or --max-length, use "
-                 "--dtype bf16, or make a --reference-cache on a larger machine");
+    dpo_memory m = check_memory(r->context, &from->config, &plan, reference_bytes(r),
+                                r->s->max_memory, 0, "for the model of --reference; lower "
+                                "--micro-tokens or --max-length, use --dtype bf16, or make a "
+                                "--reference-cache on a larger machine");
+    if (m.total <= r->memory.total) return;
+    say("  reference model %.1f MB, before training, which takes less", 1e-6 * (double)m.total);
+    r->memory.total = m.total;
+    r->memory.mapped = m.mapped;
 }
 
 /* What the result takes on disk: an adapter, or the model with tokenizer and original files. */
@@ -1510,6 +1585,10 @@ static void prepare(run *r, const option *options, size_t n_options)
     load_examples(r, &r->data, s->data, s->limit);
     if (s->eval_data) load_examples(r, &r->eval, s->eval_data, s->eval_examples);
     else say("note    no --eval-data: nothing held out is evaluated, so there is no best.bin");
+    if (s->reference && !s->reference_known) {
+        check_reference_context(r, &r->data, s->data);
+        check_reference_context(r, &r->eval, s->eval_data);
+    }
     plan_adapter(r);
     plan_steps(r);
     allocate_buffers(r);
@@ -1655,7 +1734,7 @@ int main(int argc, char **argv)
     if (bit & TRAIN) note_busy_machine(s.threads);
 
     dpo_context context;
-    check(&context, dpo_context_init(&context, (int)s.threads));
+    start_context(&context, s.threads);
     int status = 0;
     if (bit == INIT) init_model(&context, &s);
     else if (bit == MERGE) merge_model(&context, &s);

@@ -289,6 +289,35 @@ static void test_table(const dpo_file *file)
     free(damaged.bytes);
 }
 
+/* An entry of more than one piece, as readers take it, with a part of one at the end. */
+static void test_pieces(void)
+{
+    dpo_file file;
+    dpo_entry entry = { .name = "data", .dtype = DPO_U8, .n_dims = 1, .bytes = 2 * DPOI_READ + 3,
+                        .shape = { 2 * DPOI_READ + 3, 1 } };
+    unsigned char *bytes = malloc(entry.bytes), *copy = calloc(entry.bytes, 1);
+    for (size_t i = 0; i < entry.bytes; i++) bytes[i] = (unsigned char)dpo_random_u64(1, 0, i);
+    entry.data = bytes;
+    check_must(dpo_file_write(&context, path, DPO_FILE_TEST, &entry, 1), &context);
+    check_must(dpo_file_open(&context, &file, path, DPO_FILE_TEST, 1), &context);
+    dpoi_entry_copy(copy, &file.entries[0]);
+    check(!memcmp(copy, bytes, entry.bytes), "the copy of a large entry is another");
+    image damaged = copy_file(&file);
+    dpo_file_close(&context, &file);
+    for (size_t piece = 0; piece < 3; piece++) {
+        unsigned char *byte = damaged.bytes + damaged.n - 1 - piece * DPOI_READ;
+        *byte ^= 1;
+        write_bytes(damaged.bytes, damaged.n);
+        *byte ^= 1;
+        check(dpo_file_open(&context, &file, path, DPO_FILE_TEST, 1) &&
+              strstr(context.error, "the checksum of data is wrong"), "piece %zu: damage: %s", piece,
+              context.error);
+    }
+    free(damaged.bytes);
+    free(bytes);
+    free(copy);
+}
+
 /* ---- models ---------------------------------------------------------------------------------------- */
 
 static void test_tensors(const dpo_file *file, const char *fixture)
@@ -729,6 +758,7 @@ int main(void)
     test_truncated(&small);
     test_flips(&small);
     test_table(&small);
+    test_pieces();
     test_tensors(&small, "neox_f16");
     test_tensors(&btlm, "btlm_stored_slopes");
     test_config(&small);

@@ -44,8 +44,20 @@ def check(ok, message):
     return ok
 
 
+def check_peak(text, mapped, what):
+    """The programs and their libraries take some 5 MB that no plan knows of."""
+    line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
+    words = line.split()
+    plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
+    heap = plan - planned_map
+    low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
+    check(low < peak < plan + 6, f"{what}: {line}")
+    data = [line.split()[1] for line in text.splitlines() if line.startswith("  data ")]
+    check(data and float(data[0]) < 0.3, f"{what}: 40 pairs and a byte tokenizer take {data} MB")
+
+
 def start(*words, **options):
-    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True,
+    return subprocess.Popen([str(word) for word in words], cwd=ROOT, text=True, errors="replace",
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
 
 
@@ -288,9 +300,17 @@ def test_resume_refusals(data, base):
                                ("dtype", "bf16", "fp32"), ("micro-tokens", "900", "2048"),
                                ("lr-scheduler-type", "cosine", "constant"), ("limit", "9", "0")):
         refused(resume + ["--" + option, value], f"--{option} was ", now, value, "--max-memory")
+    for option, value in (("batch-size", 0), ("batch-size", 1.5), ("batch-size", "8"),
+                          ("seed", 1e300), ("beta", -1), ("beta", 1e7), ("loss-type", "other"),
+                          ("data", 5), ("lora", 1)):
+        edited = {**config, "options": {**config["options"], option: value}}
+        replaced(cut / "config.json", json.dumps(edited).encode(), resume, f"--{option} ",
+                 str(cut / "config.json"), "as the run wrote it")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
     for words in ([], ["-o"], ["-o", ""], ["--output="]):
         refused(["./train", "dpo", "--resume", *words], "--resume needs -o DIR", status=2)
+    text = run(*resume, "--max-memory", "5M", status=1)     # what could not change is no advice
+    check("5.0 MB are allowed" in text and "larger machine" in text and "--lora," not in text, text)
     refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
     refused(begin(base, data, cut), "holds another run", "--resume")
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
@@ -300,6 +320,10 @@ def test_resume_refusals(data, base):
                  "has not the content")
     replaced(data / "adapter" / "adapter.bin", (other / "adapter.bin").read_bytes(), resume,
              "adapter.bin (--adapter)", "has not the content")
+    run(*begin(base, data, data / "rank", "--max-steps", "1", "--lora", "--lora-r", "4"))
+    refused(resume + ["--adapter", data / "rank"], "rank/adapter.bin (--adapter)",
+            "has not the content")
+    shutil.rmtree(data / "rank")
     refused(resume + ["--reference", data / "other.bin"], "other.bin (--reference)",
             "has not the content")
     shutil.rmtree(other)
@@ -314,10 +338,13 @@ def test_resume_refusals(data, base):
     damaged = bytearray(state)
     damaged[-100] ^= 1
     replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum", "cut short; put a whole")
-    (cut / "reference.bin").unlink()
+    hidden = (cut / "reference.bin").rename(cut / "hidden")
     refused(resume, "reference.bin is missing; put it back", "begin another run")
     (cut / "state.bin").unlink()
-    refused(resume, "no state.bin")
+    text = run(*resume, status=1)
+    check("no state.bin; begin anew" in text and "reference.bin" not in text, text)
+    hidden.rename(cut / "reference.bin")
+    refused(resume, "no state.bin; begin anew", "reference.bin serves as --reference-cache")
     for path in (cut, other, data / "adapter"):
         shutil.rmtree(path)
     leave(begin(base, data, cut, "--max-steps", "500"), cut)
@@ -337,6 +364,42 @@ def test_resume_refusals(data, base):
         run(*sft)
         check(not list(cut.glob("*.tmp-*")), "a temporary file is left")
         shutil.rmtree(cut)
+
+
+def test_odd_paths(data, base):
+    """A path that is not UTF-8 cannot be in config.json; a run that has one goes on if it is named
+    again."""
+    odd, out = data / "odd\udcff", data / "run"
+    try:
+        odd.mkdir()
+    except OSError:     # of a file system that has UTF-8 only
+        return
+    model, adapter, pairs = odd / "base.bin", odd / "adapter", odd / "pairs.jsonl"
+    run(*begin(base, data, adapter, "--max-steps", "1", "--lora"))
+    shutil.copy(base, model)
+    shutil.copy(data / "pairs.jsonl", pairs)
+    leave(begin(model, data, out, "-d", pairs, "--adapter", adapter, "--reference", model,
+                "--max-steps", "500"), out)
+    options = json.loads((out / "config.json").read_text())["options"]
+    check([options[name] for name in ("model", "data", "adapter", "reference")] == 4 * [None] and
+          options["eval-data"] == str((data / "held.jsonl").resolve()), f"paths: {options}")
+    resume = ["./train", "dpo", "--resume", "-o", out]
+    refused(resume, "--model is missing", status=2)
+    resume += ["-m", model, "-d", pairs]
+    refused(resume, "another --adapter; give that again")
+    resume += ["--adapter", adapter]
+    refused(resume, "another --reference; give that again")
+    process = start(*resume, "--reference", model)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("resumed"):
+            process.send_signal(signal.SIGINT)
+    process.communicate()
+    check(process.returncode == 128 + signal.SIGINT and "path of --data is not UTF-8" in
+          "".join(lines), "".join(lines))
+    shutil.rmtree(out)
+    shutil.rmtree(odd)
 
 
 def test_save_minutes(data, base):
@@ -570,9 +633,19 @@ def test_reference_model(data, base):
     alone = run(*begin(base, data, out, *hard(data), "--max-steps", "1"))   # what the policy needs
     limit = f"{float(alone.split('memory  planned ')[1].split()[0]) + 0.5:.1f}"
     shutil.rmtree(out)
+    short = data / "short.bin"
+    run("./train", "init", "-o", short, "--d-model", "32", "--context-length", "30")
+    refused(begin(base, data, out, *hard(data), "--reference", short), "short.bin (--reference)",
+            "reads 30 tokens", "at line 1 of", "lower --max-length to 30")
+    check(not out.exists(), "a reference that is too short leaves a directory")
+    run(*begin(base, data, out, *hard(data), "--reference", short, "--max-length", "30",
+               "--max-steps", "1"))
+    shutil.rmtree(out)
     refused(begin(base, data, out, *words, "--max-memory", limit + "M"), f"{limit} MB are allowed",
             "--reference;")
     text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
+    check_peak(text, 1, "--reference")
+    check("reference model" in text and "reference model" not in alone, f"memory: {text}")
     log = rows(out / "eval.csv")
     accuracy = float(log[0]["eval_rewards/accuracies"])
     check(accuracy > 0 and "step 1, accuracy" in text and
@@ -695,6 +768,11 @@ def test_best(data, base):
                 break
         check(f"{end} of 24 updates" in text, f"patience {patience}, delta {delta}: not at step "
                                               f"{end}: {text}")
+    for steps in (3, 4):    # patience that ends with the run has ended nothing
+        shutil.rmtree(again)
+        text = run(*begin(base, data, again, "--max-steps", steps, "--eval-steps", "1",
+                          "--patience", "2", "--learning-rate", "0"))
+        check(f"3 of {steps} updates" in text and ("out of patience" in text) == (steps > 3), text)
     refused(["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", data / "no",
              "--patience", "2"], "--eval-data", status=2)
     shutil.rmtree(again)
@@ -704,6 +782,13 @@ def test_best(data, base):
     losses = [float(row["eval_loss"]) for row in rows(again / "eval.csv")]
     check(min(losses[1:]) > losses[0] and "training started from, was better: loss "
           f"{losses[0]:.4f}" in text, f"SFT that only worsens, {losses}: {text}")
+    wild = ["--lora", "--learning-rate", "1e3", "--weight-decay", "1e3", "--warmup-ratio", "0",
+            "--eval-steps"]     # the adapter's product overflows in its second update
+    for steps, saved in (("1", f"but that of update 1, {again / 'best.bin'}"),
+                         ("2", "so no model was saved;")):
+        shutil.rmtree(again)
+        refused(begin(base, data, again, *wild, steps), "after update 2 gives a loss of", saved)
+        check((again / "best.bin").exists() == ("best" in saved), saved)
     text = run("./eval", "prefs", "-m", out / "best.bin", "-r", base, "-d", held, "--versus",
                out, "--skip", "4", "--max-length", "96", "--json")
     result = json.loads(text[text.index("{"):text.rindex("}") + 1])
@@ -798,6 +883,19 @@ def test_adapters(data, base):
     refused(["./eval", "generate", "-m", moved, *generate], "base model", "not there")
     run("./eval", "generate", "-m", hidden, "--adapter", moved, *generate)
     hidden.rename(base)
+    # PEFT's own config of an imported adapter, for the way back
+    entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
+    peft = convert.blob("file/adapter_config.json", b'{"peft_type": "LORA"}')
+    imported = data / "imported.bin"
+    convert.write_container(str(imported), convert.ADAPTER, [
+        *((name, entry.dtype, entry.shape, entry.layout, convert.read_entry(entry))
+          for name, entry in entries.items()), peft])
+    run(*begin(imported, data, data / "further", "--max-steps", "2"))
+    for name in ("adapter.bin", "best.bin"):
+        now = convert.open_container(str(data / "further" / name), convert.ADAPTER)
+        check(list(now) == [*entries, peft[0]] and convert.read_entry(now[peft[0]]) == peft[-1],
+              f"{name} of an imported adapter holds {list(now)}")
+    shutil.rmtree(data / "further")
     # An adapter that cannot be, from a file that another program made: its path, whoever reads it
     bad = data / "bad.bin"
     entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
@@ -811,6 +909,13 @@ def test_adapters(data, base):
                   ["./eval", "prefs", "-m", base, "-r", bad, "-d", data / "pairs.jsonl"],
                   ["./train", "merge", "-m", bad, "-o", data / "x.bin"]):
         refused(words, "bad.bin: LoRA: r is 4, alpha -2")
+    config = contents.pop("config").replace(b'"alpha": -2', b'"alpha": 32')
+    convert.write_container(str(bad), convert.ADAPTER, [
+        convert.blob("config", config.replace(b'"r": 4', b'"r": 1000000')),
+        *((name, entries[name].dtype, entries[name].shape, entries[name].layout, content)
+          for name, content in contents.items())])
+    for words in (begin(bad, data, data / "x"), ["./eval", "generate", "-m", bad, *generate]):
+        refused(words, "bad.bin: its config says r 1000000", "has rank 4")
     for path in (sft, dpo, other, moved, data / "named", data / "high"):
         shutil.rmtree(path)
 
@@ -842,24 +947,22 @@ def test_reference_cache(data, base):
 
 
 def test_memory(data):
-    """The plan against the most that was resident: the heap within 2 %, and the mapped part at most
-    as planned. The programs and their libraries take some 5 MB that no plan knows of."""
-    model = data / "large.bin"
+    """The plan against the most that was resident: no more, and less than the heap by 2 % at most;
+    also of a run that goes on, which reads its state beside all that it trains."""
+    model, out = data / "large.bin", data / "run"
     run("./train", "init", "-o", model, "--preset", "pythia-70m", "--d-model", "512")
     for options, mapped in (([], 0), (["--dtype", "bf16"], 0), (["--lora"], 1),
                             (["--dtype", "bf16", "--stochastic-rounding"], 0),
                             (["--lora", "--gradient-checkpointing"], 1)):
-        out = data / "run"
-        text = run(*begin(model, data, out, "--max-steps", "2", *options))
-        line = [line for line in text.splitlines() if line.startswith("memory  planned")][0]
-        words = line.split()
-        plan, planned_map, peak = float(words[2]), float(words[4].lstrip("(")), float(words[-4])
-        heap = plan - planned_map
-        low = heap * 0.98 + (planned_map * 0.9 if mapped else 0)
-        check(low < peak < 1.02 * heap + planned_map + 8, f"{options}: {line}")
+        check_peak(run(*begin(model, data, out, "--max-steps", "2", *options)), mapped, options)
         shutil.rmtree(out)
+        if not mapped:
+            few = ["--batch-size", "1", "--micro-tokens", "64", "--max-length", "64", *options]
+            leave(begin(model, data, out, "--max-steps", "4", *few), out)
+            check_peak(run("./train", "dpo", "--resume", "-o", out), mapped, [*few, "resumed"])
+            shutil.rmtree(out)
     refused(begin(model, data, data / "x", "--max-memory", "50M"), "50.0 MB are allowed by "
-            "--max-memory")
+            "--max-memory", "--lora,")
     check(not (data / "x").exists(), "a run that does not fit leaves a directory")
 
 
@@ -875,6 +978,7 @@ def main():
         test_killed(data, base)
         test_killed(data, base, "--lora", "--dtype", "bf16", "--lora-dropout", "0.1")
         test_resume_refusals(data, base)
+        test_odd_paths(data, base)
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
