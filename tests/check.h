@@ -59,6 +59,13 @@ static double check_distance(const float *a, const float *b, size_t n)
     return size > 0 ? difference / size : difference > 0 ? INFINITY : 0.0;
 }
 
+/* The larger of the two; NaN counts as infinite, so that no later number takes its place. */
+__attribute__((unused))
+static void check_worst(double *worst, double x)
+{
+    if (!(x <= *worst)) *worst = isnan(x) ? INFINITY : x;
+}
+
 __attribute__((unused))
 static const dpo_entry *check_entry(const dpo_file *file, const char *prefix, const char *name)
 {

@@ -260,7 +260,7 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k)
             double worst = 0.0;
             memcpy(first, start, size * sizeof *c);
             dpoi_matmul_reference(first, ldc, A, B, m, n, k, add, as);
-            for (size_t l = 0; l < size; l++) worst = DPOI_MAX(worst, fabs((double)c[l] - first[l]));
+            for (size_t l = 0; l < size; l++) check_worst(&worst, fabs((double)c[l] - first[l]));
             worst /= sqrt((double)k + 1);
             check(worst < 2e-6, "product %zu x %zu x %zu as %d, added %d: off by %.1e of a term", m, n, k,
                   (int)as, add, worst);
@@ -652,7 +652,7 @@ static void test_merge(int architecture, const check_batch *b)
                 size_t in = W->layout == DPO_LINEAR ? column : row, out = row + column - in;
                 for (size_t r = 0; r < 4 && A; r++)
                     expected += scale * B[out * 4 + r] * A[r * W->lora_a->shape[1] + in];
-                worst = DPOI_MAX(worst, fabs(dpoi_weight_at(tensor, i) - expected));
+                check_worst(&worst, fabs(dpoi_weight_at(tensor, i) - expected));
             }
             check(!strcmp(W->name, tensor->name) && worst < (A ? 2e-6 : 1e-30), "%s: merged %s is off by %.1e",
                   name, W->name, worst);
@@ -1176,7 +1176,7 @@ static void test_generation(const char *fixture, const mode *m)
             size_t best = row[0] < row[1], second = !best;
             double size = 0.0;
             for (size_t v = 0; v < V; v++) {
-                size = DPOI_MAX(size, fabs(row[v]));
+                check_worst(&size, fabs(row[v]));
                 if (v < 2) continue;
                 if (row[v] > row[best]) second = best, best = v;
                 else if (row[v] > row[second]) second = v;
