@@ -210,6 +210,7 @@ static void test_products(void)
     static const size_t sizes[][3] = { { 1, 1, 1 }, { 1, 40, 7 }, { 9, 1, 300 }, { 14, 32, 256 },
         { 15, 33, 257 }, { 8, 64, 31 }, { 30, 70, 0 }, { 129, 100, 530 }, { 3, 600, 65 },
         { 1210, 20, 9 }, { 300, 700, 3 }, { 2500, 20, 3 }, { 10, 40, 2100 },
+        { 30, 48, 65 }, // whole tiles half as wide, with 16 lanes
         { 2200, 17, 800 } };  // several blocks
     dpo_context many;
     check_must(dpo_context_init(&many, 3), &many);
