@@ -1056,8 +1056,9 @@ static void test_configs(void)
 #undef TRY
 }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    const int products_only = check_products_only(argc, argv);
     check_must(dpo_context_init(&context, 1), &context);
     test_half_precision();
     test_crc();
@@ -1065,6 +1066,10 @@ int main(void)
     test_sums();
     test_random();
     test_products();
+    if (products_only) {
+        dpo_context_free(&context);
+        return check_done();
+    }
     test_optimizer(DPO_ADAMW);
     test_optimizer(DPO_RMSPROP);
     test_grad_norm();
