@@ -28,7 +28,7 @@
 
 enum { ROUNDS = 9 };
 static const double SECONDS = 0.01; // of each sample of a product, at least
-static int quick;                   // a few shapes and one kind of update, for CI
+static int quick;                   // a few shapes and one kind of update
 
 static double now(void)
 {
@@ -667,10 +667,33 @@ static void run_generation(int threads, const float *array, size_t array_floats)
     }
 }
 
-/* `bench quick` is a part of everything; `bench updates` leaves the products out; `bench savings`,
-   `bench text` and `bench generation` each begin further down this list. */
+/* Words on the command line choose parts; without any, all are done. `quick` shortens products and
+   updates, and alone it is these two. */
+static const char *const PARTS[] = { "products", "updates", "savings", "text", "generation" };
+enum { PRODUCTS, UPDATES, SAVINGS, TEXT, GENERATION, N_PARTS };
+
+static void choose_parts(int *chosen /* [N_PARTS] */, int argc, char **argv)
+{
+    int any = 0;
+    for (int i = 1; i < argc; i++) {
+        int part = 0;
+        while (part < N_PARTS && strcmp(argv[i], PARTS[part])) part++;
+        if (part < N_PARTS) any = chosen[part] = 1;
+        else if (!strcmp(argv[i], "quick")) quick = 1;
+        else {
+            fprintf(stderr, "bench: no part is called \"%s\"; there are", argv[i]);
+            for (part = 0; part < N_PARTS; part++) fprintf(stderr, " %s,", PARTS[part]);
+            fprintf(stderr, " and quick\n");
+            exit(2);
+        }
+    }
+    for (int part = 0; part < N_PARTS && !any; part++) chosen[part] = !quick || part <= UPDATES;
+}
+
 int main(int argc, char **argv)
 {
+    int chosen[N_PARTS] = { 0 };
+    choose_parts(chosen, argc, argv);
     const size_t array_floats = (size_t)1 << 26;
     double load;
     dpo_context all;
@@ -684,18 +707,15 @@ int main(int argc, char **argv)
     operands[1] = 0.001f;
     for (int c = 0; c < CHAINS; c++) operands[2 + c] = 1.0f + 0.01f * (float)c;
     float *array = random_array(&all, array_floats);
-    quick = argc > 1 && !strcmp(argv[1], "quick");
-    const int products = argc < 2 || quick, updates = products || !strcmp(argv[1], "updates");
-    const int savings = !quick && (updates || !strcmp(argv[1], "savings"));
-    int wrong = products ? run(1, array, array_floats) : 0;
-    if (products && all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
+    int wrong = chosen[PRODUCTS] ? run(1, array, array_floats) : 0;
+    if (chosen[PRODUCTS] && all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
     double bandwidth = 0;
     for (int r = 0; r < ROUNDS; r++)
         bandwidth = DPOI_MAX(bandwidth, measure_updating(all.n_threads, array, array_floats));
-    if (updates) run_updates(all.n_threads, bandwidth);
-    if (savings) run_savings(all.n_threads);
-    if (savings || (argc > 1 && !strcmp(argv[1], "text"))) run_plain_text(all.n_threads, bandwidth);
-    if (!quick) run_generation(all.n_threads, array, array_floats);
+    if (chosen[UPDATES]) run_updates(all.n_threads, bandwidth);
+    if (chosen[SAVINGS]) run_savings(all.n_threads);
+    if (chosen[TEXT]) run_plain_text(all.n_threads, bandwidth);
+    if (chosen[GENERATION]) run_generation(all.n_threads, array, array_floats);
     dpoi_free(&all, array);
     dpo_context_free(&all);
     if (wrong) fprintf(stderr, "bench: %d results above 100 %%, so the peak is none\n", wrong);
