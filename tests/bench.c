@@ -3,11 +3,11 @@
    `make bench` measures the ceilings first: fused multiply-adds per second, from a loop that does
    nothing else, the same for bf16 dot products where the CPU has them, and bytes read from memory
    per second. Then the three products of a linear layer (y = x W^T, dx = dy W, dW += dy^T x) run at
-   the shapes of Pythia models and BTLM, on one thread and on all, taking turns with the ceiling,
-   because the speed of a shared or warm machine drifts. Figures are the least, the median and the
-   greatest of several rounds; per cent are of the ceiling of the same round (median) and of the
-   greatest seen (best). Above 100 % something is wrong with the measurement, and the exit status
-   is 1.
+   the shapes of Pythia models, and of BTLM, which keeps its W transposed, on one thread and on all,
+   taking turns with the ceiling, because the speed of a shared or warm machine drifts. Figures are
+   the least, the median and the greatest of several rounds; per cent are of the ceiling of the same
+   round (median) and of the greatest seen (best). Above 100 % something is wrong with the
+   measurement, and the exit status is 1.
 
    Then come whole updates of a model of Pythia-160m's size, random, on pairs as long as HH's, from
    zero_grad to the optimizer, with the reference known: SFT and DPO, full and LoRA, fp32 and bf16,
@@ -209,9 +209,17 @@ static const shape SHAPES[] = {
     { "410m up", 1152, 4096, 1024 }, { "410m down", 1152, 1024, 4096 },
     { "160m up", 2048, 3072, 768 }, { "160m up", 512, 3072, 768 },
     { "160m up", 256, 3072, 768 }, { "160m up", 64, 3072, 768 },
-    { "1.4b up", 1152, 8192, 2048 }, { "2.8b up", 1152, 10240, 2560 },
-    { "2.8b down", 1152, 2560, 10240 }, { "btlm up", 1152, 6826, 2560 },
+    { "1.4b qkv", 1152, 6144, 2048 }, { "1.4b out", 1152, 2048, 2048 },
+    { "1.4b up", 1152, 8192, 2048 }, { "1.4b down", 1152, 2048, 8192 },
+    { "2.8b qkv", 1152, 7680, 2560 }, { "2.8b out", 1152, 2560, 2560 },
+    { "2.8b up", 1152, 10240, 2560 }, { "2.8b down", 1152, 2560, 10240 },
+    { "2.8b up", 256, 10240, 2560 }, { "2.8b up", 64, 10240, 2560 },
+    { "btlm qkv", 1152, 7680, 2560 }, { "btlm out", 1152, 2560, 2560 },
+    { "btlm up", 1152, 6826, 2560 }, { "btlm down", 1152, 2560, 6826 },
 };
+
+/* BTLM's layers are Conv1D: y = x W with W[K, N]. */
+static int is_conv1d(const shape *s) { return !strncmp(s->name, "btlm", 4); }
 
 static float *random_array(dpo_context *context, size_t n)
 {
@@ -232,13 +240,16 @@ static void product(const dpo_context *context, int which, const shape *s, const
                     dpo_dtype as)
 {
     size_t M = s->M, N = s->N, K = s->K;
+    const int conv1d = is_conv1d(s);
     const void *weights = as == DPO_BF16 ? (const void *)a->half : a->W;
-    dpoi_matrix W = { weights, K, 1, as }, Wt = { weights, 1, K, as };
-    dpoi_matrix y = { a->y, N, 1, DPO_F32 }, yt = { a->y, 1, N, DPO_F32 };
-    dpoi_matrix x = { a->x, K, 1, DPO_F32 };
-    if (which == 0) dpoi_matmul(context, a->out, N, x, Wt, M, N, K, 0, as);
+    dpoi_matrix W = { weights, conv1d ? 1 : K, conv1d ? N : 1, as }; // [N, K]
+    dpoi_matrix y = { a->y, N, 1, DPO_F32 }, x = { a->x, K, 1, DPO_F32 };
+    if (which == 0) dpoi_matmul(context, a->out, N, x, dpoi_transposed(W), M, N, K, 0, as);
     if (which == 1) dpoi_matmul(context, a->out, K, y, W, M, K, N, 0, as);
-    if (which == 2) dpoi_matmul(context, a->out, K, yt, x, N, K, M, 1, as);
+    if (which == 2 && conv1d)
+        dpoi_matmul(context, a->out, N, dpoi_transposed(x), y, K, N, M, 1, as);
+    else if (which == 2)
+        dpoi_matmul(context, a->out, K, dpoi_transposed(y), x, N, K, M, 1, as);
 }
 
 /* GFLOP/s of one product, repeated until it has taken long enough to be timed. */
@@ -265,7 +276,8 @@ static void check(const dpo_context *context, int failed)
 /* The products of one precision; returns how many results are above the ceiling, *top. */
 static int run_products(dpo_context *context, dpo_dtype as, double *top)
 {
-    static const char *const PRODUCT[3] = { "y = x W^T", "dx = dy W", "dW += dy^T x" };
+    static const char *const PRODUCT[2][3] = { { "y = x W^T", "dx = dy W", "dW += dy^T x" },
+                                               { "y = x W", "dx = dy W^T", "dW += x^T dy" } };
     int wrong = 0;
     printf("\n%-9s %5s %5s %5s  %-13s %7s %7s %7s GFLOP/s   %% of peak: median, best (%s)\n",
            "layer", "M", "N", "K", "product", "min", "median", "max",
@@ -290,8 +302,8 @@ static int run_products(dpo_context *context, dpo_dtype as, double *top)
             double middle = median(speed[which]), best = speed[which][ROUNDS - 1];
             wrong += best > *top;
             printf("%-9s %5zu %5zu %5zu  %-13s %7.1f %7.1f %7.1f %25.1f %5.1f%s\n", s->name, M, N,
-                   K, PRODUCT[which], speed[which][0], middle, best, median(share[which]),
-                   100 * best / *top, best > *top ? "  WRONG" : "");
+                   K, PRODUCT[is_conv1d(s)][which], speed[which][0], middle, best,
+                   median(share[which]), 100 * best / *top, best > *top ? "  WRONG" : "");
         }
         fflush(stdout);
         void *const all[] = { a.x, a.W, a.y, a.out, a.half };
