@@ -388,30 +388,41 @@ static void make_batch(dpo_example *examples, dpo_branch *branches, uint32_t *to
     }
 }
 
-/* Floating-point operations that an update needs, an FMA being two: forward, gradients of what goes
-   in and, unless the weights are frozen, of the weights. */
-static double needed(const dpo_model *model, const dpo_example *examples)
+/* Floating-point operations that an update of a GPT-NeoX needs in its matrix products, an FMA being
+   two: forward, gradients of what goes in and of what is trained, all or adapters on all layers. */
+static double needed(const dpo_model *model, const dpo_example *examples, size_t n_examples)
 {
     const dpo_config *c = &model->config;
-    double rows = 0, scored = 0, pairs = 0, matrices = 0; // pairs: of a query and a key
-    for (size_t e = 0; e < PAIRS; e++) {
-        double prompt = (double)examples[e].n_prompt;
+    const int full = !model->options.frozen;
+    double rows = 0, scored = 0, pairs = 0; // pairs: of a query and a key
+    for (size_t e = 0; e < n_examples; e++) {
+        const double prompt = (double)examples[e].n_prompt;
+        size_t at_prompt = 0;
         rows += (double)dpo_example_rows(&examples[e]);
         pairs += prompt * (prompt + 1) / 2;
-        scored += 1 - (double)examples[e].n_branches; // the prompt's last row is one row for all
         for (size_t b = 0; b < examples[e].n_branches; b++) {
-            double n = (double)examples[e].branches[b].n;
+            const dpo_branch *branch = &examples[e].branches[b];
+            const double n = (double)branch->n;
             pairs += (n - 1) * prompt + n * (n - 1) / 2;
-            scored += n;
+            scored += n - (double)branch->first_scored;
+            at_prompt += !branch->first_scored;
+        }
+        if (at_prompt) scored -= (double)at_prompt - 1; // the prompt's last row, once for all
+    }
+    double numbers = 0; // of weights, once for each product that takes them
+    for (size_t l = 0; l < c->n_layers; l++) {
+        const dpoi_block_weights *b = &model->weights->blocks[l];
+        const dpo_tensor *const linear[] = { b->qkv_w, b->up_w, b->out_w, b->down_w };
+        for (size_t k = 0; k < 4; k++) {
+            const dpo_tensor *W = linear[k];
+            // frozen embeddings: what goes into layer 0's qkv and up needs no gradient
+            const size_t down = full || l > 0 || k > 1;
+            numbers += (double)(W->n * (1 + down + (size_t)full));
+            if (W->lora_a) numbers += (double)(W->lora_a->n * (2 + down) + W->lora_b->n * 3);
         }
     }
-    for (size_t i = 0; i < model->n_tensors; i++)
-        if (model->tensors[i].layout != DPO_PLAIN && &model->tensors[i] != model->weights->head &&
-            !strncmp(model->tensors[i].name, "gpt_neox", 8))
-            matrices += (double)model->tensors[i].n;
-    const double passes = model->options.frozen ? 2 : 3;
-    return 2 * passes * (matrices * rows + (double)(c->vocab_size * c->d_model) * scored) +
-           12 * (double)(c->d_model * c->n_layers) * pairs;
+    const double head = (double)(c->vocab_size * c->d_model * (full ? 3 : 2));
+    return 2 * (numbers * rows + head * scored) + 12 * (double)(c->d_model * c->n_layers) * pairs;
 }
 
 typedef struct { dpo_model model; dpo_optimizer optimizer; dpo_context context; } trainer;
@@ -508,7 +519,7 @@ static void run_updates(int threads, double bandwidth)
             alone[r] = update(&single, examples, PAIRS, s->branches, MOST_ROWS);
             ratio[r] = alone[r] / seconds[r];
         }
-        const double flops = 1e-9 * needed(&all.model, examples);
+        const double flops = 1e-9 * needed(&all.model, examples, PAIRS);
         double *const sorted[] = { seconds, alone, ratio };
         for (int j = 0; j < 3; j++) qsort(sorted[j], STEP_ROUNDS, sizeof(double), by_size);
         const int middle = STEP_ROUNDS / 2;
