@@ -159,7 +159,7 @@ help:
 	@echo "make demo-lora    the same with an adapter, and its size"
 	@echo "make mutate       breaks dpo.h in many places; the tests must notice each"
 	@echo "make conformance  compares with PyTorch, transformers and TRL (installs them first)"
-	@echo "make bench        speed, beside what the machine can do (half an hour; BENCH=quick: a part)"
+	@echo "make bench        speed, beside what the machine can do (20 minutes; BENCH=quick: a part)"
 	@echo "make large PAIRS=hh/train.jsonl    memory of models up to 3B (20 GB, half an hour)"
 	@echo "make clean"
 	@echo "CC=clang, NO_OMP=1 (one thread), DEBUG=1 (sanitizers), ARCH=x86-64-v3 (another CPU)"

@@ -20,8 +20,12 @@
    every row's logits, sequences padded to the longest, the reference computed again, gradients of
    frozen weights.
 
-   Last, training on plain text at the shape of GPT-2 124M, 4 windows of 64 and of 256 tokens, which
-   is what llm.c's train_gpt2.c does; only that positions are rotary here, not learned. */
+   Then training on plain text at the shape of GPT-2 124M, 4 windows of 64 and of 256 tokens, which
+   is what llm.c's train_gpt2.c does. The products are the same; positions are rotary here, not
+   learned, attention and MLP are side by side, not one after the other, and GELU is erf's, not
+   tanh's.
+
+   Last, generation, whose ceiling is reading all weights once a token. */
 #define _GNU_SOURCE
 #define DPO_IMPLEMENTATION
 #include "../dpo.h"
@@ -562,7 +566,8 @@ static int run_updates(int threads, double bandwidth)
         wrong += above;
         printf("%-20s %7.3f %7.3f %7.3f   %8.1f         %6.1f              %9.1f  %.2f%s\n",
                s->name, seconds[0], seconds[middle], seconds[STEP_ROUNDS - 1],
-               flops / seconds[middle], share[middle], alone_share[middle], ratio[middle], above ? "  WRONG" : "");
+               flops / seconds[middle], share[middle], alone_share[middle], ratio[middle],
+               above ? "  WRONG" : "");
         dpo_profile profile = { 0 };
         all.context.profile = &profile;
         update(&all, examples, PAIRS, s->branches, MOST_ROWS);
