@@ -96,7 +96,7 @@ def run_trl(work, setting, batch, updates):
     model, lora, _ = load(work, "full")
     settings = DPOConfig(
         output_dir=str(work / "trl"), beta=BETA, learning_rate=RATE, lr_scheduler_type="constant",
-        warmup_steps=0, optim="adamw_torch", per_device_train_batch_size=batch, max_steps=updates,
+        warmup_steps=0, per_device_train_batch_size=batch, max_steps=updates,
         max_grad_norm=1.0, max_length=LONGEST, precompute_ref_log_probs=True,
         precompute_ref_batch_size=batch, use_cpu=True, bf16=False, gradient_checkpointing=False,
         logging_steps=1, logging_first_step=True, report_to="none", save_strategy="no",
