@@ -127,12 +127,11 @@ def sequence_logps(model, sequences):
     import torch
     longest = max(len(ids) for ids, _ in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (tokens, _) in enumerate(sequences):       # padded behind: causal attention sees none
+    for row, (tokens, _) in enumerate(sequences):
         ids[row, :len(tokens)] = torch.tensor(tokens)
-        mask[row, :len(tokens)] = 1
+    # Padded behind, where causal attention sees none of it: no mask, which sdpa would have to add.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden = base.base_model(input_ids=ids).last_hidden_state
     rows = [hidden[row, begin - 1:len(tokens) - 1]
             for row, (tokens, begin) in enumerate(sequences)]
     targets = torch.cat([ids[row, begin:len(tokens)]
