@@ -240,7 +240,8 @@ def measure(work, program, setting, batch, options):
                                   str(batch), str(updates), str(options.threads)],
                                  capture_output=True, text=True, check=False)
         if process.returncode:
-            return process.stderr.strip().splitlines()[-1]
+            said = process.stderr.strip().splitlines()
+            return said[-1] if process.returncode > 0 and said else "died (out of memory?)"
         done = json.loads(process.stdout.strip().splitlines()[-1])
     losses = done["losses"]
     if len(losses) != updates or abs(losses[0] - math.log(2)) > 1e-4 or \
