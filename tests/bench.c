@@ -3,23 +3,29 @@
    `make bench` measures the ceilings first: fused multiply-adds per second, from a loop that does
    nothing else, the same for bf16 dot products where the CPU has them, and bytes read from memory
    per second. Then the three products of a linear layer (y = x W^T, dx = dy W, dW += dy^T x) run at
-   the shapes of Pythia models and BTLM, on one thread and on all, taking turns with the ceiling,
-   because the speed of a shared or warm machine drifts. Figures are the least, the median and the
-   greatest of several rounds; per cent are of the ceiling of the same round (median) and of the
-   greatest seen (best). Above 100 % something is wrong with the measurement, and the exit status
-   is 1.
+   the shapes of Pythia models, and of BTLM, which keeps its W transposed, on one thread and on all,
+   taking turns with the ceiling, because the speed of a shared or warm machine drifts. Figures are
+   the least, the median and the greatest of several rounds; per cent are of the ceiling of the same
+   round (median) and of the greatest seen (best). Above 100 % something is wrong with the
+   measurement, and the exit status is 1.
 
    Then come whole updates of a model of Pythia-160m's size, random, on pairs as long as HH's, from
    zero_grad to the optimizer, with the reference known: SFT and DPO, full and LoRA, fp32 and bf16,
    on one thread and on all in turns, and where an update's time goes. Their operations are those
    that are needed: no recomputation, the head on scored rows only, causal attention, and no
-   gradients of frozen weights.
+   gradients of frozen weights. Per cent are of the fp32 peak, and bf16 may reach more than that:
+   its results are counted as wrong above the greater of both peaks.
 
    What an update saves is measured against updates that do not: prompts computed for each answer,
-   every row's logits, sequences padded to the longest, the reference computed again.
+   every row's logits, sequences padded to the longest, the reference computed again, gradients of
+   frozen weights.
 
-   Last, training on plain text at the shape of GPT-2 124M, 4 windows of 64 and of 256 tokens, which
-   is what llm.c's train_gpt2.c does; only that positions are rotary here, not learned. */
+   Then training on plain text at the shape of GPT-2 124M, 4 windows of 64 and of 256 tokens, which
+   is what llm.c's train_gpt2.c does. The products are the same; positions are rotary here, not
+   learned, attention and MLP are side by side, not one after the other, and GELU is erf's, not
+   tanh's.
+
+   Last, generation, whose ceiling is reading all weights once a token. */
 #define _GNU_SOURCE
 #define DPO_IMPLEMENTATION
 #include "../dpo.h"
@@ -28,7 +34,7 @@
 
 enum { ROUNDS = 9 };
 static const double SECONDS = 0.01; // of each sample of a product, at least
-static int quick;                   // a few shapes and one kind of update, for CI
+static int quick;                   // a few shapes and one kind of update
 
 static double now(void)
 {
@@ -67,6 +73,14 @@ typedef float vec __attribute__((vector_size(4 * DPOI_LANES)));
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 
+/* A function for its arguments alone: clang splits vectors of 512 bits for most Intel CPUs, except
+   where they are an argument or a result of what it compiles or inlines. dpo.h's tile has such an
+   argument in dpoi_dot_pairs; without it here, the peak would be half of what the CPU can do. */
+static inline __attribute__((always_inline)) vec one_step(vec sum, vec factor, vec term)
+{
+    return sum * factor + term;
+}
+
 /* `steps` times CHAINS fused multiply-adds of DPOI_LANES lanes. All operands come from memory that
    the compiler knows nothing about, and every chain starts elsewhere: equal chains would be merged
    and known ones computed beforehand, which looks like 30 times the truth. */
@@ -81,7 +95,7 @@ __attribute__((noinline)) static float multiply_add(const volatile float *in, lo
     for (int c = 0; c < CHAINS; c++) sum[c] = factor * in[2 + c];
     for (long s = 0; s < steps; s++) {
         UNROLL
-        for (int c = 0; c < CHAINS; c++) sum[c] = sum[c] * factor + term;
+        for (int c = 0; c < CHAINS; c++) sum[c] = one_step(sum[c], factor, term);
     }
     float total = 0;
     UNROLL
@@ -201,9 +215,17 @@ static const shape SHAPES[] = {
     { "410m up", 1152, 4096, 1024 }, { "410m down", 1152, 1024, 4096 },
     { "160m up", 2048, 3072, 768 }, { "160m up", 512, 3072, 768 },
     { "160m up", 256, 3072, 768 }, { "160m up", 64, 3072, 768 },
-    { "1.4b up", 1152, 8192, 2048 }, { "2.8b up", 1152, 10240, 2560 },
-    { "2.8b down", 1152, 2560, 10240 }, { "btlm up", 1152, 6826, 2560 },
+    { "1.4b qkv", 1152, 6144, 2048 }, { "1.4b out", 1152, 2048, 2048 },
+    { "1.4b up", 1152, 8192, 2048 }, { "1.4b down", 1152, 2048, 8192 },
+    { "2.8b qkv", 1152, 7680, 2560 }, { "2.8b out", 1152, 2560, 2560 },
+    { "2.8b up", 1152, 10240, 2560 }, { "2.8b down", 1152, 2560, 10240 },
+    { "2.8b up", 256, 10240, 2560 }, { "2.8b up", 64, 10240, 2560 },
+    { "btlm qkv", 1152, 7680, 2560 }, { "btlm out", 1152, 2560, 2560 },
+    { "btlm up", 1152, 6826, 2560 }, { "btlm down", 1152, 2560, 6826 },
 };
+
+/* BTLM's layers are Conv1D: y = x W with W[K, N]. */
+static int is_conv1d(const shape *s) { return !strncmp(s->name, "btlm", 4); }
 
 static float *random_array(dpo_context *context, size_t n)
 {
@@ -224,13 +246,16 @@ static void product(const dpo_context *context, int which, const shape *s, const
                     dpo_dtype as)
 {
     size_t M = s->M, N = s->N, K = s->K;
+    const int conv1d = is_conv1d(s);
     const void *weights = as == DPO_BF16 ? (const void *)a->half : a->W;
-    dpoi_matrix W = { weights, K, 1, as }, Wt = { weights, 1, K, as };
-    dpoi_matrix y = { a->y, N, 1, DPO_F32 }, yt = { a->y, 1, N, DPO_F32 };
-    dpoi_matrix x = { a->x, K, 1, DPO_F32 };
-    if (which == 0) dpoi_matmul(context, a->out, N, x, Wt, M, N, K, 0, as);
+    dpoi_matrix W = { weights, conv1d ? 1 : K, conv1d ? N : 1, as }; // [N, K]
+    dpoi_matrix y = { a->y, N, 1, DPO_F32 }, x = { a->x, K, 1, DPO_F32 };
+    if (which == 0) dpoi_matmul(context, a->out, N, x, dpoi_transposed(W), M, N, K, 0, as);
     if (which == 1) dpoi_matmul(context, a->out, K, y, W, M, K, N, 0, as);
-    if (which == 2) dpoi_matmul(context, a->out, K, yt, x, N, K, M, 1, as);
+    if (which == 2 && conv1d)
+        dpoi_matmul(context, a->out, N, dpoi_transposed(x), y, K, N, M, 1, as);
+    else if (which == 2)
+        dpoi_matmul(context, a->out, K, dpoi_transposed(y), x, N, K, M, 1, as);
 }
 
 /* GFLOP/s of one product, repeated until it has taken long enough to be timed. */
@@ -257,7 +282,8 @@ static void check(const dpo_context *context, int failed)
 /* The products of one precision; returns how many results are above the ceiling, *top. */
 static int run_products(dpo_context *context, dpo_dtype as, double *top)
 {
-    static const char *const PRODUCT[3] = { "y = x W^T", "dx = dy W", "dW += dy^T x" };
+    static const char *const PRODUCT[2][3] = { { "y = x W^T", "dx = dy W", "dW += dy^T x" },
+                                               { "y = x W", "dx = dy W^T", "dW += x^T dy" } };
     int wrong = 0;
     printf("\n%-9s %5s %5s %5s  %-13s %7s %7s %7s GFLOP/s   %% of peak: median, best (%s)\n",
            "layer", "M", "N", "K", "product", "min", "median", "max",
@@ -282,8 +308,8 @@ static int run_products(dpo_context *context, dpo_dtype as, double *top)
             double middle = median(speed[which]), best = speed[which][ROUNDS - 1];
             wrong += best > *top;
             printf("%-9s %5zu %5zu %5zu  %-13s %7.1f %7.1f %7.1f %25.1f %5.1f%s\n", s->name, M, N,
-                   K, PRODUCT[which], speed[which][0], middle, best, median(share[which]),
-                   100 * best / *top, best > *top ? "  WRONG" : "");
+                   K, PRODUCT[is_conv1d(s)][which], speed[which][0], middle, best,
+                   median(share[which]), 100 * best / *top, best > *top ? "  WRONG" : "");
         }
         fflush(stdout);
         void *const all[] = { a.x, a.W, a.y, a.out, a.half };
@@ -368,30 +394,41 @@ static void make_batch(dpo_example *examples, dpo_branch *branches, uint32_t *to
     }
 }
 
-/* Floating-point operations that an update needs, an FMA being two: forward, gradients of what goes
-   in and, unless the weights are frozen, of the weights. */
-static double needed(const dpo_model *model, const dpo_example *examples)
+/* Floating-point operations that an update of a GPT-NeoX needs in its matrix products, an FMA being
+   two: forward, gradients of what goes in and of what is trained, all or adapters on all layers. */
+static double needed(const dpo_model *model, const dpo_example *examples, size_t n_examples)
 {
     const dpo_config *c = &model->config;
-    double rows = 0, scored = 0, pairs = 0, matrices = 0; // pairs: of a query and a key
-    for (size_t e = 0; e < PAIRS; e++) {
-        double prompt = (double)examples[e].n_prompt;
+    const int full = !model->options.frozen;
+    double rows = 0, scored = 0, pairs = 0; // pairs: of a query and a key
+    for (size_t e = 0; e < n_examples; e++) {
+        const double prompt = (double)examples[e].n_prompt;
+        size_t at_prompt = 0;
         rows += (double)dpo_example_rows(&examples[e]);
         pairs += prompt * (prompt + 1) / 2;
-        scored += 1 - (double)examples[e].n_branches; // the prompt's last row is one row for all
         for (size_t b = 0; b < examples[e].n_branches; b++) {
-            double n = (double)examples[e].branches[b].n;
+            const dpo_branch *branch = &examples[e].branches[b];
+            const double n = (double)branch->n;
             pairs += (n - 1) * prompt + n * (n - 1) / 2;
-            scored += n;
+            scored += n - (double)branch->first_scored;
+            at_prompt += !branch->first_scored;
+        }
+        if (at_prompt) scored -= (double)at_prompt - 1; // the prompt's last row, once for all
+    }
+    double numbers = 0; // of weights, once for each product that takes them
+    for (size_t l = 0; l < c->n_layers; l++) {
+        const dpoi_block_weights *b = &model->weights->blocks[l];
+        const dpo_tensor *const linear[] = { b->qkv_w, b->up_w, b->out_w, b->down_w };
+        for (size_t k = 0; k < 4; k++) {
+            const dpo_tensor *W = linear[k];
+            // frozen embeddings: what goes into layer 0's qkv and up needs no gradient
+            const size_t down = full || l > 0 || k > 1;
+            numbers += (double)(W->n * (1 + down + (size_t)full));
+            if (W->lora_a) numbers += (double)(W->lora_a->n * (2 + down) + W->lora_b->n * 3);
         }
     }
-    for (size_t i = 0; i < model->n_tensors; i++)
-        if (model->tensors[i].layout != DPO_PLAIN && &model->tensors[i] != model->weights->head &&
-            !strncmp(model->tensors[i].name, "gpt_neox", 8))
-            matrices += (double)model->tensors[i].n;
-    const double passes = model->options.frozen ? 2 : 3;
-    return 2 * passes * (matrices * rows + (double)(c->vocab_size * c->d_model) * scored) +
-           12 * (double)(c->d_model * c->n_layers) * pairs;
+    const double head = (double)(c->vocab_size * c->d_model * (full ? 3 : 2));
+    return 2 * (numbers * rows + head * scored) + 12 * (double)(c->d_model * c->n_layers) * pairs;
 }
 
 typedef struct { dpo_model model; dpo_optimizer optimizer; dpo_context context; } trainer;
@@ -418,22 +455,23 @@ static void print_profile(const dpo_profile *p, double flops_peak, double bytes_
     }
 }
 
+static const dpo_lora LORA = { .r = 16, .alpha = 32, .targets = "all-linear" };
+
 /* A trainer of its own for each number of threads, from the file at `path`. */
 static void make_trainer(trainer *t, const char *path, const setting *s, int threads)
 {
-    dpo_lora lora = { .r = 16, .alpha = 32, .targets = "all-linear" };
     check(&t->context, dpo_context_init(&t->context, threads));
     check(&t->context, dpo_model_load(&t->context, &t->model, path, &s->options));
-    if (s->lora) check(&t->context, dpo_lora_init(&t->model, &lora, 1));
+    if (s->lora) check(&t->context, dpo_lora_init(&t->model, &LORA, 1));
     check(&t->context, dpo_optimizer_init(&t->model, &t->optimizer, DPO_ADAMW));
 }
 
-static double update(trainer *t, const dpo_example *examples, size_t n, size_t n_branches,
-                     size_t most_rows)
+/* Forward and backward of a batch. */
+static void passes(trainer *t, const dpo_example *examples, size_t n, size_t n_branches,
+                   size_t most_rows)
 {
     dpo_score scores[2 * PAIRS];
-    double dlogp[2 * PAIRS], norm, start = now();
-    check(&t->context, dpo_model_zero_grad(&t->model));
+    double dlogp[2 * PAIRS];
     for (size_t i = 0; i < n;) {
         dpo_batch micro = { examples + i, dpo_micro_batch(examples + i, n - i, most_rows) };
         check(&t->context, dpo_forward(&t->model, scores, &micro, 1));
@@ -441,12 +479,40 @@ static double update(trainer *t, const dpo_example *examples, size_t n, size_t n
         check(&t->context, dpo_backward(&t->model, &micro, dlogp));
         i += micro.n;
     }
+}
+
+static double update(trainer *t, const dpo_example *examples, size_t n, size_t n_branches,
+                     size_t most_rows)
+{
+    double norm, start = now();
+    check(&t->context, dpo_model_zero_grad(&t->model));
+    passes(t, examples, n, n_branches, most_rows);
     check(&t->context, dpo_grad_norm(&t->model, &norm));
     check(&t->context, dpo_optimizer_step(&t->model, &t->optimizer, 1e-6, dpo_clip_scale(norm, 1)));
     return now() - start;
 }
 
-static void run_updates(int threads, double bandwidth)
+/* The CPU's peaks, fp32's and bf16's, with all threads [0] and with one [1]: now, and the greatest
+   so far. */
+typedef struct { double now[2][2], best[2][2]; } peaks;
+
+static void measure_peaks(peaks *p, int threads)
+{
+    for (int one = 0; one < 2; one++)
+        for (int half = 0; half < 2; half++) {
+            p->now[one][half] = measure_peak(one ? 1 : threads, half ? DPO_BF16 : DPO_F32);
+            p->best[one][half] = DPOI_MAX(p->best[one][half], p->now[one][half]);
+        }
+}
+
+/* More than any update can reach: one in bf16 has products of both kinds. */
+static double ceiling(const peaks *p, int one, dpo_dtype dtype)
+{
+    return dtype == DPO_BF16 ? DPOI_MAX(p->best[one][0], p->best[one][1]) : p->best[one][0];
+}
+
+/* Returns how many results are above the ceiling. */
+static int run_updates(int threads, double bandwidth)
 {
     static dpo_example examples[PAIRS];
     static dpo_branch branches[2 * PAIRS];
@@ -467,8 +533,8 @@ static void run_updates(int threads, double bandwidth)
     check(&context, dpo_model_save(&made, path, DPO_F32));
     dpo_model_free(&made);
     dpo_context_free(&context);
-    const double top = measure_peak(threads, DPO_F32), one = measure_peak(1, DPO_F32);
-    const double half = measure_peak(threads, DPO_BF16);
+    peaks peak = { 0 };
+    int wrong = 0;
     printf("\nan update of Pythia-160m's size, %d pairs; %d threads, and 1 thread in turns\n"
            "%-20s %7s %7s %7s s %8s GFLOP/s %6s of fp32 peak %9s with 1 thread, x threads %s\n",
            PAIRS, threads, "setting", "min", "median", "max", "needed", "%", "%", "(median)");
@@ -476,30 +542,36 @@ static void run_updates(int threads, double bandwidth)
         const setting *s = &SETTINGS[i];
         if (quick && strcmp(s->name, "DPO fp32")) continue;
         trainer all, single;
-        double seconds[ROUNDS], alone[ROUNDS], ratio[ROUNDS];
+        double seconds[ROUNDS], alone[ROUNDS], ratio[ROUNDS], share[ROUNDS], alone_share[ROUNDS];
         make_batch(examples, branches, tokens, config.vocab_size, s->branches);
         make_trainer(&all, path, s, threads);
         make_trainer(&single, path, s, 1);
         // buffers are allocated, pages touched
         update(&all, examples, PAIRS, s->branches, MOST_ROWS);
         update(&single, examples, PAIRS, s->branches, MOST_ROWS);
+        const double flops = 1e-9 * needed(&all.model, examples, PAIRS);
         for (int r = 0; r < STEP_ROUNDS; r++) {
+            measure_peaks(&peak, threads);
             seconds[r] = update(&all, examples, PAIRS, s->branches, MOST_ROWS);
             alone[r] = update(&single, examples, PAIRS, s->branches, MOST_ROWS);
             ratio[r] = alone[r] / seconds[r];
+            share[r] = 100 * flops / seconds[r] / peak.now[0][0];
+            alone_share[r] = 100 * flops / alone[r] / peak.now[1][0];
         }
-        const double flops = 1e-9 * needed(&all.model, examples);
-        double *const sorted[] = { seconds, alone, ratio };
-        for (int j = 0; j < 3; j++) qsort(sorted[j], STEP_ROUNDS, sizeof(double), by_size);
+        double *const sorted[] = { seconds, alone, ratio, share, alone_share };
+        for (int j = 0; j < 5; j++) qsort(sorted[j], STEP_ROUNDS, sizeof(double), by_size);
         const int middle = STEP_ROUNDS / 2;
-        printf("%-20s %7.3f %7.3f %7.3f   %8.1f         %6.1f              %9.1f  %.2f\n", s->name,
-               seconds[0], seconds[middle], seconds[STEP_ROUNDS - 1], flops / seconds[middle],
-               100 * flops / seconds[middle] / top, 100 * flops / alone[middle] / one,
-               ratio[middle]);
+        const int above = (flops / seconds[0] > ceiling(&peak, 0, s->options.dtype)) +
+                          (flops / alone[0] > ceiling(&peak, 1, s->options.dtype));
+        wrong += above;
+        printf("%-20s %7.3f %7.3f %7.3f   %8.1f         %6.1f              %9.1f  %.2f%s\n",
+               s->name, seconds[0], seconds[middle], seconds[STEP_ROUNDS - 1],
+               flops / seconds[middle], share[middle], alone_share[middle], ratio[middle],
+               above ? "  WRONG" : "");
         dpo_profile profile = { 0 };
         all.context.profile = &profile;
         update(&all, examples, PAIRS, s->branches, MOST_ROWS);
-        print_profile(&profile, s->options.dtype == DPO_BF16 ? half : top, bandwidth);
+        print_profile(&profile, peak.best[0][s->options.dtype == DPO_BF16], bandwidth);
         fflush(stdout);
         trainer *const both[] = { &all, &single };
         for (int j = 0; j < 2; j++) {
@@ -509,9 +581,56 @@ static void run_updates(int threads, double bandwidth)
         }
     }
     unlink(path);
+    return wrong;
 }
 
-/* What the same pairs cost without each of the savings, full fp32; each adds to the one before. */
+/* A row of the savings: mean seconds, and how many times as long as `base` in the same rounds. */
+static void print_times(const char *name, const double *seconds, const double *base)
+{
+    double ratio[ROUNDS], mean = 0;
+    for (int r = 0; r < STEP_ROUNDS; r++) {
+        ratio[r] = seconds[r] / base[r];
+        mean += seconds[r] / STEP_ROUNDS;
+    }
+    qsort(ratio, STEP_ROUNDS, sizeof *ratio, by_size);
+    printf("%-30s %7.3f   %.2f / %.2f / %.2f\n", name, mean, ratio[0], ratio[STEP_ROUNDS / 2],
+           ratio[STEP_ROUNDS - 1]);
+}
+
+/* LoRA's forward and backward, and the same where the frozen weights get their gradients as well:
+   to that end they are marked as trained, behind the interface's back, once the adapter is there.
+   What follows a backward is left out: the optimizer would change them too. */
+static void run_frozen(int threads, const dpo_config *config, const dpo_example *examples)
+{
+    static trainer both[2];
+    double seconds[2][ROUNDS];
+    for (int all = 0; all < 2; all++) {
+        trainer *t = &both[all];
+        check(&t->context, dpo_context_init(&t->context, threads));
+        check(&t->context, dpo_model_init(&t->context, &t->model, config, NULL, 1,
+                                          &(dpo_model_options){ .frozen = 1 }));
+        check(&t->context, dpo_lora_init(&t->model, &LORA, 1));
+        for (size_t i = 0; all && i < t->model.n_tensors; i++) t->model.tensors[i].trainable = 1;
+        dpoi_number_trainable(&t->model);
+        check(&t->context, dpo_model_zero_grad(&t->model));
+        passes(t, examples, PAIRS, 2, MOST_ROWS); // buffers are allocated, pages touched
+    }
+    for (int r = 0; r < STEP_ROUNDS; r++)
+        for (int all = 0; all < 2; all++) {
+            double start = now();
+            passes(&both[all], examples, PAIRS, 2, MOST_ROWS);
+            seconds[all][r] = now() - start;
+        }
+    print_times("LoRA, forward and backward", seconds[0], seconds[0]);
+    print_times("and gradients of the frozen", seconds[1], seconds[0]);
+    for (int all = 0; all < 2; all++) {
+        dpo_model_free(&both[all].model);
+        dpo_context_free(&both[all].context);
+    }
+}
+
+/* What the same pairs cost without each of the savings, fp32. A reference computed again is beside
+   the update as it is; of the three after that, each adds to the one before. */
 static void run_savings(int threads)
 {
     enum { APART = 2 * PAIRS, LONGEST = 400 };
@@ -557,24 +676,17 @@ static void run_savings(int threads)
     }
     static const char *const NAMES[] = { "as it is", "reference computed again", "prompts apart",
                                          "and logits of all rows", "and all padded" };
-    printf("\nwhat is saved: DPO fp32, %d pairs; %d threads\n%-26s %7s   times as long as it is\n",
+    printf("\nwhat is saved: DPO fp32, %d pairs; %d threads\n%-30s %7s   times as long as it is\n",
            PAIRS, threads, "", "seconds");
-    for (int i = 0; i < 5; i++) {
-        double ratio[ROUNDS], mean = 0;
-        for (int r = 0; r < STEP_ROUNDS; r++) {
-            ratio[r] = seconds[i][r] / seconds[0][r];
-            mean += seconds[i][r] / STEP_ROUNDS;
-        }
-        qsort(ratio, STEP_ROUNDS, sizeof *ratio, by_size);
-        printf("%-26s %7.3f   %.2f / %.2f / %.2f\n", NAMES[i], mean, ratio[0],
-               ratio[STEP_ROUNDS / 2], ratio[STEP_ROUNDS - 1]);
-    }
+    for (int i = 0; i < 5; i++) print_times(NAMES[i], seconds[i], seconds[0]);
     dpo_optimizer_free(&t.model, &t.optimizer);
     dpo_model_free(&t.model);
     dpo_context_free(&t.context);
+    run_frozen(threads, &config, examples);
 }
 
-static void run_plain_text(int threads, double bandwidth)
+/* Returns how many results are above the ceiling. */
+static int run_plain_text(int threads, double bandwidth)
 {
     enum { WINDOWS = 4, LONGEST = 256 };
     const size_t lengths[] = { 64, LONGEST };
@@ -586,12 +698,14 @@ static void run_plain_text(int threads, double bandwidth)
     for (size_t i = 0; i < sizeof tokens / sizeof *tokens; i++)
         tokens[i] = (uint32_t)(dpo_random_u64(3, 0, i) % config.vocab_size);
     printf("\nplain text at the shape of GPT-2 124M, fp32, %d windows; %d threads\n"
-           "%-10s %7s %7s %7s tokens/s  peak heap\n", WINDOWS, threads, "tokens", "min", "median",
-           "max");
+           "%-10s %7s %7s %7s tokens/s  peak heap  %% of fp32 peak\n", WINDOWS, threads, "tokens",
+           "min", "median", "max");
+    double top = 0;
+    int wrong = 0;
     for (size_t k = 0; k < sizeof lengths / sizeof *lengths; k++) {
         dpo_branch branches[WINDOWS];
         dpo_example examples[WINDOWS];
-        double speed[ROUNDS];
+        double speed[ROUNDS], share[ROUNDS];
         trainer t;
         check(&t.context, dpo_context_init(&t.context, threads));
         check(&t.context, dpo_model_init(&t.context, &t.model, &config, NULL, 1, NULL));
@@ -601,29 +715,42 @@ static void run_plain_text(int threads, double bandwidth)
             examples[i] = (dpo_example){ .branches = &branches[i], .n_branches = 1, .group = i };
         }
         update(&t, examples, WINDOWS, 1, 2 * LONGEST);
-        for (int r = 0; r < ROUNDS; r++)
-            speed[r] = WINDOWS * (double)lengths[k] / update(&t, examples, WINDOWS, 1, 2 * LONGEST);
+        const double n_tokens = WINDOWS * (double)lengths[k];
+        const double flops = 1e-9 * needed(&t.model, examples, WINDOWS) / n_tokens; // a token
+        for (int r = 0; r < ROUNDS; r++) {
+            double peak = measure_peak(threads, DPO_F32);
+            top = DPOI_MAX(top, peak);
+            speed[r] = n_tokens / update(&t, examples, WINDOWS, 1, 2 * LONGEST);
+            share[r] = 100 * flops * speed[r] / peak;
+        }
         double middle = median(speed);
-        printf("%d x %-6zu %7.0f %7.0f %7.0f           %.2f GB\n", WINDOWS, lengths[k], speed[0],
-               middle, speed[ROUNDS - 1], 1e-9 * (double)t.context.heap_peak);
+        const int above = flops * speed[ROUNDS - 1] > top;
+        wrong += above;
+        printf("%d x %-6zu %7.0f %7.0f %7.0f           %.2f GB %15.1f%s\n", WINDOWS, lengths[k],
+               speed[0], middle, speed[ROUNDS - 1], 1e-9 * (double)t.context.heap_peak,
+               median(share), above ? "  WRONG" : "");
         dpo_profile profile = { 0 };
         t.context.profile = &profile;
         update(&t, examples, WINDOWS, 1, 2 * LONGEST);
-        print_profile(&profile, measure_peak(threads, DPO_F32), bandwidth);
+        print_profile(&profile, top, bandwidth);
         dpo_optimizer_free(&t.model, &t.optimizer);
         dpo_model_free(&t.model);
         dpo_context_free(&t.context);
     }
+    return wrong;
 }
 
-/* A token's time against that of reading every weight once: nothing else is as large. */
-static void run_generation(int threads, const float *array, size_t array_floats)
+/* A token's time against that of reading every weight once: nothing else is as large. Returns how
+   many results are above the fastest reading. */
+static int run_generation(int threads, const float *array, size_t array_floats)
 {
     enum { PROMPT = 16, TOKENS = 6 };
     static const dpo_dtype DTYPES[] = { DPO_F32, DPO_BF16 };
     const dpo_config size = { .vocab_size = 50304, .context_length = 2048, .d_model = 2048,
                               .n_layers = 24, .n_heads = 16 };
     uint32_t prompt[PROMPT];
+    double top = 0;
+    int wrong = 0;
     for (uint32_t i = 0; i < PROMPT; i++) prompt[i] = 11 * i;
     printf("\ngeneration at Pythia-1.4b's size, one stream, %d threads\n%-6s %8s   GB/s %20s\n",
            threads, "", "tokens/s", "% of reading memory");
@@ -644,25 +771,53 @@ static void run_generation(int threads, const float *array, size_t array_floats)
                         dpoi_prefill(&model, &cache, prompt, PROMPT));
         for (int r = 0; r < ROUNDS; r++) {
             double reading = measure_reading(threads, array, array_floats), start = now();
+            top = DPOI_MAX(top, reading);
             for (uint32_t i = 0; i < TOKENS; i++) dpoi_step(&model, &cache, i);
             speed[r] = TOKENS / (now() - start);
             share[r] = 1e-9 * bytes * speed[r] / reading * 100;
         }
         double middle = median(speed);
         printf("%-6s %8.2f %6.1f   ", k ? "bf16" : "fp32", middle, 1e-9 * bytes * middle);
+        const int above = 1e-9 * bytes * speed[ROUNDS - 1] > top;
+        wrong += above;
         middle = median(share);
-        printf("%.0f / %.0f / %.0f\n", share[0], middle, share[ROUNDS - 1]);
+        printf("%.0f / %.0f / %.0f%s\n", share[0], middle, share[ROUNDS - 1],
+               above ? "  WRONG" : "");
         fflush(stdout);
         dpoi_cache_free(&context, &cache);
         dpo_model_free(&model);
         dpo_context_free(&context);
     }
+    return wrong;
 }
 
-/* `bench quick` is a part of everything; `bench updates` leaves the products out; `bench savings`,
-   `bench text` and `bench generation` each begin further down this list. */
+/* Words on the command line choose parts; without any, all are done. `quick` shortens products and
+   updates, and alone it is these two. */
+static const char *const PARTS[] = { "products", "updates", "savings", "text", "generation" };
+enum { PRODUCTS, UPDATES, SAVINGS, TEXT, GENERATION, N_PARTS };
+
+static void choose_parts(int *chosen /* [N_PARTS] */, int argc, char **argv)
+{
+    int any = 0;
+    for (int i = 1; i < argc; i++) {
+        int part = 0;
+        while (part < N_PARTS && strcmp(argv[i], PARTS[part])) part++;
+        if (part < N_PARTS) any = chosen[part] = 1;
+        else if (!strcmp(argv[i], "quick")) quick = 1;
+        else {
+            fprintf(stderr, "bench: no part is called \"%s\"; there are", argv[i]);
+            for (part = 0; part < N_PARTS; part++) fprintf(stderr, " %s,", PARTS[part]);
+            fprintf(stderr, " and quick\n");
+            exit(2);
+        }
+    }
+    for (int part = 0; part < N_PARTS && !any; part++) chosen[part] = !quick || part <= UPDATES;
+}
+
 int main(int argc, char **argv)
 {
+    int chosen[N_PARTS] = { 0 };
+    choose_parts(chosen, argc, argv);
     const size_t array_floats = (size_t)1 << 26;
     double load;
     dpo_context all;
@@ -676,18 +831,15 @@ int main(int argc, char **argv)
     operands[1] = 0.001f;
     for (int c = 0; c < CHAINS; c++) operands[2 + c] = 1.0f + 0.01f * (float)c;
     float *array = random_array(&all, array_floats);
-    quick = argc > 1 && !strcmp(argv[1], "quick");
-    const int products = argc < 2 || quick, updates = products || !strcmp(argv[1], "updates");
-    const int savings = !quick && (updates || !strcmp(argv[1], "savings"));
-    int wrong = products ? run(1, array, array_floats) : 0;
-    if (products && all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
+    int wrong = chosen[PRODUCTS] ? run(1, array, array_floats) : 0;
+    if (chosen[PRODUCTS] && all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
     double bandwidth = 0;
     for (int r = 0; r < ROUNDS; r++)
         bandwidth = DPOI_MAX(bandwidth, measure_updating(all.n_threads, array, array_floats));
-    if (updates) run_updates(all.n_threads, bandwidth);
-    if (savings) run_savings(all.n_threads);
-    if (savings || (argc > 1 && !strcmp(argv[1], "text"))) run_plain_text(all.n_threads, bandwidth);
-    if (!quick) run_generation(all.n_threads, array, array_floats);
+    if (chosen[UPDATES]) wrong += run_updates(all.n_threads, bandwidth);
+    if (chosen[SAVINGS]) run_savings(all.n_threads);
+    if (chosen[TEXT]) wrong += run_plain_text(all.n_threads, bandwidth);
+    if (chosen[GENERATION]) wrong += run_generation(all.n_threads, array, array_floats);
     dpoi_free(&all, array);
     dpo_context_free(&all);
     if (wrong) fprintf(stderr, "bench: %d results above 100 %%, so the peak is none\n", wrong);

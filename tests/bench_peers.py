@@ -1,24 +1,28 @@
 #!/usr/bin/env python3
-"""dpo.h's DPO beside PyTorch's: the same model, pairs, batches and precision (fp32), in turns.
+"""dpo.h's DPO beside PyTorch's: the same model, pairs, batches and precision, in turns.
 
     python3 tests/bench_peers.py [--size 160m] [--batch 8 2] [--settings full lora]
-        [--peers trl loop compiled] [--pairs 16] [--rounds 3] [--threads N]
+        [--peers trl loop compiled] [--dtype fp32] [--pairs 16] [--rounds 3] [--threads N]
 
 Peers, in the environment that tests/setup_venv.sh makes (this script starts itself again there):
 
-  trl       TRL's DPOTrainer as its users run it on a CPU: the reference precomputed, bf16 and
-            gradient checkpointing off;
-  loop      the best plain PyTorch loop: eager, sequences sorted by length and padded in small
-            passes, sdpa attention, the head on scored positions only, the reference precomputed,
-            fused AdamW;
+  trl       TRL's DPOTrainer as its users run it on a CPU: the reference precomputed, gradient
+            checkpointing off;
+  loop      the best plain PyTorch loop: eager, pairs sorted by length and padded in small passes
+            with a backward each, sdpa attention without a mask, the head on scored positions only,
+            the reference precomputed, fused AdamW;
   compiled  the same under torch.compile.
 
-Each run is a process of its own, on the same number of threads, and makes the same updates from
+bf16 means what each side's users get by asking for it: --dtype bf16 of ./train; autocast over fp32
+weights in PyTorch, and with LoRA over frozen weights that are bf16 in the plain loop.
+
+Each run is a process of its own, on the same number of threads, and makes as many updates from
 random weights of a Pythia's size on HH pairs that need no truncation (DPO_SHARED as in
-conformance/library.py; generated ones without). What is timed is all updates of a run, not loading,
-tokens, the reference, or compilation, for which the compiled loop makes its updates once before.
-Tokens are those of prompt and answer, twice a pair, without padding, whatever a program computes of
-them. Memory is the most that was resident.
+conformance/library.py; generated ones without). It goes through all pairs twice. The first time
+warms up: pages are touched, threads made, code compiled. What is timed, on every side, is the
+second time, so all pairs once, whatever their order; not loading, tokens or the reference. Tokens
+are those of prompt and answer, twice a pair, without padding, whatever a program computes of them.
+Memory is the most that was resident.
 
 That all compute the same is the conformance tests' business (trl_live.py, lora_live.py). Here the
 first update's loss must be ln 2, the token ids must be as many on both sides, and the last update's
@@ -44,23 +48,23 @@ sys.path.insert(0, str(HERE / "conformance"))
 SIZES = {"70m": (512, 6, 8), "160m": (768, 12, 12), "410m": (1024, 24, 16)}
 SETTINGS, PEERS = ("full", "lora"), ("trl", "loop", "compiled")
 RATE, BETA, RANK, ALPHA, LONGEST = 1e-5, 0.1, 16, 32, 512
-PASS = 4            # sequences that the loop pads and computes together
+PASS = 2            # pairs that the loop pads and computes together
 
 
 # --- dpo.h ---------------------------------------------------------------------------------------
 
-def run_dpo(work, setting, batch, updates, threads):
+def run_dpo(work, setting, dtype, batch, updates, threads):
     """One run of ./train; what it says of itself, as measure() wants it."""
     import library
     with tempfile.TemporaryDirectory(dir=work) as out:
-        cache = work / "reference.bin"
+        cache = work / f"reference.{dtype}.bin"
         command = [library.PROJECT / "train", "dpo", "-m", work / "model.bin", "-d",
                    work / "pairs.jsonl", "-o", pathlib.Path(out) / "run",
                    "--reference-cache", cache, "--batch-size", batch,
                    "--max-steps", updates, "--beta", BETA,
                    "--learning-rate", RATE, "--lr-scheduler-type", "constant", "--warmup-ratio", 0,
                    "--max-length", LONGEST, "--max-prompt-length", LONGEST - 1,
-                   "--save-minutes", 0, "--threads", threads]
+                   "--save-minutes", 0, "--threads", threads, "--dtype", dtype]
         if setting == "lora":
             command += ["--lora", "--lora-r", RANK, "--lora-alpha", ALPHA]
         with subprocess.Popen([str(word) for word in command], stdout=subprocess.PIPE,
@@ -72,23 +76,25 @@ def run_dpo(work, setting, batch, updates, threads):
             sys.exit(f"./train: {said}")
         with open(pathlib.Path(out) / "run" / "log.csv", newline="", encoding="utf-8") as log:
             rows = list(csv.DictReader(log))
-    return {"seconds": float(rows[-1]["seconds"]), "bytes": usage.ru_maxrss * 1024,
+    seconds = [float(row["seconds"]) for row in rows]
+    return {"seconds": seconds[-1] - seconds[len(rows) // 2 - 1], "bytes": usage.ru_maxrss * 1024,
             "losses": [float(row["loss"]) for row in rows]}
 
 
 # --- PyTorch -------------------------------------------------------------------------------------
 
-def load(work, setting):
+def load(work, setting, dtype="fp32"):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(work / "hf", dtype=torch.float32,
+    frozen = torch.bfloat16 if (setting, dtype) == ("lora", "bf16") else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(work / "hf", dtype=frozen,
                                                  attn_implementation="sdpa")
     lora = LoraConfig(task_type="CAUSAL_LM", r=RANK, lora_alpha=ALPHA, target_modules="all-linear")
     return model, lora, get_peft_model(model, lora) if setting == "lora" else model
 
 
-def run_trl(work, setting, batch, updates):
+def run_trl(work, setting, dtype, batch, updates):
     import datasets
     import transformers
     from trl import DPOConfig, DPOTrainer
@@ -96,18 +102,16 @@ def run_trl(work, setting, batch, updates):
     model, lora, _ = load(work, "full")
     settings = DPOConfig(
         output_dir=str(work / "trl"), beta=BETA, learning_rate=RATE, lr_scheduler_type="constant",
-        warmup_steps=0, optim="adamw_torch", per_device_train_batch_size=batch, max_steps=updates,
-        max_grad_norm=1.0, max_length=LONGEST, precompute_ref_log_probs=True,
-        precompute_ref_batch_size=batch, use_cpu=True, bf16=False, gradient_checkpointing=False,
-        logging_steps=1, logging_first_step=True, report_to="none", save_strategy="no",
-        disable_tqdm=True)
+        warmup_steps=0, per_device_train_batch_size=batch, max_steps=updates, max_grad_norm=1.0,
+        max_length=LONGEST, precompute_ref_log_probs=True, precompute_ref_batch_size=batch,
+        use_cpu=True, bf16=dtype == "bf16", gradient_checkpointing=False, logging_steps=1,
+        logging_first_step=True, report_to="none", save_strategy="no", disable_tqdm=True)
 
     class Clock(transformers.TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            self.began = getattr(self, "began", None) or time.perf_counter()
-
-        def on_step_end(self, *_, **__):
+        def on_step_end(self, _, state, *__, **___):
             self.ended = time.perf_counter()
+            if state.global_step == updates // 2:
+                self.began = self.ended
 
     clock = Clock()
     trainer = DPOTrainer(model=model, args=settings,
@@ -127,22 +131,21 @@ def sequence_logps(model, sequences):
     import torch
     longest = max(len(ids) for ids, _ in sequences)
     ids = torch.zeros(len(sequences), longest, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for row, (tokens, _) in enumerate(sequences):       # padded behind: causal attention sees none
+    for row, (tokens, _) in enumerate(sequences):
         ids[row, :len(tokens)] = torch.tensor(tokens)
-        mask[row, :len(tokens)] = 1
+    # Padded behind, where causal attention sees none of it: no mask, which sdpa would have to add.
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hidden = base.base_model(input_ids=ids, attention_mask=mask).last_hidden_state
+    hidden = base.base_model(input_ids=ids).last_hidden_state
     rows = [hidden[row, begin - 1:len(tokens) - 1]
             for row, (tokens, begin) in enumerate(sequences)]
     targets = torch.cat([ids[row, begin:len(tokens)]
                          for row, (tokens, begin) in enumerate(sequences)])
-    logits = base.get_output_embeddings()(torch.cat(rows))
+    logits = base.get_output_embeddings()(torch.cat(rows)).float()
     logp = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     return torch.stack([part.sum() for part in logp.split([len(row) for row in rows])])
 
 
-def run_loop(work, setting, batch, updates, compiled):
+def run_loop(work, setting, dtype, batch, updates, compiled):
     import torch
     from torch.nn.functional import logsigmoid
     from transformers import AutoTokenizer
@@ -153,54 +156,46 @@ def run_loop(work, setting, batch, updates, compiled):
         prompt = tokenizer(record["prompt"])["input_ids"]
         pairs.append([(prompt + tokenizer(record[part])["input_ids"] + [tokenizer.eos_token_id],
                        len(prompt)) for part in ("chosen", "rejected")])
-    model = load(work, setting)[2].train()      # Pythia has no dropout
+    model = load(work, setting, dtype)[2].train()       # Pythia has no dropout
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bf16")
     forward = torch.compile(sequence_logps, dynamic=True) if compiled else sequence_logps
-    order = {}
-    for first in range(0, len(pairs), batch):   # passes of an update: places sorted by length
-        sequences = [s for pair in pairs[first:first + batch] for s in pair]
-        places = sorted(range(len(sequences)), key=lambda i: len(sequences[i][0]))
-        order[first] = sequences, [places[i:i + PASS] for i in range(0, len(places), PASS)]
-    reference = {}
-    with torch.no_grad():
-        for first, (sequences, passes) in order.items():
-            reference[first] = torch.zeros(len(sequences))
-            for places in passes:
-                reference[first][places] = sequence_logps(model, [sequences[i] for i in places])
+    passes, reference = [], []          # of each update: its pairs' sequences, sorted by length
+    for first in range(0, len(pairs), batch):
+        together = sorted(pairs[first:first + batch], key=lambda pair: max(len(s[0]) for s in pair))
+        passes.append([[s for pair in together[i:i + PASS] for s in pair]
+                       for i in range(0, batch, PASS)])
+    with torch.no_grad(), autocast:
+        for update in passes:
+            reference.append([sequence_logps(model, sequences) for sequences in update])
 
-    def all_updates(rate):
-        trained = [p for p in model.parameters() if p.requires_grad]
-        adam = torch.optim.AdamW(trained, lr=rate, weight_decay=0.0, fused=True)
-        losses = []
-        for step in range(updates):
-            first = step * batch % len(pairs)
-            sequences, passes = order[first]
-            logps = torch.zeros(len(sequences))
-            for places in passes:               # graphs are kept until the pairs are complete
-                part = forward(model, [sequences[i] for i in places])
-                logps = logps.index_put((torch.tensor(places),), part)
-            rewards = BETA * (logps - reference[first]).view(-1, 2)
-            loss = -logsigmoid(rewards[:, 0] - rewards[:, 1]).mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(trained, 1.0)
-            adam.step()
-            adam.zero_grad(set_to_none=True)
-            losses.append(loss.item())
-        return losses
-
-    if compiled:
-        all_updates(0.0)
-    began = time.perf_counter()
-    losses = all_updates(RATE)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    adam = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+    losses = []
+    for step in range(updates):
+        if step == updates // 2:
+            began = time.perf_counter()
+        total = 0.0
+        for sequences, before in zip(passes[step % len(passes)], reference[step % len(passes)]):
+            with autocast:
+                logps = forward(model, sequences)
+            rewards = BETA * (logps - before).view(-1, 2)
+            loss = -logsigmoid(rewards[:, 0] - rewards[:, 1]).sum() / batch
+            loss.backward()             # a pass at a time, so that one graph is kept
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        adam.step()
+        adam.zero_grad(set_to_none=True)
+        losses.append(total)
     return {"seconds": time.perf_counter() - began, "losses": losses,
             "tokens": sum(len(ids) for pair in pairs for ids, _ in pair)}
 
 
-def run_peer(work, peer, setting, batch, updates, threads):
+def run_peer(work, peer, setting, dtype, batch, updates, threads):
     """In this process; prints a line of JSON."""
     import torch
     torch.set_num_threads(threads)
-    done = run_trl(work, setting, batch, updates) if peer == "trl" else \
-        run_loop(work, setting, batch, updates, peer == "compiled")
+    done = run_trl(work, setting, dtype, batch, updates) if peer == "trl" else \
+        run_loop(work, setting, dtype, batch, updates, peer == "compiled")
     done["bytes"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print("\n" + json.dumps(done))
 
@@ -233,18 +228,20 @@ def prepare(work, size, n):
 
 
 def measure(work, program, setting, batch, options):
-    updates = options.pairs // batch
+    updates = 2 * options.pairs // batch
     if program == "dpo.h":
-        done = run_dpo(work, setting, batch, updates, options.threads)
+        done = run_dpo(work, setting, options.dtype, batch, updates, options.threads)
     else:
         process = subprocess.run([sys.executable, __file__, "--worker", str(work), program, setting,
-                                  str(batch), str(updates), str(options.threads)],
+                                  options.dtype, str(batch), str(updates), str(options.threads)],
                                  capture_output=True, text=True, check=False)
         if process.returncode:
-            return process.stderr.strip().splitlines()[-1]
+            said = process.stderr.strip().splitlines()
+            return said[-1] if process.returncode > 0 and said else "died (out of memory?)"
         done = json.loads(process.stdout.strip().splitlines()[-1])
     losses = done["losses"]
-    if len(losses) != updates or abs(losses[0] - math.log(2)) > 1e-4 or \
+    near = 1e-4 if options.dtype == "fp32" else 0.05    # TRL pads reference and policy otherwise
+    if len(losses) != updates or abs(losses[0] - math.log(2)) > near or \
             updates > 1 and abs(losses[-1] - math.log(2)) < 1e-5:
         sys.exit(f"{program}, {setting}: losses {losses}: not DPO from its own reference")
     if done.setdefault("tokens", options.tokens) != options.tokens:
@@ -294,23 +291,24 @@ def environment(options):
         cpu = next((line.split(": ")[1] for line in lines if line.startswith("model name")), cpu)
     print(f"{cpu}, {options.threads} threads on each side; torch {torch.__version__}, transformers "
           f"{transformers.__version__}, trl {trl.__version__}, peft {peft.__version__}")
-    print(f"Pythia-{options.size}'s shape, fp32, {options.pairs} pairs of {options.tokens} tokens "
-          f"a run, {options.rounds} rounds; min / median / max")
+    print(f"Pythia-{options.size}'s shape, {options.dtype}, {options.pairs} pairs of "
+          f"{options.tokens} tokens timed in a run, {options.rounds} rounds; min / median / max")
     print("\n| setting | program | pairs/s | tokens/s | peak GB | dpo.h is faster by "
           "| takes less memory by |\n|---|---|---|---|---|---|---|", flush=True)
 
 
 def main():
     if sys.argv[1:2] == ["--worker"]:
-        work, peer, setting, *numbers = sys.argv[2:]
-        return run_peer(pathlib.Path(work), peer, setting, *map(int, numbers))
+        work, peer, setting, dtype, *numbers = sys.argv[2:]
+        return run_peer(pathlib.Path(work), peer, setting, dtype, *map(int, numbers))
     parser = argparse.ArgumentParser(description="dpo.h's DPO beside TRL's and PyTorch's.")
     parser.add_argument("--size", choices=SIZES, default="160m", help="of which Pythia [160m]")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 2],
                         help="pairs an update [8 2]")
     parser.add_argument("--settings", choices=SETTINGS, nargs="+", default=SETTINGS)
     parser.add_argument("--peers", choices=PEERS, nargs="+", default=PEERS)
-    parser.add_argument("--pairs", type=int, default=16, help="of a run [16]")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="[fp32]")
+    parser.add_argument("--pairs", type=int, default=16, help="of a run, twice each [16]")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program [3]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each [all]")
     options = parser.parse_args()

@@ -36,6 +36,17 @@ static int check(int ok, const char *format, ...)
     return 0;
 }
 
+/* Whether the only word on the command line is `products`: test_invariants and test_modes then test
+   the arithmetic alone, which is what an emulator of another CPU has time for. */
+__attribute__((unused))
+static int check_products_only(int argc, char **argv)
+{
+    if (argc == 1) return 0;
+    if (argc == 2 && !strcmp(argv[1], "products")) return 1;
+    printf("FAILED: %s: the only argument is the word `products`\n", argv[0]);
+    exit(2);
+}
+
 /* For what a test stands on rather than tests. */
 static void check_must(int failed, const dpo_context *context)
 {
@@ -57,6 +68,13 @@ static double check_distance(const float *a, const float *b, size_t n)
         size = DPOI_MAX(size, fabs((double)b[i]));
     }
     return size > 0 ? difference / size : difference > 0 ? INFINITY : 0.0;
+}
+
+/* The larger of the two; NaN counts as infinite, so that no later number takes its place. */
+__attribute__((unused))
+static void check_worst(double *worst, double x)
+{
+    if (!(x <= *worst)) *worst = isnan(x) ? INFINITY : x;
 }
 
 __attribute__((unused))

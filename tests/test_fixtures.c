@@ -12,8 +12,6 @@
 typedef struct worst { double logits, logp, gradient, loss, reward, norm, final; } worst;
 static worst seen;
 
-static void note(double *slot, double value) { *slot = DPOI_MAX(*slot, value); }
-
 static void test_logits(dpo_model *model, const dpo_file *expect, const char *name)
 {
     const dpo_entry *tokens = check_entry(expect, "", "tokens");
@@ -22,7 +20,7 @@ static void test_logits(dpo_model *model, const dpo_file *expect, const char *na
     float *ours = malloc(n * V * sizeof *ours);
     check_must(dpo_logits(model, ours, tokens->data, n), model->context);
     double distance = check_distance(ours, logits->data, n * V);
-    note(&seen.logits, distance);
+    check_worst(&seen.logits, distance);
     check(distance < 1e-5, "%s: logits differ by %.2e of the largest", name, distance);
     free(ours);
 }
@@ -39,7 +37,7 @@ static void test_gradients(dpo_model *model, const dpo_file *expect, const char 
     check_must(dpo_model_zero_grad(model) || dpo_forward(model, scores, &b.batch, 1), model->context);
     for (size_t i = 0; i < b.n_branches; i++) {
         double distance = fabs(scores[i].logp - logp[i]);
-        note(&seen.logp, distance);
+        check_worst(&seen.logp, distance);
         check(distance < 2e-5, "%s: logp of branch %zu is %.7f, not %.7f", name, i, scores[i].logp,
               logp[i]);
         check(scores[i].n_scored == n_scored[i] && scores[i].greedy == (int)greedy[i],
@@ -53,7 +51,7 @@ static void test_gradients(dpo_model *model, const dpo_file *expect, const char 
         if (!tensor->trainable) continue;
         const dpo_entry *truth = check_entry(expect, "grad/", tensor->name);
         double distance = check_distance(tensor->grad, truth->data, tensor->n);
-        note(&seen.gradient, distance);
+        check_worst(&seen.gradient, distance);
         check(distance < 5e-5, "%s: gradient of %s differs by %.2e of its largest element", name,
               tensor->name, distance);
     }
@@ -86,18 +84,18 @@ static void test_dpo(dpo_model *model, const dpo_file *expect, const char *name)
             total += pair.loss / (double)pairs;
             for (size_t k = 0; k < 2; k++) {
                 double distance = fabs(pair.reward[k] - rewards[step * n + 2 * i + k]);
-                note(&seen.reward, distance);
+                check_worst(&seen.reward, distance);
                 check(distance < 2e-5, "%s: step %zu: reward %zu differs by %.2e", name, step,
                       2 * i + k, distance);
                 dlogp[2 * i + k] = pair.dlogp[k] / (double)pairs;
             }
         }
-        note(&seen.loss, fabs(total - loss[step]));
+        check_worst(&seen.loss, fabs(total - loss[step]));
         check(fabs(total - loss[step]) < 1e-5, "%s: step %zu: loss %.7f, not %.7f", name, step, total,
               loss[step]);
         check_must(dpo_backward(model, &b.batch, dlogp) || dpo_grad_norm(model, &norm),
                    model->context);
-        note(&seen.norm, fabs(norm / norms[step] - 1));
+        check_worst(&seen.norm, fabs(norm / norms[step] - 1));
         check(fabs(norm / norms[step] - 1) < 1e-4, "%s: step %zu: gradient norm %.6f, not %.6f", name,
               step, norm, norms[step]);
         check_must(dpo_optimizer_step(model, &adam, settings[1], dpo_clip_scale(norm, settings[2])),
@@ -105,7 +103,7 @@ static void test_dpo(dpo_model *model, const dpo_file *expect, const char *name)
     }
     check_must(dpo_forward(model, scores, &b.batch, 0), model->context);
     for (size_t i = 0; i < n; i++) {
-        note(&seen.final, fabs(scores[i].logp - final[i]));
+        check_worst(&seen.final, fabs(scores[i].logp - final[i]));
         check(fabs(scores[i].logp - final[i]) < 5e-5, "%s: logp %zu after ten steps differs by %.2e",
               name, i, fabs(scores[i].logp - final[i]));
     }

@@ -76,7 +76,7 @@ static void compare(const function *f, const input *in, limits *limit)
         double error = fabs(numeric - analytic) / length; // NaN if there is no gradient at all
         check(error < limit->tolerance, "%s: gradient of %s: numeric %.7g, analytic %.7g, off by %.1e",
               f->name, in->name, numeric, analytic, error);
-        limit->seen = DPOI_MAX(limit->seen, error);
+        check_worst(&limit->seen, error);
     }
     free(x);
 }

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Compares dpo.h with its peers: golden checkpoints, transformers, tokenizers, TRL, PEFT, PyTorch's
 # bf16, and an independent BTLM in PyTorch. Makes their Python environment first (../setup_venv.sh,
-# DPO_VENV); after that it takes about 20 minutes on two cores. Data from ../shared beside the
+# DPO_VENV); after that it takes about 11 minutes on two cores. Data from ../shared beside the
 # project, or $DPO_SHARED, is used where it is there; each script says what it had to skip without.
 #
 # Each script prints what it compared, how far apart the two are and how far they may be; its
