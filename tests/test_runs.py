@@ -594,9 +594,10 @@ def test_file_limit(data, base):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
     text = run("./train", "init", "-o", place / "a.bin", status=1, preexec_fn=limit)
     check("a.bin: cannot be written: File too large" in text, text)
+    # not less than 1024, which clang's OpenMP takes of shared memory
     text = run("./eval", "prefs", "-m", base, "-r", base, "-d", data / "pairs.jsonl", "--out",
                place / "b.csv", status=1,
-               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100)))
+               preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)))
     check("cannot write" in text and "b.csv: File too large" in text, text)
     check(not list(place.iterdir()), f"left: {list(place.iterdir())}")
     place.rmdir()
