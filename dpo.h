@@ -722,7 +722,8 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) // clang's name until 16
+// The second is clang's name until 16. Plain loops have no units of two bf16, and so no tiles.
+#if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && !defined(DPO_PLAIN_C)
 #include <sys/syscall.h>
 #define DPOI_AMX
 #endif
@@ -1236,7 +1237,7 @@ static float dpoi_max(const float *x, size_t n)
    An operand carries its strides, so one function does them all, and Conv1D's W[in, out] too. The
    reference below is the definition, at one per cent of the speed of the machine: for each
    multiplication it loads two numbers, and each addition waits for the one before. Four ideas make
-   it 85 to 90 per cent.
+   it 85 to 90 per cent, or 70 to 80 where a core starts two of the largest FMAs in a cycle.
 
    The tile. A core starts one or two vector fused multiply-adds (FMA) in a cycle, and each takes
    four or five: some ten sums must be under way at once. So a tile of c, TILE_ROWS rows of
@@ -1255,12 +1256,12 @@ static float dpoi_max(const float *x, size_t n)
    Packing. The tile wants what it loads in one step side by side. So the operands are copied into
    panels first, a's [k, TILE_ROWS] and b's [k, TILE_COLS], filled up with zeros at the edges.
    Packing is the only place that knows how the operands are stored. It costs 1/m + 1/n copies
-   for each FMA: 1 to 5 per cent of the time.
+   for each FMA: 1 to 7 per cent of the time.
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS. So one panel of a (6 KB,
    8 with NEON, 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and
-   the strip (256 KB, 512 with AVX-512) stays in the second while a's panels pass by, each fetched
-   into it ahead of its turn.
+   the strip (256 KB; 512 with AVX-512, whose CPUs have larger ones) stays in the second while a's
+   panels pass by, each fetched into it ahead of its turn.
    a is packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (7 MB), which the third
    cache holds, so that memory sees c once for SHARED_BLOCKS blocks of k, not for each.
 
@@ -1268,10 +1269,10 @@ static float dpoi_max(const float *x, size_t n)
    along k; each packs the b of its own strip, again for each piece. That waits for the slowest
    thread twice for each block of a, and copies a once and b a few times.
 
-   Exactly: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending l starts
-   from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces it unless
-   `accumulate`. So the bits of c[i][j] depend on row i of a, column j of b and k only: not on m, n,
-   place, edges, storage order or threads.
+   Exactly, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending
+   l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces
+   it unless `accumulate`. So the bits of c[i][j] depend on row i of a, column j of b and k only, in
+   bf16 too: not on m, n, place, edges, storage order or threads.
 
    bf16. A product `as` DPO_BF16 takes its inputs rounded to bf16 and sums in fp32. CPUs that have a
    dot product for bf16 multiply two of them, neighbours along k, where an FMA multiplies one float:
@@ -1321,24 +1322,21 @@ static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dp
 
 /* ---- 3.2 the tile ---------------------------------------------------------------------------- */
 
-/* SHORT_ROWS: a second, lower tile for the last rows, so that 64 rows do not cost 70 (66). */
+/* SHORT_ROWS: a second, lower tile for the last rows, so that 64 rows do not cost as many as
+   70 with AVX-512, or 66 with AVX2. */
 #if defined(__AVX512F__)
-enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8,
-       DPOI_STRIP = 512 };
+enum { DPOI_LANES = 16, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 14, DPOI_SHORT_ROWS = 8 };
 #elif defined(__AVX__)
-enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 4,
-       DPOI_STRIP = 256 };
+enum { DPOI_LANES = 8, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 4 };
 #elif defined(__aarch64__)
-enum { DPOI_LANES = 4, DPOI_TILE_VECS = 3, DPOI_TILE_ROWS = 8, DPOI_SHORT_ROWS = 4,
-       DPOI_STRIP = 256 };
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 3, DPOI_TILE_ROWS = 8, DPOI_SHORT_ROWS = 4 };
 #else
-enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 4,
-       DPOI_STRIP = 256 };
+enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS = 4 };
 #endif
 enum {
     DPOI_TILE_COLS = DPOI_TILE_VECS * DPOI_LANES,
     DPOI_BLOCK_K = 256,
-    DPOI_BLOCK_COLS = DPOI_STRIP / DPOI_TILE_COLS * DPOI_TILE_COLS,
+    DPOI_BLOCK_COLS = (DPOI_LANES == 16 ? 512 : 256) / DPOI_TILE_COLS * DPOI_TILE_COLS,
     DPOI_BLOCK_ROWS = 96 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
     DPOI_SHARED_ROWS = 2112 / DPOI_TILE_ROWS * DPOI_TILE_ROWS, // those of a micro-batch
     DPOI_SHARED_BLOCKS = 3,
@@ -1349,6 +1347,12 @@ enum {
     DPOI_PACK_FLOATS = DPOI_B_FLOATS + DPOI_BLOCK_ROWS / DPOI_TILE_ROWS * DPOI_A_PANEL,
     DPOI_SHARED_FLOATS = DPOI_SHARED_BLOCKS * (DPOI_SHARED_ROWS / DPOI_TILE_ROWS) * DPOI_A_PANEL
 };
+
+#ifdef DPOI_AMX
+static int dpoi_amx;    // whether the kernel gives AMX to this process; dpo_context_init asks
+#else
+enum { dpoi_amx = 0 };
+#endif
 
 /* From one panel to the next: a cache line more than its size, which is often a multiple of 2 KB,
    and then the same line of many panels would want the same few places of the first cache. */
@@ -1404,8 +1408,6 @@ DPOI_INLINE dpoi_vec dpoi_dot_pairs(dpoi_vec sum, float a, dpoi_vec b) { return 
    is half as fast as those. Its panel of a has the units of a row side by side, a line at a time:
    [k / 16, TILE_ROWS, 16]. The panel of b is as ever. */
 #ifdef DPOI_AMX
-static int dpoi_amx;    // whether the kernel gives it to this process; dpo_context_init asks
-
 /* Eight registers: 0 to 3 have sums, 4 and 5 units of a, 6 and 7 units of b. A register is rows of
    64 bytes. */
 static inline void dpoi_amx_begin(void)
@@ -1453,8 +1455,6 @@ DPOI_NOINLINE void dpoi_amx_tile(float *c, size_t ldc, const float *a, const flo
         for (size_t j = 0; j < cols; j++)
             c[j] = (add ? c[j] : 0.0f) + (sum[0][i][j] + sum[1][i][j]);
 }
-#else
-enum { dpoi_amx = 0 };
 #endif
 
 /* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units. `rows`, `vecs`
@@ -1510,8 +1510,6 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #define DPOI_INLINE static inline
 #define DPOI_NOINLINE static
 #define DPOI_UNIT_BF16 1
-#undef DPOI_AMX
-enum { dpoi_amx = 0 };
 // Named, or a compiler makes FMAs of some loops only, and bits depend on rows.
 #if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF)
 #define DPOI_FMA(a, b, c) fmaf(a, b, c)
@@ -1614,7 +1612,7 @@ DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t ste
 }
 
 /* From [16 units, TILE_ROWS] to [TILE_ROWS, 16 units], for AMX. */
-static inline void dpoi_turn_units(float *units)
+static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
 {
     float copy[DPOI_LINE * DPOI_TILE_ROWS];
     memcpy(copy, units, sizeof copy);
@@ -1700,8 +1698,8 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
 
 /* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K units. While a panel of a passes the
    panels of b, the next one is fetched piece by piece into the second cache (the first is full).
-   Tiles over the edge of c are made aside, and
-   what belongs to c is copied; the columns of an adapter are often LANES, and so no edge. */
+   Tiles over the edge of c are made aside, and what belongs to c is copied; the columns of an
+   adapter are often LANES, and so no edge. */
 static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
                                size_t m, size_t n, size_t k, int add, int pairs)
 {

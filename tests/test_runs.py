@@ -270,6 +270,20 @@ def leave(words, out):
     check((out / "state.bin").exists(), f"no state was left: {err}")
 
 
+def interrupt_resumed(*words):
+    """Goes on with a run and interrupts it as soon as it says so; what it said."""
+    process = start(*words)
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if line.startswith("resumed"):
+            process.send_signal(signal.SIGINT)
+    process.communicate()
+    text = "".join(lines)
+    check(process.returncode == 128 + signal.SIGINT, text)
+    return text
+
+
 def replaced(path, content, words, *say):
     """What is refused while a file has another content."""
     before = path.read_bytes()
@@ -389,15 +403,8 @@ def test_odd_paths(data, base):
     refused(resume, "another --adapter; give that again")
     resume += ["--adapter", adapter]
     refused(resume, "another --reference; give that again")
-    process = start(*resume, "--reference", model)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("resumed"):
-            process.send_signal(signal.SIGINT)
-    process.communicate()
-    check(process.returncode == 128 + signal.SIGINT and "path of --data is not UTF-8" in
-          "".join(lines), "".join(lines))
+    text = interrupt_resumed(*resume, "--reference", model)
+    check("path of --data is not UTF-8" in text, text)
     shutil.rmtree(out)
     shutil.rmtree(odd)
 
@@ -663,14 +670,7 @@ def test_reference_model(data, base):
     check((out / "state.bin").exists(), f"a cache that spares the model: {err}")
     hidden = other.rename(data / "hidden.bin")
     cache.unlink()
-    process = start("./train", "dpo", "--resume", "-o", out)
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if line.startswith("resumed"):
-            process.send_signal(signal.SIGINT)
-    process.communicate()
-    check(process.returncode == 128 + signal.SIGINT, "".join(lines))
+    interrupt_resumed("./train", "dpo", "--resume", "-o", out)
     refused(["./train", "dpo", "--resume", "-o", out, "--reference", base],
             "base.bin (--reference)", "has not the content")
     refused(["./train", "dpo", "--resume", "-o", out, "--reference", other], "reference_model.bin")
