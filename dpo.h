@@ -1270,9 +1270,10 @@ static float dpoi_max(const float *x, size_t n)
    thread twice for each block of a, and copies a once and b a few times.
 
    Exactly, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending
-   l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one replaces
-   it unless `accumulate`. So the bits of c[i][j] depend on row i of a, column j of b and k only, in
-   bf16 too: not on m, n, place, edges, storage order or threads.
+   l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one takes
+   bias[j], if there is a bias, and replaces c[i][j] unless `accumulate`. So the bits of c[i][j]
+   depend on row i of a, column j of b and k only, in bf16 too: not on m, n, place, edges, storage
+   order or threads.
 
    bf16. A product `as` DPO_BF16 takes its inputs rounded to bf16 and sums in fp32. CPUs that have a
    dot product for bf16 multiply two of them, neighbours along k, where an FMA multiplies one float:
@@ -1306,14 +1307,15 @@ static inline float dpoi_element(dpoi_matrix x, size_t i, size_t j, dpo_dtype as
     return as == DPO_BF16 ? dpoi_bf16_to_float(dpoi_bf16(value)) : value;
 }
 
-/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]; row i of c starts at c + i * ldc. The tests
-   compare dpoi_matmul with it. */
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias[n] in every row, or no bias if it is
+   NULL; row i of c starts at c + i * ldc. The tests compare dpoi_matmul_bias with it. */
 static inline void dpoi_matmul_reference(float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
-                                         size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
+                                         const float *bias, size_t m, size_t n, size_t k,
+                                         int accumulate, dpo_dtype as)
 {
     for (size_t i = 0; i < m; i++)
         for (size_t j = 0; j < n; j++) {
-            double sum = accumulate ? c[i * ldc + j] : 0.0;
+            double sum = (accumulate ? c[i * ldc + j] : 0.0) + (bias ? (double)bias[j] : 0.0);
             for (size_t l = 0; l < k; l++)
                 sum += (double)dpoi_element(a, i, l, as) * dpoi_element(b, l, j, as);
             c[i * ldc + j] = (float)sum;
@@ -1421,10 +1423,10 @@ static inline void dpoi_amx_begin(void)
     _tile_loadconfig(&registers);
 }
 
-/* c[rows, cols] = (add ? c : 0) + a panel times b panel, each of k units. Every other line of units
-   has sums of its own: a product takes 52 cycles, but one begins every 14. */
-DPOI_NOINLINE void dpoi_amx_tile(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                                 int add, size_t rows, size_t cols)
+/* The same as dpoi_tile_part. Every other line of units has sums of its own: a product takes 52
+   cycles, but one begins every 14. */
+DPOI_NOINLINE void dpoi_amx_tile(float *c, size_t ldc, const float *a, const float *b,
+                                 const float *bias, size_t k, int add, size_t rows, size_t cols)
 {
     enum { ROW = DPOI_TILE_COLS * sizeof(float), A = DPOI_TILE_ROWS * DPOI_LINE,
            B = DPOI_TILE_COLS * DPOI_LINE };
@@ -1453,16 +1455,16 @@ DPOI_NOINLINE void dpoi_amx_tile(float *c, size_t ldc, const float *a, const flo
     _tile_stored(3, sum[1][0] + DPOI_LINE, ROW);
     for (size_t i = 0; i < rows; i++, c += ldc)
         for (size_t j = 0; j < cols; j++)
-            c[j] = (add ? c[j] : 0.0f) + (sum[0][i][j] + sum[1][i][j]);
+            c[j] = (add ? c[j] : 0.0f) + (sum[0][i][j] + sum[1][i][j] + (bias ? bias[j] : 0.0f));
 }
 #endif
 
-/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units. `rows`, `vecs`
-   and `pairs` are constants once this is inlined. The loops go to the tile's ends all the same, and
-   the tests inside cost nothing: only loops with constant ends are unrolled by both compilers early
-   enough to put sum[][] into registers. */
-DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                                int add, int rows, int vecs, int pairs)
+/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias in every
+   row, if it is not NULL. `rows`, `vecs` and `pairs` are constants once this is inlined. The loops
+   go to the tile's ends all the same, and the tests inside cost nothing: only loops with constant
+   ends are unrolled by both compilers early enough to put sum[][] into registers. */
+DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b,
+                                const float *bias, size_t k, int add, int rows, int vecs, int pairs)
 {
 #ifdef __clang__
 #pragma STDC FP_CONTRACT ON
@@ -1488,6 +1490,7 @@ DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const floa
         for (int j = 0; j < DPOI_TILE_VECS; j++)
             if (i < rows && j < vecs) {
                 dpoi_vec_at *c_vec = (dpoi_vec_at *)c + j;
+                if (bias) sum[i][j] += ((const dpoi_vec_at *)bias)[j];
                 if (add) sum[i][j] += *c_vec;
                 *c_vec = sum[i][j];
             }
@@ -1516,8 +1519,8 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #else
 #define DPOI_FMA(a, b, c) ((a) * (b) + (c))
 #endif
-DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                                int add, int rows, int vecs, int pairs)
+DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b,
+                                const float *bias, size_t k, int add, int rows, int vecs, int pairs)
 {
     (void)pairs; // there are none
     const int cols = vecs * DPOI_LANES;
@@ -1526,7 +1529,10 @@ DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const floa
         for (int i = 0; i < rows; i++)
             for (int j = 0; j < cols; j++) sum[i][j] = DPOI_FMA(a[i], b[j], sum[i][j]);
     for (int i = 0; i < rows; i++, c += ldc)
-        for (int j = 0; j < cols; j++) c[j] = add ? c[j] + sum[i][j] : sum[i][j];
+        for (int j = 0; j < cols; j++) {
+            if (bias) sum[i][j] += bias[j];
+            c[j] = add ? c[j] + sum[i][j] : sum[i][j];
+        }
 }
 
 DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, size_t ldi)
@@ -1539,23 +1545,24 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 /* The whole tile, or the least part that has the rows and columns which c has. A low part has all
    columns: few tiles are both. Not inlined: within the loops over tiles, clang runs out of
    registers. */
-DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *b, size_t k,
-                             int add, size_t rows, size_t cols, int pairs)
+DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *b,
+                             const float *bias, size_t k, int add, size_t rows, size_t cols,
+                             int pairs)
 {
     enum { ALL = DPOI_TILE_ROWS, LOW = DPOI_SHORT_ROWS, WIDE = DPOI_TILE_VECS };
     const int low = rows <= LOW, narrow = cols <= DPOI_LANES;
 #ifdef DPOI_AMX
     if (pairs && dpoi_amx) {
-        dpoi_amx_tile(c, ldc, a, b, k, add, rows, cols);
+        dpoi_amx_tile(c, ldc, a, b, bias, k, add, rows, cols);
         return;
     }
 #endif
-    if (low && pairs) dpoi_tile_part(c, ldc, a, b, k, add, LOW, WIDE, 1);
-    else if (low) dpoi_tile_part(c, ldc, a, b, k, add, LOW, WIDE, 0);
-    else if (narrow && pairs) dpoi_tile_part(c, ldc, a, b, k, add, ALL, 1, 1);
-    else if (narrow) dpoi_tile_part(c, ldc, a, b, k, add, ALL, 1, 0);
-    else if (pairs) dpoi_tile_part(c, ldc, a, b, k, add, ALL, WIDE, 1);
-    else dpoi_tile_part(c, ldc, a, b, k, add, ALL, WIDE, 0);
+    if (low && pairs) dpoi_tile_part(c, ldc, a, b, bias, k, add, LOW, WIDE, 1);
+    else if (low) dpoi_tile_part(c, ldc, a, b, bias, k, add, LOW, WIDE, 0);
+    else if (narrow && pairs) dpoi_tile_part(c, ldc, a, b, bias, k, add, ALL, 1, 1);
+    else if (narrow) dpoi_tile_part(c, ldc, a, b, bias, k, add, ALL, 1, 0);
+    else if (pairs) dpoi_tile_part(c, ldc, a, b, bias, k, add, ALL, WIDE, 1);
+    else dpoi_tile_part(c, ldc, a, b, bias, k, add, ALL, WIDE, 0);
 }
 #if defined(__GNUC__) && !defined(__clang__) && !defined(DPO_PLAIN_C)
 #pragma GCC pop_options
@@ -1696,12 +1703,13 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
 
 /* ---- 3.4 on one thread ----------------------------------------------------------------------- */
 
-/* c[m, n] (+)= a[m, k] b[k, n], both packed, k at most BLOCK_K units. While a panel of a passes the
-   panels of b, the next one is fetched piece by piece into the second cache (the first is full).
-   Tiles over the edge of c are made aside, and what belongs to c is copied; the columns of an
-   adapter are often LANES, and so no edge. */
+/* c[m, n] (+)= a[m, k] b[k, n] + bias, both packed, k at most BLOCK_K units. While a panel of a
+   passes the panels of b, the next one is fetched piece by piece into the second cache (the first
+   is full). Tiles over the edge of c are made aside, and what belongs to c is copied; the columns
+   of an adapter are often LANES, and so no edge. */
 static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
-                               size_t m, size_t n, size_t k, int add, int pairs)
+                               const float *bias /* [n] or NULL */, size_t m, size_t n, size_t k,
+                               int add, int pairs)
 {
     const size_t a_panel = dpoi_panel_floats(DPOI_TILE_ROWS, k);
     const size_t b_panel = dpoi_panel_floats(DPOI_TILE_COLS, k);
@@ -1718,13 +1726,14 @@ static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, cons
                 __builtin_prefetch(next + p, 0, 2);
             if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
                 (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
-                dpoi_tile(to, ldc, a_panels, b, k, add, rows, cols, pairs);
+                dpoi_tile(to, ldc, a_panels, b, bias ? bias + j : NULL, k, add, rows, cols,
+                          pairs);
                 continue;
             }
-            dpoi_tile(edge, DPOI_TILE_COLS, a_panels, b, k, 0, rows, cols, pairs);
+            dpoi_tile(edge, DPOI_TILE_COLS, a_panels, b, NULL, k, 0, rows, cols, pairs);
             for (size_t r = 0; r < rows; r++)
                 for (size_t s = 0; s < cols; s++) {
-                    float sum = edge[r * DPOI_TILE_COLS + s];
+                    float sum = edge[r * DPOI_TILE_COLS + s] + (bias ? bias[j + s] : 0.0f);
                     to[r * ldc + s] = add ? to[r * ldc + s] + sum : sum;
                 }
         }
@@ -1750,8 +1759,8 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
             for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS) {
                 size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS);
                 dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
-                dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, rows, cols, units,
-                                   accumulate || l > 0, per_unit == 2);
+                dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, NULL, rows, cols,
+                                   units, accumulate || l > 0, per_unit == 2);
             }
         }
 }
@@ -1782,12 +1791,12 @@ static void dpoi_pack_shared(const dpo_context *context, size_t threads, dpoi_ma
     }
 }
 
-/* c[rows, n] (+)= a b, with a in the shared panels. c is cut into strips of columns, and those into
-   pieces of rows: equally many for each thread, or a core idles, and a few for each where they are
-   large enough, so that the others take over from a thread that is held up. */
+/* c[rows, n] (+)= a b + bias, with a in the shared panels. c is cut into strips of columns, and
+   those into pieces of rows: equally many for each thread, or a core idles, and a few for each
+   where they are large enough, so that the others take over from a thread that is held up. */
 static void dpoi_multiply_shared(const dpo_context *context, size_t threads, float *c, size_t ldc,
-                                 dpoi_matrix b_columns, size_t rows, size_t n, size_t depth,
-                                 int accumulate, dpo_dtype as)
+                                 dpoi_matrix b_columns, const float *bias, size_t rows, size_t n,
+                                 size_t depth, int accumulate, dpo_dtype as)
 {
     const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
     const size_t row_tiles = (rows + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
@@ -1810,14 +1819,17 @@ static void dpoi_multiply_shared(const dpo_context *context, size_t threads, flo
             dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), j_end - j, k, as);
             dpoi_matmul_packed(c + i * ldc + j, ldc,
                                dpoi_shared_panels(context, l / most, i, units), b_panels,
-                               i_end - i, j_end - j, units, accumulate || l > 0, per_unit == 2);
+                               bias && l == 0 ? bias + j : NULL, i_end - i, j_end - j, units,
+                               accumulate || l > 0, per_unit == 2);
         }
     }
 }
 
-/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]. */
-static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_matrix a,
-                        dpoi_matrix b, size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias[n] in every row, or no bias if it is
+   NULL. Added here, a bias costs nothing; by itself it would read and write all of c. */
+static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, dpoi_matrix a,
+                             dpoi_matrix b, const float *bias, size_t m, size_t n, size_t k,
+                             int accumulate, dpo_dtype as)
 {
     const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
     const size_t deep = DPOI_SHARED_BLOCKS * DPOI_BLOCK_K * (dpoi_paired(as) ? 2 : 1);
@@ -1827,9 +1839,16 @@ static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_m
             size_t rows = DPOI_MIN(m - i, DPOI_SHARED_ROWS), depth = DPOI_MIN(k - l, deep);
             dpoi_pack_shared(context, threads, dpoi_submatrix(a, i, l), rows, depth, as);
             dpoi_multiply_shared(context, threads, c + i * ldc, ldc,
-                                 dpoi_submatrix(b_columns, 0, l), rows, n, depth,
-                                 accumulate || l > 0, as);
+                                 dpoi_submatrix(b_columns, 0, l), l == 0 ? bias : NULL, rows, n,
+                                 depth, accumulate || l > 0, as);
         }
+}
+
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]. */
+static void dpoi_matmul(const dpo_context *context, float *c, size_t ldc, dpoi_matrix a,
+                        dpoi_matrix b, size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
+{
+    dpoi_matmul_bias(context, c, ldc, a, b, NULL, m, n, k, accumulate, as);
 }
 
 /* ---- 3.6 the context ------------------------------------------------------------------------- */
@@ -2067,13 +2086,8 @@ static void dpoi_linear_forward(const dpo_context *context, float *y /* [R, out]
                                 const dpo_tensor *b, size_t R, int accumulate)
 {
     size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
-    dpoi_matmul(context, y, out, dpoi_rows(x, in), dpoi_weight(W), R, out, in, accumulate,
-                W->dtype);
-    if (!b) return;
-    const float *bias = b->data;
-    DPOI_PARALLEL_ROWS(dpoi_threads(context, R * out))
-    for (size_t r = 0; r < R; r++)
-        for (size_t o = 0; o < out; o++) y[r * out + o] += bias[o];
+    dpoi_matmul_bias(context, y, out, dpoi_rows(x, in), dpoi_weight(W), b ? b->data : NULL, R, out,
+                     in, accumulate, W->dtype);
 }
 
 typedef void dpoi_linear(const dpo_context *, float *y, const float *x, const dpo_tensor *W,

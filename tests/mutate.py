@@ -102,12 +102,15 @@ MUTANTS = {
     "dpoi_tile_part": [
         ("sum[i][j] + a[i] * b_vec[j]", "sum[i][j] - a[i] * b_vec[j]"),
         ("if (add) sum[i][j] += *c_vec;", ""),
+        ("if (bias) sum[i][j] += ((const dpoi_vec_at *)bias)[j];", ""),
+        ("((const dpoi_vec_at *)bias)[j]", "((const dpoi_vec_at *)bias)[0]"),
     ],
     "dpoi_amx_tile": [
         ("dpbf16ps(2, 5, 6)", "dpbf16ps(2, 5, 7)", AMX),
         ("_tile_loadd(7, b + DPOI_LINE, ROW)", "_tile_loadd(7, b, ROW)", AMX),
         ("sum[0][i][j] + sum[1][i][j]", "sum[0][i][j]", AMX),
         ("add ? c[j] : 0.0f", "0.0f", AMX),
+        ("bias ? bias[j] : 0.0f", "0.0f", AMX),
     ],
     "dpoi_count_units": [
         ("k + 2 * DPOI_LINE - 1", "k", AMX),
@@ -141,6 +144,9 @@ MUTANTS = {
     "dpoi_matmul_packed": [
         ("add ? to[r * ldc + s] + sum : sum", "sum"),
         ("add ? to[r * ldc + s] + sum : sum", "to[r * ldc + s] + sum"),
+        ("bias ? bias + j : NULL", "bias"),
+        ("bias ? bias[j + s] : 0.0f", "0.0f"),
+        ("bias ? bias[j + s] : 0.0f", "bias ? bias[s] : 0.0f"),
     ],
     "dpoi_matmul_serial": [
         ("accumulate || l > 0", "accumulate"),
@@ -156,13 +162,17 @@ MUTANTS = {
         ("l / most, i, units", "0, i, units"),
         ("accumulate || l > 0", "accumulate"),
         ("l == 0 || l < depth", "l < depth"),
+        ("bias && l == 0 ? bias + j : NULL", "l == 0 ? bias : NULL"),
+        ("bias && l == 0 ? bias + j : NULL", "bias ? bias + j : NULL"),
     ],
-    "dpoi_matmul": [
+    "dpoi_matmul_bias": [
         ("dpoi_submatrix(b_columns, 0, l)", "b_columns"),
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, i, 0)"),
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, 0, l)"),
         ("accumulate || l > 0", "accumulate"),
         ("l == 0 || l < k", "l < k"),
+        ("l == 0 ? bias : NULL", "bias"),
+        ("l == 0 ? bias : NULL", "NULL"),
     ],
 
     # ---- 4 layers
@@ -222,9 +232,8 @@ MUTANTS = {
         (" - xhat * mean_product", " - mean_product"),
     ],
     "dpoi_linear_forward": [
-        ("y[r * out + o] += bias[o]", "y[r * out + o] -= bias[o]"),
-        ("y[r * out + o] += bias[o]", ""),
-        ("in, accumulate,", "in, 0,"),
+        ("b ? b->data : NULL", "NULL"),
+        ("accumulate, W->dtype)", "0, W->dtype)"),
         ("W->dtype)", "DPO_F32)"),
     ],
     "dpoi_linear_backward": [

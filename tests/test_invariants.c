@@ -165,41 +165,45 @@ static void test_random(void)
 
 /* ---- products --------------------------------------------------------------------------------------- */
 
-/* dpoi_matmul against the reference, which sums in fp64, with operands stored either way; on several
-   threads, as attention does it, and a row or a column by itself: these to the bit. */
+/* dpoi_matmul_bias against the reference, which sums in fp64, with operands stored either way; on
+   several threads, as attention does it, and a row or a column by itself: these to the bit. */
 static void test_product(dpo_context *many, size_t m, size_t n, size_t k, int a_across, int b_across)
 {
     enum { BESIDE = 3 };        // columns of c that are not the product's
     size_t ldc = n + BESIDE, i = m / 2, j = n / 2;
     float *a = malloc((m * k + 1) * sizeof *a), *b = malloc((k * n + 1) * sizeof *b);
     float *c = malloc(m * ldc * sizeof *c), *truth = malloc(m * ldc * sizeof *c);
-    float *again = malloc(m * ldc * sizeof *c), row[4096], column[4096];
+    float *again = malloc(m * ldc * sizeof *c), row[4096], column[4096], biases[4096];
     dpoi_matrix A = { a, a_across ? 1 : k, a_across ? m : 1, DPO_F32 };
     dpoi_matrix B = { b, b_across ? 1 : n, b_across ? k : 1, DPO_F32 };
     check_fill(a, m * k, 1, 1);
     check_fill(b, k * n, 1, 2);
-    for (int accumulate = 0; accumulate < 2; accumulate++) {
+    check_fill(biases, n, 1, 4);
+    for (int how = 0; how < 4; how++) {
+        const int accumulate = how & 1;
+        const float *bias = how & 2 ? biases : NULL;
         check_fill(c, m * ldc, 1, 3);
         memcpy(truth, c, m * ldc * sizeof *c);
         memcpy(again, c, m * ldc * sizeof *c);
         for (size_t l = 0; l < n; l++) row[l] = c[i * ldc + l];
         for (size_t l = 0; l < m; l++) column[l] = c[l * ldc + j];
-        dpoi_matmul(&context, c, ldc, A, B, m, n, k, accumulate, DPO_F32);
-        dpoi_matmul_reference(truth, ldc, A, B, m, n, k, accumulate, DPO_F32);
+        dpoi_matmul_bias(&context, c, ldc, A, B, bias, m, n, k, accumulate, DPO_F32);
+        dpoi_matmul_reference(truth, ldc, A, B, bias, m, n, k, accumulate, DPO_F32);
         double worst = 0.0, size = sqrt((double)k + 1);
         for (size_t l = 0; l < m * ldc; l++) check_worst(&worst, fabs((double)c[l] - truth[l]) / size);
-        check(worst < 1e-5, "product %zu x %zu x %zu, stored %d %d, added %d: off by %.1e of a term", m, n,
-              k, a_across, b_across, accumulate, worst);
-        dpoi_matmul(many, again, ldc, A, B, m, n, k, accumulate, DPO_F32);
-        dpoi_matmul(&context, row, n, dpoi_submatrix(A, i, 0), B, 1, n, k, accumulate, DPO_F32);
-        dpoi_matmul(&context, column, 1, A, dpoi_submatrix(B, 0, j), m, 1, k, accumulate, DPO_F32);
+        check(worst < 1e-5, "product %zu x %zu x %zu, stored %d %d, way %d: off by %.1e of a term", m, n, k,
+              a_across, b_across, how, worst);
+        dpoi_matmul_bias(many, again, ldc, A, B, bias, m, n, k, accumulate, DPO_F32);
+        dpoi_matmul_bias(&context, row, n, dpoi_submatrix(A, i, 0), B, bias, 1, n, k, accumulate, DPO_F32);
+        dpoi_matmul_bias(&context, column, 1, A, dpoi_submatrix(B, 0, j), bias ? bias + j : NULL, m, 1, k,
+                         accumulate, DPO_F32);
         int same = !memcmp(c, again, m * ldc * sizeof *c) && !memcmp(c + i * ldc, row, n * sizeof *c);
         for (size_t l = 0; l < m; l++) same &= c[l * ldc + j] == column[l];
         check_fill(again, m * ldc, 1, 3);
         dpoi_matmul_serial(context.pack[0], again, ldc, A, B, m, n, k, accumulate, DPO_F32);
-        same &= !memcmp(c, again, m * ldc * sizeof *c);
-        check(same, "product %zu x %zu x %zu, stored %d %d, added %d: threads, attention's form, a row or "
-              "a column alone have other bits", m, n, k, a_across, b_across, accumulate);
+        same &= bias || !memcmp(c, again, m * ldc * sizeof *c); // which has none
+        check(same, "product %zu x %zu x %zu, stored %d %d, way %d: threads, attention's form, a row or a "
+              "column alone have other bits", m, n, k, a_across, b_across, how);
     }
     float *all[] = { a, b, c, truth, again };
     for (size_t l = 0; l < 5; l++) free(all[l]);

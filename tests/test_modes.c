@@ -241,12 +241,15 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k)
     float *stored_a = malloc((m * k + 1) * sizeof *a), *stored_b = malloc((k * n + 1) * sizeof *b);
     float *c = malloc(size * sizeof *c), *first = malloc(size * sizeof *c), *start = malloc(size * sizeof *c);
     float *row = malloc(n * sizeof *row), *column = malloc(m * sizeof *column);
+    float *biases = malloc(n * sizeof *biases);
+    check_fill(biases, n, 1, 4);
     check_fill(a, m * k, 1, 1);
     check_fill(b, k * n, 1, 2);
     check_fill(start, size, 1, 3);
     for (int how = 0; how < 64; how++) {
         const int add = how >> 4 & 1, fp32 = how >> 5, half_a = how & 1, half_b = how >> 1 & 1;
         const dpo_dtype as = fp32 ? DPO_F32 : DPO_BF16;
+        const float *bias = add == fp32 ? biases : NULL;
         if (how == 32) // fp32 products: bf16 in memory is exact, if the numbers are bf16
             for (size_t l = 0; l < m * k + k * n; l++) {
                 float *x = l < m * k ? a + l : b + l - m * k;
@@ -255,11 +258,11 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k)
         dpoi_matrix A = store(stored_a, a, m, k, how >> 2 & 1, half_a);
         dpoi_matrix B = store(stored_b, b, k, n, how >> 3 & 1, half_b);
         memcpy(c, start, size * sizeof *c);
-        dpoi_matmul(&context, c, ldc, A, B, m, n, k, add, as);
+        dpoi_matmul_bias(&context, c, ldc, A, B, bias, m, n, k, add, as);
         if (how % 16 == 0) {
             double worst = 0.0;
             memcpy(first, start, size * sizeof *c);
-            dpoi_matmul_reference(first, ldc, A, B, m, n, k, add, as);
+            dpoi_matmul_reference(first, ldc, A, B, bias, m, n, k, add, as);
             for (size_t l = 0; l < size; l++) check_worst(&worst, fabs((double)c[l] - first[l]));
             worst /= sqrt((double)k + 1);
             check(worst < 2e-6, "product %zu x %zu x %zu as %d, added %d: off by %.1e of a term", m, n, k,
@@ -270,15 +273,16 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k)
         memcpy(c, start, size * sizeof *c);
         memcpy(row, start + i * ldc, n * sizeof *row);
         for (size_t l = 0; l < m; l++) column[l] = start[l * ldc + j];
-        dpoi_matmul(many, c, ldc, A, B, m, n, k, add, as);
-        dpoi_matmul(&context, row, n, dpoi_submatrix(A, i, 0), B, 1, n, k, add, as);
-        dpoi_matmul(&context, column, 1, A, dpoi_submatrix(B, 0, j), m, 1, k, add, as);
+        dpoi_matmul_bias(many, c, ldc, A, B, bias, m, n, k, add, as);
+        dpoi_matmul_bias(&context, row, n, dpoi_submatrix(A, i, 0), B, bias, 1, n, k, add, as);
+        dpoi_matmul_bias(&context, column, 1, A, dpoi_submatrix(B, 0, j), bias ? bias + j : NULL, m, 1, k,
+                         add, as);
         int same = same_bits(c, first, size) && same_bits(first + i * ldc, row, n);
         for (size_t l = 0; l < m; l++) same &= first[l * ldc + j] == column[l];
         check(same, "product %zu x %zu x %zu, way %d: threads, a row or a column alone have other bits",
               m, n, k, how);
     }
-    float *all[] = { a, b, stored_a, stored_b, c, first, start, row, column };
+    float *all[] = { a, b, stored_a, stored_b, c, first, start, row, column, biases };
     for (size_t l = 0; l < sizeof all / sizeof *all; l++) free(all[l]);
 }
 
