@@ -2300,8 +2300,8 @@ static void dpoi_strip_scatter(const dpoi_strip *strip, float *dx, const float *
    embeddings. */
 static void dpoi_strip_scale(float *s /* [visible] */, size_t visible, float scale, float slope)
 {
-    for (size_t j = 0; j < visible; j++)
-        s[j] = s[j] * scale - slope * (float)(visible - 1 - j);
+    const int32_t last = (int32_t)visible - 1; // of 32 bits: vectors convert these to float sooner
+    for (int32_t j = 0; j <= last; j++) s[j] = s[j] * scale - slope * (float)(last - j);
 }
 
 /* y = softmax(scores) V for every head (Vaswani et al. 2017, equation 1), heads side by side in y.
@@ -2378,15 +2378,17 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
                 const float *q = head + strip.first * row, *dys = dy + strip.first * C + h * D;
                 dpoi_strip_product(&strip, p, q, row, head + heads.key);
                 dpoi_strip_product(&strip, ds, dys, C, head + heads.value);
+                float inner[DPOI_STRIP]; // side by side, they wait for y together
+                for (size_t i = 0; i < strip.n; i++)
+                    inner[i] = dpoi_dot(dys + i * C, y + (strip.first + i) * C + h * D, D);
                 for (size_t i = 0; i < strip.n; i++) {
                     float *pi = p + i * strip.keys, *dsi = ds + i * strip.keys;
                     size_t visible = span->n_prefix + q0 + i + 1;
                     float log_sum = lse[(strip.first + i) * H + h];
-                    float inner = dpoi_dot(dys + i * C, y + (strip.first + i) * C + h * D, D);
                     dpoi_strip_scale(pi, visible, attention->scale, slope);
                     for (size_t j = 0; j < visible; j++) {
                         pi[j] = dpoi_exp(pi[j] - log_sum);
-                        dsi[j] = attention->scale * pi[j] * (dsi[j] - inner);
+                        dsi[j] = attention->scale * pi[j] * (dsi[j] - inner[i]);
                     }
                     for (size_t j = visible; j < strip.keys; j++) pi[j] = dsi[j] = 0.0f;
                 }
@@ -2513,15 +2515,29 @@ static inline void dpoi_activation_run_back(float *dx, float *dgate, const float
     case DPO_RELU: call(DPO_RELU); break; \
     case DPO_SWIGLU: call(DPO_SWIGLU); break;
 
+/* Asks for x[n] ahead of its turn. What comes next in a simple loop a CPU guesses, but where each
+   element takes this long, it does not fetch far enough ahead: GELU waits more than it computes. */
+static inline void dpoi_fetch(const float *x, size_t n)
+{
+    for (size_t i = 0; i < n; i += DPOI_LINE) __builtin_prefetch(x + i);
+}
+
+/* Both go through the numbers in runs, fetching the next run meanwhile. */
+#define DPOI_RUN 128
+
 static void dpoi_activation_forward(const dpo_context *context, float *y /* [R, F] */,
                                     const float *x /* [R, F] */,
                                     const float *gate /* [R, F], NULL but for SwiGLU */,
                                     dpo_activation kind, size_t R, size_t F)
 {
     DPOI_PARALLEL_ROWS(dpoi_threads(context, 16 * R * F))
-    for (size_t r = 0; r < R; r++) {
-        const float *g = gate ? gate + r * F : NULL;
-#define DPOI_CALL(constant) dpoi_activation_run(y + r * F, x + r * F, g, F, constant)
+    for (size_t first = 0; first < R * F; first += DPOI_RUN) {
+        const size_t n = DPOI_MIN(R * F - first, (size_t)DPOI_RUN), end = first + n;
+        const size_t n_next = DPOI_MIN(R * F - end, (size_t)DPOI_RUN);
+        const float *g = gate ? gate + first : NULL;
+        dpoi_fetch(x + end, n_next);
+        if (gate) dpoi_fetch(gate + end, n_next);
+#define DPOI_CALL(constant) dpoi_activation_run(y + first, x + first, g, n, constant)
         switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
 #undef DPOI_CALL
     }
@@ -2533,11 +2549,16 @@ static void dpoi_activation_backward(const dpo_context *context, float *dx, floa
                                      dpo_activation kind, size_t R, size_t F)
 {
     DPOI_PARALLEL_ROWS(dpoi_threads(context, 16 * R * F))
-    for (size_t r = 0; r < R; r++) {
-        const float *g = gate ? gate + r * F : NULL;
-        float *dg = dgate ? dgate + r * F : NULL;
+    for (size_t first = 0; first < R * F; first += DPOI_RUN) {
+        const size_t n = DPOI_MIN(R * F - first, (size_t)DPOI_RUN), end = first + n;
+        const size_t n_next = DPOI_MIN(R * F - end, (size_t)DPOI_RUN);
+        const float *g = gate ? gate + first : NULL;
+        float *dg = dgate ? dgate + first : NULL;
+        dpoi_fetch(dy + end, n_next);
+        dpoi_fetch(x + end, n_next);
+        if (gate) dpoi_fetch(gate + end, n_next);
 #define DPOI_CALL(constant) \
-    dpoi_activation_run_back(dx + r * F, dg, dy + r * F, x + r * F, g, F, constant)
+    dpoi_activation_run_back(dx + first, dg, dy + first, x + first, g, n, constant)
         switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
 #undef DPOI_CALL
     }

@@ -281,8 +281,8 @@ MUTANTS = {
     "dpoi_strip_scale": [
         ("s[j] * scale - slope", "s[j] - slope"),
         ("s[j] * scale - slope", "s[j] * scale + slope"),
-        ("- slope * (float)(visible - 1 - j)", ""),
-        ("(float)(visible - 1 - j)", "(float)(visible - 1 - j) * scale"),
+        ("- slope * (float)(last - j)", ""),
+        ("(float)(last - j)", "(float)(last - j) * scale"),
     ],
     "dpoi_attention_forward": [
         ("attention->slopes ? attention->slopes[h] : 0.0f", "attention->slopes ? attention->slopes[0] : 0.0f"),
@@ -300,11 +300,11 @@ MUTANTS = {
     "dpoi_attention_backward": [
         ("attention->slopes ? attention->slopes[h] : 0.0f", "0.0f"),
         ("dpoi_exp(pi[j] - log_sum)", "dpoi_exp(pi[j] + log_sum)"),
-        ("attention->scale * pi[j] * (dsi[j] - inner)", "pi[j] * (dsi[j] - inner)"),
-        ("attention->scale * pi[j] * (dsi[j] - inner)", "attention->scale * (dsi[j] - inner)"),
-        ("attention->scale * pi[j] * (dsi[j] - inner)", "-attention->scale * pi[j] * (dsi[j] - inner)"),
-        ("dsi[j] - inner", "dsi[j]"),
-        ("dsi[j] - inner", "dsi[j] + inner"),
+        ("attention->scale * pi[j] * (dsi[j] - inner[i])", "pi[j] * (dsi[j] - inner[i])"),
+        ("attention->scale * pi[j] * (dsi[j] - inner[i])", "attention->scale * (dsi[j] - inner[i])"),
+        ("attention->scale * pi[j] * (dsi[j] - inner[i])", "-attention->scale * pi[j] * (dsi[j] - inner[i])"),
+        ("dsi[j] - inner[i]", "dsi[j]"),
+        ("dsi[j] - inner[i]", "dsi[j] + inner[i]"),
         ("pi[j] = dsi[j] = 0.0f", "pi[j] = 0.0f"),
         ("pi[j] = dsi[j] = 0.0f", "dsi[j] = 0.0f"),
         ("memset(drow + heads.key, 0, D * sizeof *drow);", ""),
