@@ -12,7 +12,10 @@
 
 PYTHON ?= python3
 # Threads that spin while they wait make a busy machine slow; sleeping ones cost little on an idle one.
+# bench, for which nothing else may run, leaves it to OpenMP, as users on an idle machine do.
+ifneq ($(MAKECMDGOALS),bench)
 export OMP_WAIT_POLICY ?= passive
+endif
 ARCH ?= native
 
 ifneq ($(filter-out clean help,$(or $(MAKECMDGOALS),all)),)

@@ -1782,8 +1782,8 @@ static void dpoi_pack_shared(const dpo_context *context, size_t threads, dpoi_ma
     const size_t groups = (rows + DPOI_BLOCK_ROWS - 1) / DPOI_BLOCK_ROWS;
     const size_t blocks = (depth + most - 1) / most;
     DPOI_PARALLEL_FOR((int)threads)
-    for (size_t task = 0; task < groups * blocks; task++) {
-        size_t block = task / groups, i = task % groups * DPOI_BLOCK_ROWS;
+    for (size_t task = 0; task < groups * blocks; task++) { // along rows: the CPU reads ahead there
+        size_t block = task % blocks, i = task / blocks * DPOI_BLOCK_ROWS;
         size_t k = DPOI_MIN(depth - block * most, most);
         dpoi_pack(dpoi_shared_panels(context, block, i, dpoi_count_units(k, as)),
                   DPOI_TILE_ROWS, dpoi_submatrix(a, i, block * most),

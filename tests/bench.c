@@ -227,20 +227,20 @@ static const shape SHAPES[] = {
 /* BTLM's layers are Conv1D: y = x W with W[K, N]. */
 static int is_conv1d(const shape *s) { return !strncmp(s->name, "btlm", 4); }
 
-static float *random_array(dpo_context *context, size_t n)
+static void fill_randomly(float *x, size_t n)
 {
-    float *x;
-    if (dpoi_alloc(context, &x, n, sizeof *x)) {
-        fprintf(stderr, "bench: %s\n", context->error);
-        exit(1);
-    }
     for (size_t i = 0; i < n; i++) x[i] = (float)(dpo_random_uniform(1, 0, i) - 0.5);
-    return x;
 }
 
 /* [M, K], [N, K] fp32 and bf16, [M, N], and room for any of these. In bf16 the weights are bf16 and
-   the activations fp32, so a product converts them, as a layer's does. */
+   the activations fp32, so a product converts them, as a layer's does. All lie in one block, as a
+   model's do: small ones by themselves would get no pages of 2 MB. */
 typedef struct { float *x, *W, *y, *out; uint16_t *half; } arrays;
+
+static size_t largest_floats(const shape *s)
+{
+    return DPOI_MAX(DPOI_MAX(s->M * s->K, s->N * s->K), s->M * s->N);
+}
 
 static void product(const dpo_context *context, int which, const shape *s, const arrays *a,
                     dpo_dtype as)
@@ -284,17 +284,22 @@ static int run_products(dpo_context *context, dpo_dtype as, double *top)
 {
     static const char *const PRODUCT[2][3] = { { "y = x W^T", "dx = dy W", "dW += dy^T x" },
                                                { "y = x W", "dx = dy W^T", "dW += x^T dy" } };
+    const size_t n_shapes = quick ? 5 : sizeof SHAPES / sizeof *SHAPES;
+    size_t most = 0;
+    float *block;
     int wrong = 0;
+    for (size_t i = 0; i < n_shapes; i++) most = DPOI_MAX(most, 5 * largest_floats(&SHAPES[i]));
+    check(context, dpoi_alloc(context, &block, most, sizeof *block));
     printf("\n%-9s %5s %5s %5s  %-13s %7s %7s %7s GFLOP/s   %% of peak: median, best (%s)\n",
            "layer", "M", "N", "K", "product", "min", "median", "max",
            as == DPO_BF16 ? "bf16" : "fp32");
-    for (size_t i = 0; i < (quick ? 5 : sizeof SHAPES / sizeof *SHAPES); i++) {
+    for (size_t i = 0; i < n_shapes; i++) {
         const shape *s = &SHAPES[i];
-        size_t M = s->M, N = s->N, K = s->K, most = DPOI_MAX(DPOI_MAX(M * K, N * K), M * N);
-        arrays a = { random_array(context, M * K), random_array(context, N * K),
-                     random_array(context, M * N), random_array(context, most), NULL };
-        check(context, dpoi_alloc(context, &a.half, N * K, sizeof *a.half));
-        dpoi_narrow(a.half, DPO_BF16, a.W, N * K);
+        const size_t part = largest_floats(s);
+        const arrays a = { block, block + part, block + 2 * part, block + 3 * part,
+                           (uint16_t *)(block + 4 * part) };
+        fill_randomly(block, 4 * part);
+        dpoi_narrow(a.half, DPO_BF16, a.W, s->N * s->K);
         double speed[3][ROUNDS], share[3][ROUNDS];
         for (int r = 0; r < ROUNDS; r++) {
             double peak = measure_peak(context->n_threads, as);
@@ -307,14 +312,13 @@ static int run_products(dpo_context *context, dpo_dtype as, double *top)
         for (int which = 0; which < 3; which++) {
             double middle = median(speed[which]), best = speed[which][ROUNDS - 1];
             wrong += best > *top;
-            printf("%-9s %5zu %5zu %5zu  %-13s %7.1f %7.1f %7.1f %25.1f %5.1f%s\n", s->name, M, N,
-                   K, PRODUCT[is_conv1d(s)][which], speed[which][0], middle, best,
+            printf("%-9s %5zu %5zu %5zu  %-13s %7.1f %7.1f %7.1f %25.1f %5.1f%s\n", s->name, s->M,
+                   s->N, s->K, PRODUCT[is_conv1d(s)][which], speed[which][0], middle, best,
                    median(share[which]), 100 * best / *top, best > *top ? "  WRONG" : "");
         }
         fflush(stdout);
-        void *const all[] = { a.x, a.W, a.y, a.out, a.half };
-        for (size_t j = 0; j < sizeof all / sizeof *all; j++) dpoi_free(context, all[j]);
     }
+    dpoi_free(context, block);
     return wrong;
 }
 
@@ -830,7 +834,9 @@ int main(int argc, char **argv)
     operands[0] = 0.999f;
     operands[1] = 0.001f;
     for (int c = 0; c < CHAINS; c++) operands[2 + c] = 1.0f + 0.01f * (float)c;
-    float *array = random_array(&all, array_floats);
+    float *array;
+    check(&all, dpoi_alloc(&all, &array, array_floats, sizeof *array));
+    fill_randomly(array, array_floats);
     int wrong = chosen[PRODUCTS] ? run(1, array, array_floats) : 0;
     if (chosen[PRODUCTS] && all.n_threads > 1) wrong += run(all.n_threads, array, array_floats);
     double bandwidth = 0;

@@ -3,6 +3,7 @@
 
     python3 tests/bench_peers.py [--size 160m] [--batch 8 2] [--settings full lora]
         [--peers trl loop compiled] [--dtype fp32] [--pairs 16] [--rounds 3] [--threads N]
+    python3 tests/bench_peers.py --products [--rounds 3] [--threads N]
 
 Peers, in the environment that tests/setup_venv.sh makes (this script starts itself again there):
 
@@ -27,6 +28,9 @@ Memory is the most that was resident.
 That all compute the same is the conformance tests' business (trl_live.py, lora_live.py). Here the
 first update's loss must be ln 2, the token ids must be as many on both sides, and the last update's
 loss must have moved away from ln 2: otherwise the run fails.
+
+--products: a layer's three fp32 products alone, those of `make bench` beside the library's that
+PyTorch calls (MKL on Intel's and AMD's CPUs), each program by itself, in turns.
 """
 import argparse
 import csv
@@ -35,6 +39,7 @@ import math
 import os
 import pathlib
 import platform
+import re
 import resource
 import statistics
 import subprocess
@@ -280,6 +285,50 @@ def compare(work, setting, batch, options):
               f"| {spread(faster, '{:.2f}')} | {spread(larger, '{:.2f}')} |", flush=True)
 
 
+# --- products ------------------------------------------------------------------------------------
+
+def torch_products(shapes):
+    """GFLOP/s of y = x W^T, dx = dy W, dW += dy^T x by torch, measured as tests/bench.c does."""
+    import torch
+    speeds = []
+    for M, N, K in shapes:
+        x, W, dy = torch.rand(M, K), torch.rand(N, K), torch.rand(M, N)
+        y, dx, dW = torch.empty(M, N), torch.empty(M, K), torch.zeros(N, K)
+        for product in (lambda: torch.mm(x, W.t(), out=y), lambda: torch.mm(dy, W, out=dx),
+                        lambda: dW.addmm_(dy.t(), x)):
+            samples = []
+            for _ in range(10):
+                start, times, seconds = time.perf_counter(), 0, 0
+                while seconds < 0.01:
+                    product()
+                    times += 1
+                    seconds = time.perf_counter() - start
+                samples.append(2e-9 * M * N * K * times / seconds)
+            speeds.append(statistics.median(samples[1:]))   # the first warms up
+    print(json.dumps(speeds))
+
+
+def compare_products(options):
+    import library
+    library.run("make", "-C", library.PROJECT, "build/bench")
+    row = re.compile(r"(.+?) +(\d+) +(\d+) +(\d+) +(\S+ \+?= \S+ \S+)" + 3 * r" +([\d.]+)")
+    ours, theirs, names = [], [], []
+    for _ in range(options.rounds):
+        text = library.run(library.PROJECT / "build" / "bench", "products", "quick")
+        text = text[text.rindex("% of peak: median, best (fp32)"):]    # with all threads
+        rows = [m for m in map(row.match, text[:text.rindex("layer ")].splitlines()) if m]
+        names = [f"{m[1]} | {m[2]} | {m[3]} | {m[4]} | {m[5]}" for m in rows]
+        ours.append([float(m[7]) for m in rows])
+        shapes = [[int(m[i]) for i in (2, 3, 4)] for m in rows[::3]]
+        done = library.run(sys.executable, __file__, "--worker-products", json.dumps(shapes))
+        theirs.append(json.loads(done.strip().splitlines()[-1]))
+    print("| layer | M | N | K | product | dpo.h, GFLOP/s | PyTorch | dpo.h is faster by |\n"
+          "|---|---|---|---|---|---|---|---|")
+    for name, own, other in zip(names, zip(*ours), zip(*theirs)):
+        print(f"| {name} | {spread(own, '{:.0f}')} | {spread(other, '{:.0f}')} | "
+              f"{spread([a / b for a, b in zip(own, other)], '{:.2f}')} |")
+
+
 def environment(options):
     import peft
     import torch
@@ -301,6 +350,8 @@ def main():
     if sys.argv[1:2] == ["--worker"]:
         work, peer, setting, dtype, *numbers = sys.argv[2:]
         return run_peer(pathlib.Path(work), peer, setting, dtype, *map(int, numbers))
+    if sys.argv[1:2] == ["--worker-products"]:
+        return torch_products(json.loads(sys.argv[2]))
     parser = argparse.ArgumentParser(description="dpo.h's DPO beside TRL's and PyTorch's.")
     parser.add_argument("--size", choices=SIZES, default="160m", help="of which Pythia [160m]")
     parser.add_argument("--batch", type=int, nargs="+", default=[8, 2],
@@ -311,6 +362,7 @@ def main():
     parser.add_argument("--pairs", type=int, default=16, help="of a run, twice each [16]")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each program [3]")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of each [all]")
+    parser.add_argument("--products", action="store_true", help="a layer's products instead")
     options = parser.parse_args()
     if any(batch < 1 or options.pairs % batch for batch in options.batch):
         parser.error("--pairs must be a multiple of every --batch")
@@ -324,6 +376,8 @@ def main():
             sys.exit("tests/setup_venv.sh could not make PyTorch's environment")
         python = done.stdout.strip().splitlines()[-1]
         os.execv(python, [python, __file__, *sys.argv[1:]])
+    if options.products:
+        return compare_products(options)
     import library
     library.run("make", "-C", library.PROJECT, "train")
     with tempfile.TemporaryDirectory() as directory:
