@@ -13,7 +13,7 @@
 PYTHON ?= python3
 # Threads that spin while they wait make a busy machine slow; sleeping ones cost little on an idle one.
 # bench, for which nothing else may run, leaves it to OpenMP, as users on an idle machine do.
-ifneq ($(MAKECMDGOALS),bench)
+ifeq ($(filter bench,$(MAKECMDGOALS)),)
 export OMP_WAIT_POLICY ?= passive
 endif
 ARCH ?= native

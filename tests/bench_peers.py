@@ -288,11 +288,12 @@ def compare(work, setting, batch, options):
 # --- products ------------------------------------------------------------------------------------
 
 def torch_products(shapes):
-    """GFLOP/s of y = x W^T, dx = dy W, dW += dy^T x by torch, measured as tests/bench.c does."""
+    """GFLOP/s of y = x W^T, dx = dy W, dW += dy^T x by torch: medians of nine samples of at least
+    10 ms, as tests/bench.c takes them, on numbers like its own."""
     import torch
     speeds = []
     for M, N, K in shapes:
-        x, W, dy = torch.rand(M, K), torch.rand(N, K), torch.rand(M, N)
+        x, W, dy = (torch.rand(shape) - 0.5 for shape in ((M, K), (N, K), (M, N)))
         y, dx, dW = torch.empty(M, N), torch.empty(M, K), torch.zeros(N, K)
         for product in (lambda: torch.mm(x, W.t(), out=y), lambda: torch.mm(dy, W, out=dx),
                         lambda: dW.addmm_(dy.t(), x)):
@@ -314,7 +315,8 @@ def compare_products(options):
     row = re.compile(r"(.+?) +(\d+) +(\d+) +(\d+) +(\S+ \+?= \S+ \S+)" + 3 * r" +([\d.]+)")
     ours, theirs, names = [], [], []
     for _ in range(options.rounds):
-        text = library.run(library.PROJECT / "build" / "bench", "products", "quick")
+        text = subprocess.run([library.PROJECT / "build" / "bench", "products", "quick"], text=True,
+                              stdout=subprocess.PIPE, check=False).stdout   # it fails if one is WRONG
         text = text[text.rindex("% of peak: median, best (fp32)"):]    # with all threads
         rows = [m for m in map(row.match, text[:text.rindex("layer ")].splitlines()) if m]
         names = [f"{m[1]} | {m[2]} | {m[3]} | {m[4]} | {m[5]}" for m in rows]

@@ -109,8 +109,8 @@ MUTANTS = {
         ("dpbf16ps(2, 5, 6)", "dpbf16ps(2, 5, 7)", AMX),
         ("_tile_loadd(7, b + DPOI_LINE, ROW)", "_tile_loadd(7, b, ROW)", AMX),
         ("sum[0][i][j] + sum[1][i][j]", "sum[0][i][j]", AMX),
-        ("add ? c[j] : 0.0f", "0.0f", AMX),
-        ("bias ? bias[j] : 0.0f", "0.0f", AMX),
+        ("add ? c[j] + both : both", "both", AMX),
+        ("if (bias) both += bias[j];", "", AMX),
     ],
     "dpoi_count_units": [
         ("k + 2 * DPOI_LINE - 1", "k", AMX),
@@ -145,8 +145,8 @@ MUTANTS = {
         ("add ? to[r * ldc + s] + sum : sum", "sum"),
         ("add ? to[r * ldc + s] + sum : sum", "to[r * ldc + s] + sum"),
         ("bias ? bias + j : NULL", "bias"),
-        ("bias ? bias[j + s] : 0.0f", "0.0f"),
-        ("bias ? bias[j + s] : 0.0f", "bias ? bias[s] : 0.0f"),
+        ("if (bias) sum += bias[j + s];", ""),
+        ("sum += bias[j + s]", "sum += bias[s]"),
     ],
     "dpoi_matmul_serial": [
         ("accumulate || l > 0", "accumulate"),
@@ -341,6 +341,13 @@ MUTANTS = {
         ("x > 0.0f ? 1.0f : 0.0f", "x < 0.0f ? 1.0f : 0.0f"),
         ("x > 0.0f ? x : 0.0f", "x"),
         ("x > 0.0f ? x : 0.0f", "x < 0.0f ? x : 0.0f"),
+    ],
+    "dpoi_activation_forward": [
+        ("gate + i", "gate"),
+    ],
+    "dpoi_activation_backward": [
+        (" gate + i", " gate"),
+        ("dgate + i", "dgate"),
     ],
     "dpoi_activation_run": [
         ("x[i] * dpoi_activation(", "x[i] + dpoi_activation("),
