@@ -1230,14 +1230,14 @@ static float dpoi_max(const float *x, size_t n)
    Nearly all the time of training goes into c[m, n] = a[m, k] b[k, n], in the three forms that a
    linear layer with W[out, in] needs:
 
-       y[R, out]   =  x  W^T      forward; both operands lie along k
+       y[R, out]   =  x  W^T + b  forward; both operands lie along k
        dx[R, in]   =  dy W        a lies along k, b across it
        dW[out, in] += dy^T x      both lie across k
 
    An operand carries its strides, so one function does them all, and Conv1D's W[in, out] too. The
    reference below is the definition, at one per cent of the speed of the machine: for each
    multiplication it loads two numbers, and each addition waits for the one before. Four ideas make
-   it 85 to 90 per cent, or 70 to 80 where a core starts two of the largest FMAs in a cycle.
+   it 85 to 90 per cent, or 65 to 80 where a core starts two of the largest FMAs in a cycle.
 
    The tile. A core starts one or two vector fused multiply-adds (FMA) in a cycle, and each takes
    four or five: some ten sums must be under way at once. So a tile of c, TILE_ROWS rows of
@@ -1462,10 +1462,11 @@ DPOI_NOINLINE void dpoi_amx_tile(float *c, size_t ldc, const float *a, const flo
 }
 #endif
 
-/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias in every
-   row, if it is not NULL. `rows`, `vecs` and `pairs` are constants once this is inlined. The loops
-   go to the tile's ends all the same, and the tests inside cost nothing: only loops with constant
-   ends are unrolled by both compilers early enough to put sum[][] into registers. */
+/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias[vecs of
+   LANES] in every row, unless that is NULL. `rows`, `vecs` and `pairs` are constants once this is
+   inlined. The loops go to the tile's ends all the same, and the tests inside cost nothing: only
+   loops with constant ends are unrolled by both compilers early enough to put sum[][] into
+   registers. */
 DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b,
                                 const float *bias, size_t k, int add, int rows, int vecs, int pairs)
 {
@@ -1799,8 +1800,8 @@ static void dpoi_pack_shared(const dpo_context *context, size_t threads, dpoi_ma
    those into pieces of rows: equally many for each thread, or a core idles, and a few for each
    where they are large enough, so that the others take over from a thread that is held up. */
 static void dpoi_multiply_shared(const dpo_context *context, size_t threads, float *c, size_t ldc,
-                                 dpoi_matrix b_columns, const float *bias, size_t rows, size_t n,
-                                 size_t depth, int accumulate, dpo_dtype as)
+                                 dpoi_matrix b_columns, const float *bias /* [n] or NULL */,
+                                 size_t rows, size_t n, size_t depth, int accumulate, dpo_dtype as)
 {
     const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
     const size_t row_tiles = (rows + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
@@ -2519,57 +2520,58 @@ static inline void dpoi_activation_run_back(float *dx, float *dgate, const float
     case DPO_RELU: call(DPO_RELU); break; \
     case DPO_SWIGLU: call(DPO_SWIGLU); break;
 
-/* Asks for x[n] ahead of its turn. What comes next in a simple loop a CPU guesses, but where each
-   element takes this long, it does not fetch far enough ahead: GELU waits more than it computes. */
-static inline void dpoi_fetch(const float *x, size_t n)
-{
-    for (size_t i = 0; i < n; i += DPOI_LINE) __builtin_prefetch(x + i);
-}
-
-/* Both go through the numbers in runs, fetching the next run meanwhile. */
+/* Both directions go through the numbers in runs, fetching the next one meanwhile. What comes next
+   in a simple loop a CPU guesses, but where each element takes this long, it does not fetch far
+   enough ahead: GELU waited more than it computed. */
 #define DPOI_RUN 128
+
+/* Asks for the run of x[n] that follows the one at i. */
+static inline void dpoi_fetch_next(const float *x, size_t i, size_t n)
+{
+    for (size_t j = i + DPOI_RUN; j < DPOI_MIN(i + 2 * DPOI_RUN, n); j += DPOI_LINE)
+        __builtin_prefetch(x + j);
+}
 
 static void dpoi_activation_forward(const dpo_context *context, float *y /* [R, F] */,
                                     const float *x /* [R, F] */,
                                     const float *gate /* [R, F], NULL but for SwiGLU */,
                                     dpo_activation kind, size_t R, size_t F)
 {
-    const size_t all = R * F;
-    DPOI_PARALLEL_FOR(dpoi_threads(context, 16 * all))
-    for (size_t piece = 0; piece < all; piece += DPOI_PIECE)
-        for (size_t i = piece; i < DPOI_MIN(piece + DPOI_PIECE, all); i += DPOI_RUN) {
-            const size_t n = DPOI_MIN(all - i, (size_t)DPOI_RUN), next = i + n;
-            const size_t n_next = DPOI_MIN(all - next, (size_t)DPOI_RUN);
+    const size_t n = R * F;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, 16 * n))
+    for (size_t piece = 0; piece < n; piece += DPOI_PIECE)
+        for (size_t i = piece; i < DPOI_MIN(piece + DPOI_PIECE, n); i += DPOI_RUN) {
+            const size_t count = DPOI_MIN(n - i, (size_t)DPOI_RUN);
             const float *g = gate ? gate + i : NULL;
-            dpoi_fetch(x + next, n_next);
-            if (gate) dpoi_fetch(gate + next, n_next);
-#define DPOI_CALL(constant) dpoi_activation_run(y + i, x + i, g, n, constant)
+            dpoi_fetch_next(x, i, n);
+            if (gate) dpoi_fetch_next(gate, i, n);
+#define DPOI_CALL(constant) dpoi_activation_run(y + i, x + i, g, count, constant)
             switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
 #undef DPOI_CALL
         }
-    dpoi_lap(context, DPO_TIME_ACTIVATION, 0, (gate ? 12.0 : 8.0) * (double)all);
+    dpoi_lap(context, DPO_TIME_ACTIVATION, 0, (gate ? 12.0 : 8.0) * (double)n);
 }
 
 static void dpoi_activation_backward(const dpo_context *context, float *dx, float *dgate,
                                      const float *dy, const float *x, const float *gate, // [R, F]
                                      dpo_activation kind, size_t R, size_t F)
 {
-    const size_t all = R * F;
-    DPOI_PARALLEL_FOR(dpoi_threads(context, 16 * all))
-    for (size_t piece = 0; piece < all; piece += DPOI_PIECE)
-        for (size_t i = piece; i < DPOI_MIN(piece + DPOI_PIECE, all); i += DPOI_RUN) {
-            const size_t n = DPOI_MIN(all - i, (size_t)DPOI_RUN), next = i + n;
-            const size_t n_next = DPOI_MIN(all - next, (size_t)DPOI_RUN);
+    const size_t n = R * F;
+    DPOI_PARALLEL_FOR(dpoi_threads(context, 16 * n))
+    for (size_t piece = 0; piece < n; piece += DPOI_PIECE)
+        for (size_t i = piece; i < DPOI_MIN(piece + DPOI_PIECE, n); i += DPOI_RUN) {
+            const size_t count = DPOI_MIN(n - i, (size_t)DPOI_RUN);
             const float *g = gate ? gate + i : NULL;
             float *dg = dgate ? dgate + i : NULL;
-            dpoi_fetch(dy + next, n_next);
-            dpoi_fetch(x + next, n_next);
-            if (gate) dpoi_fetch(gate + next, n_next);
-#define DPOI_CALL(constant) dpoi_activation_run_back(dx + i, dg, dy + i, x + i, g, n, constant)
+            dpoi_fetch_next(dy, i, n);
+            dpoi_fetch_next(x, i, n);
+            if (gate) dpoi_fetch_next(gate, i, n);
+#define DPOI_CALL(constant) \
+    dpoi_activation_run_back(dx + i, dg, dy + i, x + i, g, count, constant)
             switch (kind) { DPOI_FOR_EACH_ACTIVATION(DPOI_CALL) }
 #undef DPOI_CALL
         }
-    dpoi_lap(context, DPO_TIME_ACTIVATION_BACK, 0, (gate ? 20.0 : 12.0) * (double)all);
+    dpoi_lap(context, DPO_TIME_ACTIVATION_BACK, 0, (gate ? 20.0 : 12.0) * (double)n);
 }
 
 /* ================================================================================================
