@@ -183,8 +183,8 @@ typedef struct dpo_context {
     char error[1024];       // why the last call failed, for people
     size_t heap_bytes;      // bytes allocated through this context now ...
     size_t heap_peak;       // ... and at most so far
-    float **pack;           // [n_threads] pointers into shared_pack, behind what is shared
-    float *shared_pack;     // scratch for products: panels of all threads, then each one's own
+    float *pack;            // [n_threads] times scratch for the panels of products
+    size_t block_cols;      // columns whose panels a thread keeps in its second cache
     float **strip;          // [n_threads] pointers to scratch for attention
     size_t strip_floats;    // size of each strip
     float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
@@ -1237,7 +1237,7 @@ static float dpoi_max(const float *x, size_t n)
    An operand carries its strides, so one function does them all, and Conv1D's W[in, out] too. The
    reference below is the definition, at one per cent of the speed of the machine: for each
    multiplication it loads two numbers, and each addition waits for the one before. Four ideas make
-   it 85 to 90 per cent, or 65 to 80 where a core starts two of the largest FMAs in a cycle.
+   it 75 to 90 per cent.
 
    The tile. A core starts one or two vector fused multiply-adds (FMA) in a cycle, and each takes
    four or five: some ten sums must be under way at once. So a tile of c, TILE_ROWS rows of
@@ -1255,19 +1255,20 @@ static float dpoi_max(const float *x, size_t n)
 
    Packing. The tile wants what it loads in one step side by side. So the operands are copied into
    panels first, a's [k, TILE_ROWS] and b's [k, TILE_COLS], filled up with zeros at the edges.
-   Packing is the only place that knows how the operands are stored. It costs 1/m + 1/n copies
-   for each FMA: 1 to 12 per cent of the time.
+   Packing is the only place that knows how the operands are stored.
 
-   Blocking. k is cut into blocks of BLOCK_K, n into strips of BLOCK_COLS. So one panel of a (6 KB,
-   8 with NEON, 14 with AVX-512) stays in the first cache while the strip's panels of b pass by, and
-   the strip (256 KB; 512 with AVX-512, whose CPUs have larger ones) stays in the second while a's
-   panels pass by, each fetched into it ahead of its turn.
-   a is packed for SHARED_BLOCKS blocks of k and SHARED_ROWS rows at once (7 MB), which the third
-   cache holds, so that memory sees c once for SHARED_BLOCKS blocks of k, not for each.
+   Blocking. k is cut into blocks of BLOCK_K, n into strips. A strip's panels of b for one block of
+   k take half of the second cache, 256 to BLOCK_COLS columns of 1 KB, and stay there while all of a
+   passes by: a panel of a is packed (6 KB, 8 with NEON, 14 with AVX-512), stays in the first cache
+   while it meets the strip's panels of b, and is done with. Meanwhile the rows of a that come next
+   are fetched into the second cache, so that packing them does not wait for memory. Packing makes
+   1 / strip + 1 / m copies for each FMA, 4 to 10 per cent of the time. (Where a lies across k, some
+   of its panels are packed at once: a line of memory has numbers for two or three. AMX's tiles are
+   too fast to fetch beside them.)
 
-   Threads pack a together and then share out c, strips of columns and pieces of rows, never the sum
-   along k; each packs the b of its own strip, again for each piece. That waits for the slowest
-   thread twice for each block of a, and copies a once and b a few times.
+   Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
+   for itself: a again for each strip, b again for each piece. Nobody waits for another before the
+   end, and no panel travels from one core's cache to another's.
 
    Exactly, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending
    l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one takes
@@ -1338,16 +1339,13 @@ enum { DPOI_LANES = 4, DPOI_TILE_VECS = 2, DPOI_TILE_ROWS = 6, DPOI_SHORT_ROWS =
 enum {
     DPOI_TILE_COLS = DPOI_TILE_VECS * DPOI_LANES,
     DPOI_BLOCK_K = 256,
-    DPOI_BLOCK_COLS = (DPOI_LANES == 16 ? 512 : 256) / DPOI_TILE_COLS * DPOI_TILE_COLS,
-    DPOI_BLOCK_ROWS = 96 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,
-    DPOI_SHARED_ROWS = 2112 / DPOI_TILE_ROWS * DPOI_TILE_ROWS, // those of a micro-batch
-    DPOI_SHARED_BLOCKS = 3,
+    DPOI_BLOCK_COLS = 1024 / DPOI_TILE_COLS * DPOI_TILE_COLS, // at most
+    DPOI_BLOCK_ROWS = 96 / DPOI_TILE_ROWS * DPOI_TILE_ROWS,   // packed at once if they lie across k
     DPOI_LINE = 16,                 // floats in a cache line
     DPOI_A_PANEL = DPOI_TILE_ROWS * DPOI_BLOCK_K + DPOI_LINE,
     DPOI_B_PANEL = DPOI_TILE_COLS * DPOI_BLOCK_K + DPOI_LINE,
     DPOI_B_FLOATS = DPOI_BLOCK_COLS / DPOI_TILE_COLS * DPOI_B_PANEL,
-    DPOI_PACK_FLOATS = DPOI_B_FLOATS + DPOI_BLOCK_ROWS / DPOI_TILE_ROWS * DPOI_A_PANEL,
-    DPOI_SHARED_FLOATS = DPOI_SHARED_BLOCKS * (DPOI_SHARED_ROWS / DPOI_TILE_ROWS) * DPOI_A_PANEL
+    DPOI_PACK_FLOATS = DPOI_B_FLOATS + DPOI_BLOCK_ROWS / DPOI_TILE_ROWS * DPOI_A_PANEL
 };
 
 #ifdef DPOI_AMX
@@ -1707,127 +1705,135 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
 
 /* ---- 3.4 on one thread ----------------------------------------------------------------------- */
 
-/* c[m, n] (+)= a[m, k] b[k, n] + bias, both packed, k at most BLOCK_K units. While a panel of a
-   passes the panels of b, the next one is fetched piece by piece into the second cache (the first
-   is full). Tiles over the edge of c are made aside, and what belongs to c is copied; the columns
-   of an adapter are often LANES, and so no edge. */
-static void dpoi_matmul_packed(float *c, size_t ldc, const float *a_panels, const float *b_panels,
-                               const float *bias /* [n] or NULL */, size_t m, size_t n, size_t k,
-                               int add, int pairs)
+/* c[rows, cols] = (add ? c : 0) + a panel times b panel + bias. A tile over the edge of c is made
+   aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so no
+   edge. */
+DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, const float *b,
+                                   const float *bias /* [cols] or NULL */, size_t k, int add,
+                                   size_t rows, size_t cols, int pairs)
 {
-    const size_t a_panel = dpoi_panel_floats(DPOI_TILE_ROWS, k);
-    const size_t b_panel = dpoi_panel_floats(DPOI_TILE_COLS, k);
-    const size_t share = a_panel / (n / DPOI_TILE_COLS + 1) + 1;
+    if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
+        (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
+        dpoi_tile(c, ldc, a, b, bias, k, add, rows, cols, pairs);
+        return;
+    }
+    float whole[DPOI_TILE_ROWS * DPOI_TILE_COLS];
+    dpoi_tile(whole, DPOI_TILE_COLS, a, b, NULL, k, 0, rows, cols, pairs);
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) {
+            float sum = whole[i * DPOI_TILE_COLS + j];
+            if (bias) sum += bias[j];
+            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
+        }
+}
+
+/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. */
+typedef struct {
+    const char *data;
+    size_t place, row_bytes, stride, rows;  // bytes; the next row begins at data[place]
+} dpoi_fetch;
+
+static inline dpoi_fetch dpoi_fetch_begin(dpoi_matrix x, size_t count, size_t k)
+{
+    const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
+    if (x.row_stride == 1) return (dpoi_fetch){ x.data, 0, count * item, x.col_stride * item, k };
+    return (dpoi_fetch){ x.data, 0, k * item, x.row_stride * item, count };
+}
+
+static inline void dpoi_fetch_rows(dpoi_fetch *fetch, size_t rows)
+{
+    for (; rows > 0 && fetch->rows > 0; rows--, fetch->rows--, fetch->place += fetch->stride)
+        for (size_t byte = 0; byte < fetch->row_bytes; byte += DPOI_LINE * sizeof(float))
+            __builtin_prefetch(fetch->data + fetch->place + byte, 0, 2);
+}
+
+/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias, on the calling thread, with scratch
+   pack[DPOI_PACK_FLOATS], for n up to BLOCK_COLS. */
+static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a,
+                                dpoi_matrix b_columns, const float *bias /* [n] or NULL */,
+                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
+{
+    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
+    const size_t most_rows = a.row_stride == 1 ? DPOI_BLOCK_ROWS : DPOI_TILE_ROWS;
+    const size_t row_tiles = most_rows / DPOI_TILE_ROWS;
+    const int fetching = per_unit == 1 || !dpoi_amx;
+    const size_t tiles = row_tiles * ((n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS);
+    float *b_panels = pack, *a_panels = pack + DPOI_B_FLOATS;
 #ifdef DPOI_AMX
-    if (pairs && dpoi_amx) dpoi_amx_begin();
+    if (per_unit == 2 && dpoi_amx) dpoi_amx_begin();
 #endif
-    for (size_t i = 0; i < m; i += DPOI_TILE_ROWS, a_panels += a_panel) {
-        const float *b = b_panels, *next = a_panels + a_panel;
-        for (size_t j = 0; j < n; j += DPOI_TILE_COLS, b += b_panel, next += share) {
-            float *to = c + i * ldc + j, edge[DPOI_TILE_ROWS * DPOI_TILE_COLS];
-            size_t rows = DPOI_MIN(m - i, DPOI_TILE_ROWS), cols = DPOI_MIN(n - j, DPOI_TILE_COLS);
-            for (size_t p = 0; p < share && i + DPOI_TILE_ROWS < m; p += DPOI_LINE)
-                __builtin_prefetch(next + p, 0, 2);
-            if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
-                (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
-                dpoi_tile(to, ldc, a_panels, b, bias ? bias + j : NULL, k, add, rows, cols,
-                          pairs);
-                continue;
-            }
-            dpoi_tile(edge, DPOI_TILE_COLS, a_panels, b, NULL, k, 0, rows, cols, pairs);
-            for (size_t r = 0; r < rows; r++)
-                for (size_t s = 0; s < cols; s++) {
-                    float sum = edge[r * DPOI_TILE_COLS + s];
-                    if (bias) sum += bias[j + s];
-                    to[r * ldc + s] = add ? to[r * ldc + s] + sum : sum;
+    for (size_t l = 0; l == 0 || l < k; l += most) { // once if k is 0, for the zeros
+        const size_t depth = DPOI_MIN(k - l, most), units = dpoi_count_units(depth, as);
+        const int add = accumulate || l > 0;
+        dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, 0, l), n, depth, as);
+        for (size_t i = 0; i < m; i += most_rows) {
+            const size_t rows = DPOI_MIN(m - i, most_rows), below = i + most_rows, after = l + most;
+            dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
+            dpoi_fetch next = { 0 };
+            if (below < m)
+                next = dpoi_fetch_begin(dpoi_submatrix(a, below, l), DPOI_MIN(m - below, most_rows),
+                                        depth);
+            else if (after < k)
+                next = dpoi_fetch_begin(dpoi_submatrix(a, 0, after), DPOI_MIN(m, most_rows),
+                                        DPOI_MIN(k - after, most));
+            const size_t share = next.rows / tiles + 1;
+            const float *a_panel = a_panels;
+            for (size_t r = 0; r < rows; r += DPOI_TILE_ROWS) {
+                const float *b_panel = b_panels;
+                for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
+                    if (fetching) dpoi_fetch_rows(&next, share);
+                    dpoi_tile_clipped(c + (i + r) * ldc + j, ldc, a_panel, b_panel,
+                                      bias && l == 0 ? bias + j : NULL, units, add,
+                                      DPOI_MIN(rows - r, DPOI_TILE_ROWS),
+                                      DPOI_MIN(n - j, DPOI_TILE_COLS), per_unit == 2);
+                    b_panel += dpoi_panel_floats(DPOI_TILE_COLS, units);
                 }
+                a_panel += dpoi_panel_floats(DPOI_TILE_ROWS, units);
+            }
         }
     }
 #ifdef DPOI_AMX
-    if (pairs && dpoi_amx) _tile_release();
+    if (per_unit == 2 && dpoi_amx) _tile_release();
 #endif
 }
 
-/* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] on the calling thread, with scratch
-   pack[DPOI_PACK_FLOATS]: for attention, whose products are many and small. */
+/* The same for any n, without a bias: for attention, whose products are many and small. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
     const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
-    float *b_panels = pack, *a_panels = pack + DPOI_B_FLOATS;
-    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
     for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS)
-        for (size_t l = 0; l == 0 || l < k; l += most) { // once if k is 0, for the zeros
-            size_t cols = DPOI_MIN(n - j, DPOI_BLOCK_COLS), depth = DPOI_MIN(k - l, most);
-            size_t units = dpoi_count_units(depth, as);
-            dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), cols, depth, as);
-            for (size_t i = 0; i < m; i += DPOI_BLOCK_ROWS) {
-                size_t rows = DPOI_MIN(m - i, DPOI_BLOCK_ROWS);
-                dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
-                dpoi_matmul_packed(c + i * ldc + j, ldc, a_panels, b_panels, NULL, rows, cols,
-                                   units, accumulate || l > 0, per_unit == 2);
-            }
-        }
+        dpoi_multiply_strip(pack, c + j, ldc, a, dpoi_submatrix(b_columns, j, 0), NULL, m,
+                            DPOI_MIN(n - j, DPOI_BLOCK_COLS), k, accumulate, as);
 }
 
 /* ---- 3.5 on all threads ---------------------------------------------------------------------- */
 
-/* Where the panels of a that all threads share have those for rows from i on, of a block of k with
-   so many units: [SHARED_BLOCKS][SHARED_ROWS / TILE_ROWS] panels. */
-static float *dpoi_shared_panels(const dpo_context *context, size_t block, size_t i, size_t units)
+/* How many strips of columns, at least `strips`, and pieces of rows c is cut into: of those that
+   fill whole rounds of all threads, the ones with which the largest task of each round takes the
+   least. A tile counts 2; packing takes about half as long for a panel of a, and one and a half
+   times as long for one of b, which comes from memory. */
+static void dpoi_cut(size_t *strips, size_t *pieces, size_t row_tiles, size_t col_tiles,
+                     size_t threads)
 {
-    return context->shared_pack + block * (DPOI_SHARED_ROWS / DPOI_TILE_ROWS) * DPOI_A_PANEL +
-           i / DPOI_TILE_ROWS * dpoi_panel_floats(DPOI_TILE_ROWS, units);
-}
-
-static void dpoi_pack_shared(const dpo_context *context, size_t threads, dpoi_matrix a, size_t rows,
-                             size_t depth, dpo_dtype as)
-{
-    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
-    const size_t groups = (rows + DPOI_BLOCK_ROWS - 1) / DPOI_BLOCK_ROWS;
-    const size_t blocks = (depth + most - 1) / most;
-    DPOI_PARALLEL_FOR((int)threads)
-    for (size_t task = 0; task < groups * blocks; task++) { // along rows: the CPU reads ahead there
-        size_t block = task % blocks, i = task / blocks * DPOI_BLOCK_ROWS;
-        size_t k = DPOI_MIN(depth - block * most, most);
-        dpoi_pack(dpoi_shared_panels(context, block, i, dpoi_count_units(k, as)),
-                  DPOI_TILE_ROWS, dpoi_submatrix(a, i, block * most),
-                  DPOI_MIN(rows - i, DPOI_BLOCK_ROWS), k, as);
-    }
-}
-
-/* c[rows, n] (+)= a b + bias, with a in the shared panels. c is cut into strips of columns, and
-   those into pieces of rows: equally many for each thread, or a core idles, and a few for each
-   where they are large enough, so that the others take over from a thread that is held up. */
-static void dpoi_multiply_shared(const dpo_context *context, size_t threads, float *c, size_t ldc,
-                                 dpoi_matrix b_columns, const float *bias /* [n] or NULL */,
-                                 size_t rows, size_t n, size_t depth, int accumulate, dpo_dtype as)
-{
-    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
-    const size_t row_tiles = (rows + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
-    const size_t col_tiles = (n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS;
-    size_t strips = (n + DPOI_BLOCK_COLS - 1) / DPOI_BLOCK_COLS, pieces = 1;
-    if (col_tiles >= 4 * threads) strips = (strips + threads - 1) / threads * threads;
-    while (threads > 1 && strips * pieces < 2 * threads && rows > 2 * DPOI_BLOCK_ROWS * pieces)
-        pieces++;
-    while (strips * pieces % threads && pieces < row_tiles) pieces++;
-    DPOI_PARALLEL_FOR((int)threads)
-    for (size_t task = 0; task < strips * pieces; task++) {
-        size_t strip = task / pieces, piece = task % pieces;
-        size_t i = row_tiles * piece / pieces * DPOI_TILE_ROWS;
-        size_t i_end = DPOI_MIN(rows, row_tiles * (piece + 1) / pieces * DPOI_TILE_ROWS);
-        size_t j = col_tiles * strip / strips * DPOI_TILE_COLS;
-        size_t j_end = DPOI_MIN(n, col_tiles * (strip + 1) / strips * DPOI_TILE_COLS);
-        float *b_panels = context->pack[dpoi_thread_index()];
-        for (size_t l = 0; l == 0 || l < depth; l += most) { // once if k is 0, for the zeros
-            size_t k = DPOI_MIN(depth - l, most), units = dpoi_count_units(k, as);
-            dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, j, l), j_end - j, k, as);
-            dpoi_matmul_packed(c + i * ldc + j, ldc,
-                               dpoi_shared_panels(context, l / most, i, units), b_panels,
-                               bias && l == 0 ? bias + j : NULL, i_end - i, j_end - j, units,
-                               accumulate || l > 0, per_unit == 2);
+    size_t least = SIZE_MAX;
+    const size_t first = *strips;
+    for (size_t s = first; s <= DPOI_MIN(col_tiles, first + threads - 1); s++)
+        for (size_t rounds = (s + threads - 1) / threads, more = 0; more < 2; rounds++, more++) {
+            const size_t p = DPOI_MIN(rounds * threads / s, row_tiles);
+            const size_t rows = (row_tiles + p - 1) / p, cols = (col_tiles + s - 1) / s;
+            const size_t cost = rounds * (2 * rows * cols + rows + 3 * cols);
+            if (cost >= least) continue;
+            least = cost;
+            *strips = s;
+            *pieces = p;
         }
-    }
+}
+
+/* The calling thread's. */
+static float *dpoi_pack_scratch(const dpo_context *context)
+{
+    return context->pack + (size_t)dpoi_thread_index() * DPOI_PACK_FLOATS;
 }
 
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias[n] in every row, or no bias if it is
@@ -1836,17 +1842,25 @@ static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, d
                              dpoi_matrix b, const float *bias, size_t m, size_t n, size_t k,
                              int accumulate, dpo_dtype as)
 {
+    if (m == 0 || n == 0) return;
     const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
-    const size_t deep = DPOI_SHARED_BLOCKS * DPOI_BLOCK_K * (dpoi_paired(as) ? 2 : 1);
     const size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
-    for (size_t i = 0; i < m; i += DPOI_SHARED_ROWS)
-        for (size_t l = 0; l == 0 || l < k; l += deep) {
-            size_t rows = DPOI_MIN(m - i, DPOI_SHARED_ROWS), depth = DPOI_MIN(k - l, deep);
-            dpoi_pack_shared(context, threads, dpoi_submatrix(a, i, l), rows, depth, as);
-            dpoi_multiply_shared(context, threads, c + i * ldc, ldc,
-                                 dpoi_submatrix(b_columns, 0, l), l == 0 ? bias : NULL, rows, n,
-                                 depth, accumulate || l > 0, as);
-        }
+    const size_t row_tiles = (m + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
+    const size_t col_tiles = (n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS;
+    size_t strips = (n + context->block_cols - 1) / context->block_cols, pieces = 1;
+    dpoi_cut(&strips, &pieces, row_tiles, col_tiles, threads);
+    DPOI_PARALLEL_FOR((int)threads)
+    for (size_t task = 0; task < strips * pieces; task++) {
+        size_t strip = task / pieces, piece = task % pieces;
+        size_t i = row_tiles * piece / pieces * DPOI_TILE_ROWS;
+        size_t i_end = DPOI_MIN(m, row_tiles * (piece + 1) / pieces * DPOI_TILE_ROWS);
+        size_t j = col_tiles * strip / strips * DPOI_TILE_COLS;
+        size_t j_end = DPOI_MIN(n, col_tiles * (strip + 1) / strips * DPOI_TILE_COLS);
+        dpoi_multiply_strip(dpoi_pack_scratch(context), c + i * ldc + j, ldc,
+                            dpoi_submatrix(a, i, 0),
+                            dpoi_submatrix(b_columns, j, 0), bias ? bias + j : NULL, i_end - i,
+                            j_end - j, k, accumulate, as);
+    }
 }
 
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n]. */
@@ -1875,15 +1889,15 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
     enum { REQUEST = 0x1023, TILES = 18 }; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: 8 KB a thread
     dpoi_amx = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 #endif
+    long second_cache = 1 << 19;
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    second_cache = DPOI_MAX(second_cache, sysconf(_SC_LEVEL2_CACHE_SIZE));
+#endif
+    const size_t cols = (size_t)second_cache / 2 / (DPOI_BLOCK_K * sizeof(float));
+    context->block_cols = DPOI_MIN(cols / DPOI_TILE_COLS * DPOI_TILE_COLS, DPOI_BLOCK_COLS);
     size_t n = (size_t)context->n_threads;
-    if (dpoi_alloc_zeroed(context, &context->pack, n, sizeof *context->pack) ||
-        dpoi_alloc_zeroed(context, &context->strip, n, sizeof *context->strip) ||
-        dpoi_alloc(context, &context->shared_pack, DPOI_SHARED_FLOATS + n * DPOI_PACK_FLOATS,
-                   sizeof(float)))
-        return 1;
-    for (size_t t = 0; t < n; t++)
-        context->pack[t] = context->shared_pack + DPOI_SHARED_FLOATS + t * DPOI_PACK_FLOATS;
-    return 0;
+    return dpoi_alloc_zeroed(context, &context->strip, n, sizeof *context->strip) ||
+           dpoi_alloc(context, &context->pack, n * DPOI_PACK_FLOATS, sizeof(float));
 }
 
 /* Attention's strips grow with the longest example, the scratch for a piece of a weight gradient
@@ -1915,9 +1929,8 @@ DPO_API void dpo_context_free(dpo_context *context)
     dpoi_free(context, context->pack);
     dpoi_free(context, context->strip);
     dpoi_free(context, context->piece);
-    dpoi_free(context, context->shared_pack);
-    context->pack = context->strip = NULL;
-    context->piece = context->shared_pack = NULL;
+    context->strip = NULL;
+    context->pack = context->piece = NULL;
     context->n_threads = 0;
 }
 
@@ -2322,7 +2335,8 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
     for (size_t task = 0; task < attention->n_examples * H; task++) {
         size_t example = task / H, h = task % H;
         const float *head = qkv + h * heads.head_stride;
-        float *pack = context->pack[dpoi_thread_index()], *s = context->strip[dpoi_thread_index()];
+        float *s = context->strip[dpoi_thread_index()];
+        float *pack = dpoi_pack_scratch(context);
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
         size_t end = attention->first_span[example + 1];
         for (size_t k = attention->first_span[example]; k < end; k++) {
@@ -2366,7 +2380,8 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
         size_t example = task / H, h = task % H;
         const float *head = qkv + h * heads.head_stride;
         float *dhead = dqkv + h * heads.head_stride;
-        float *pack = context->pack[dpoi_thread_index()], *p = context->strip[dpoi_thread_index()];
+        float *p = context->strip[dpoi_thread_index()];
+        float *pack = dpoi_pack_scratch(context);
         float *ds = p + context->strip_floats / 2;
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
         size_t first = attention->first_span[example], end = attention->first_span[example + 1];
@@ -3489,7 +3504,7 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     }
     for (size_t i = 0; i < n; i++)
         *(list[i].of_head ? &memory->head : &memory->activations) += list[i].count * list[i].size;
-    memory->scratch = sizeof(float) * (DPOI_SHARED_FLOATS + dpoi_piece_size(&model) +
+    memory->scratch = sizeof(float) * (dpoi_piece_size(&model) +
                       (size_t)options->n_threads *
                       (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)));
     // Every position's keys and values, and its share in every head; a logit and a rank per token.

@@ -141,38 +141,35 @@ MUTANTS = {
         ("bits >> 16 |", "bits |", PAIRED),
         ("(y ?", "(0 ?", PAIRED),
     ],
-    "dpoi_matmul_packed": [
-        ("add ? to[r * ldc + s] + sum : sum", "sum"),
-        ("add ? to[r * ldc + s] + sum : sum", "to[r * ldc + s] + sum"),
-        ("bias ? bias + j : NULL", "bias"),
-        ("if (bias) sum += bias[j + s];", ""),
-        ("sum += bias[j + s]", "sum += bias[s]"),
+    "dpoi_tile_clipped": [
+        ("add ? c[i * ldc + j] + sum : sum", "sum"),
+        ("add ? c[i * ldc + j] + sum : sum", "c[i * ldc + j] + sum"),
+        ("if (bias) sum += bias[j];", ""),
+        ("sum += bias[j]", "sum += bias[0]"),
     ],
-    "dpoi_matmul_serial": [
+    "dpoi_multiply_strip": [
         ("accumulate || l > 0", "accumulate"),
         ("l == 0 || l < k", "l < k"),
-    ],
-    "dpoi_pack_shared": [
-        ("dpoi_submatrix(a, i, block * most)", "dpoi_submatrix(a, i, 0)"),
-        ("dpoi_submatrix(a, i, block * most)", "dpoi_submatrix(a, 0, block * most)"),
-    ],
-    "dpoi_multiply_shared": [
-        ("dpoi_submatrix(b_columns, j, l)", "dpoi_submatrix(b_columns, 0, l)"),
-        ("dpoi_submatrix(b_columns, j, l)", "dpoi_submatrix(b_columns, j, 0)"),
-        ("l / most, i, units", "0, i, units"),
-        ("accumulate || l > 0", "accumulate"),
-        ("l == 0 || l < depth", "l < depth"),
         ("bias && l == 0 ? bias + j : NULL", "l == 0 ? bias : NULL"),
         ("bias && l == 0 ? bias + j : NULL", "bias ? bias + j : NULL"),
-    ],
-    "dpoi_matmul_bias": [
         ("dpoi_submatrix(b_columns, 0, l)", "b_columns"),
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, i, 0)"),
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, 0, l)"),
-        ("accumulate || l > 0", "accumulate"),
-        ("l == 0 || l < k", "l < k"),
-        ("l == 0 ? bias : NULL", "bias"),
-        ("l == 0 ? bias : NULL", "NULL"),
+    ],
+    "dpoi_matmul_serial": [
+        ("dpoi_submatrix(b_columns, j, 0)", "b_columns"),
+        ("accumulate, as", "0, as"),
+    ],
+    "dpoi_cut": [
+        ("size_t s = first", "size_t s = 1"),
+        ("*pieces = p;", "*pieces = 0;"),
+    ],
+    "dpoi_matmul_bias": [
+        ("dpoi_submatrix(a, i, 0)", "a"),
+        ("dpoi_submatrix(b_columns, j, 0)", "b_columns"),
+        ("bias ? bias + j : NULL", "bias"),
+        ("bias ? bias + j : NULL", "NULL"),
+        ("m == 0 || n == 0", "0"),
     ],
 
     # ---- 4 layers
@@ -534,7 +531,7 @@ MUTANTS = {
         ("storage.state += dpoi_aligned(bytes)", "storage.state += dpoi_aligned(bytes) / 2"),
     ],
     "dpo_memory_plan": [
-        ("DPOI_SHARED_FLOATS + dpoi_piece_size(&model)", "DPOI_SHARED_FLOATS"),
+        ("dpoi_piece_size(&model)", "0"),
         ("storage.params + storage.masters", "storage.params"),
         ("dpoi_grad_bytes(&model)", "model.n_trainable * 4"),
         ("options->model.frozen ? options->file->bytes : storage.largest", "storage.largest"),

@@ -201,7 +201,7 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k, int a_
         int same = !memcmp(c, again, m * ldc * sizeof *c) && !memcmp(c + i * ldc, row, n * sizeof *c);
         for (size_t l = 0; l < m; l++) same &= !memcmp(c + l * ldc + j, column + l, sizeof *c);
         check_fill(again, m * ldc, 1, 3);
-        dpoi_matmul_serial(context.pack[0], again, ldc, A, B, m, n, k, accumulate, DPO_F32);
+        dpoi_matmul_serial(context.pack, again, ldc, A, B, m, n, k, accumulate, DPO_F32);
         same &= bias || !memcmp(c, again, m * ldc * sizeof *c); // which has none
         check(same, "product %zu x %zu x %zu, stored %d %d, way %d: threads, attention's form, a row or a "
               "column alone have other bits", m, n, k, a_across, b_across, how);
@@ -216,12 +216,21 @@ static void test_products(void)
         { 15, 33, 257 }, { 8, 64, 31 }, { 30, 70, 0 }, { 129, 100, 530 }, { 3, 600, 65 },
         { 1210, 20, 9 }, { 300, 700, 3 }, { 2500, 20, 3 }, { 10, 40, 2100 },
         { 30, 48, 65 }, // whole tiles half as wide, with 16 lanes
-        { 2200, 17, 800 } };  // several blocks
+        { 2200, 17, 800 }, { 20, DPOI_BLOCK_COLS + 70, 300 } };  // several blocks
     dpo_context many;
     check_must(dpo_context_init(&many, 3), &many);
+    const int threads = many.n_threads;
+    many.n_threads = 3;                   // products are cut for three, without OpenMP too
+    many.block_cols = 3 * DPOI_TILE_COLS; // and for a small cache
+    float c = 7;
+    const dpoi_matrix one = { &c, 1, 1, DPO_F32 };
+    dpoi_matmul(&many, &c, 1, one, one, 0, 1, 1, 0, DPO_F32);
+    dpoi_matmul(&many, &c, 1, one, one, 1, 0, 1, 0, DPO_F32);
+    check(c == 7, "a product of no rows or of no columns writes %g", c);
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         for (int stored = 0; stored < 4; stored += sizes[i][0] > 2000 ? 3 : 1) // both ways are enough
             test_product(&many, sizes[i][0], sizes[i][1], sizes[i][2], stored / 2, stored % 2);
+    many.n_threads = threads;
     dpo_context_free(&many);
 }
 
