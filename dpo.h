@@ -802,8 +802,7 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
-/* Pages of 2 MB instead of 4 KB for what fills them: fewer addresses to look up, and a packed
-   matrix that lies in memory in one piece does not compete with itself for places in a cache. */
+/* Pages of 2 MB instead of 4 KB for what fills them: fewer addresses to look up. */
 static void dpoi_advise_huge_pages(char *start, size_t bytes)
 {
 #ifdef MADV_HUGEPAGE
@@ -1237,7 +1236,7 @@ static float dpoi_max(const float *x, size_t n)
    An operand carries its strides, so one function does them all, and Conv1D's W[in, out] too. The
    reference below is the definition, at one per cent of the speed of the machine: for each
    multiplication it loads two numbers, and each addition waits for the one before. Four ideas make
-   it 75 to 90 per cent.
+   it 70 to 90 per cent, with 512 rows or more.
 
    The tile. A core starts one or two vector fused multiply-adds (FMA) in a cycle, and each takes
    four or five: some ten sums must be under way at once. So a tile of c, TILE_ROWS rows of
@@ -1258,17 +1257,18 @@ static float dpoi_max(const float *x, size_t n)
    Packing is the only place that knows how the operands are stored.
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips. A strip's panels of b for one block of
-   k take half of the second cache, 256 to BLOCK_COLS columns of 1 KB, and stay there while all of a
-   passes by: a panel of a is packed (6 KB, 8 with NEON, 14 with AVX-512), stays in the first cache
-   while it meets the strip's panels of b, and is done with. Meanwhile the rows of a that come next
-   are fetched into the second cache, so that packing them does not wait for memory. Packing makes
-   1 / strip + 1 / m copies for each FMA, 4 to 10 per cent of the time. (Where a lies across k, some
-   of its panels are packed at once: a line of memory has numbers for two or three. AMX's tiles are
-   too fast to fetch beside them.)
+   k, 1 KB a column, take half of the second cache (of 512 KB if its size is unknown), at most
+   BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6 KB, 8
+   with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of b, and
+   is done with. Meanwhile the rows of a that come next are fetched into the second cache, so that
+   packing them does not wait for memory. (Where a lies across k, some of its panels are packed at
+   once, since a line of memory has numbers for several. AMX's tiles are too fast to fetch beside
+   them.)
 
    Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
-   for itself: a again for each strip, b again for each piece. Nobody waits for another before the
-   end, and no panel travels from one core's cache to another's.
+   for itself: a again for each strip, b again for each piece. That is 1 / (columns of a strip) +
+   1 / (rows of a piece) copies for each FMA, 4 to 10 per cent of the time. But nobody waits for
+   another before the end, and no panel travels from one core's cache to another's.
 
    Exactly, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending
    l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one takes
@@ -1727,6 +1727,8 @@ DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, const f
         }
 }
 
+static inline size_t dpoi_tiles(size_t count, size_t size) { return (count + size - 1) / size; }
+
 /* Rows of an operand, as it is stored, that are still to be fetched into the second cache. */
 typedef struct {
     const char *data;
@@ -1748,44 +1750,43 @@ static inline void dpoi_fetch_rows(dpoi_fetch *fetch, size_t rows)
 }
 
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias, on the calling thread, with scratch
-   pack[DPOI_PACK_FLOATS], for n up to BLOCK_COLS. */
+   pack[DPOI_PACK_FLOATS], for n from 1 to BLOCK_COLS. */
 static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a,
                                 dpoi_matrix b_columns, const float *bias /* [n] or NULL */,
                                 size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
-    const size_t per_unit = dpoi_paired(as) ? 2 : 1, most = DPOI_BLOCK_K * per_unit;
-    const size_t most_rows = a.row_stride == 1 ? DPOI_BLOCK_ROWS : DPOI_TILE_ROWS;
-    const size_t row_tiles = most_rows / DPOI_TILE_ROWS;
-    const int fetching = per_unit == 1 || !dpoi_amx;
-    const size_t tiles = row_tiles * ((n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS);
+    const int pairs = dpoi_paired(as), by_amx = pairs && dpoi_amx;
+    const size_t block_k = DPOI_BLOCK_K * (pairs ? 2 : 1);
+    const size_t block_rows = a.row_stride == 1 ? DPOI_BLOCK_ROWS : DPOI_TILE_ROWS;
     float *b_panels = pack, *a_panels = pack + DPOI_B_FLOATS;
 #ifdef DPOI_AMX
-    if (per_unit == 2 && dpoi_amx) dpoi_amx_begin();
+    if (by_amx) dpoi_amx_begin();
 #endif
-    for (size_t l = 0; l == 0 || l < k; l += most) { // once if k is 0, for the zeros
-        const size_t depth = DPOI_MIN(k - l, most), units = dpoi_count_units(depth, as);
-        const int add = accumulate || l > 0;
+    for (size_t l = 0; l == 0 || l < k; l += block_k) { // once if k is 0, for the zeros
+        const size_t depth = DPOI_MIN(k - l, block_k), units = dpoi_count_units(depth, as);
         dpoi_pack(b_panels, DPOI_TILE_COLS, dpoi_submatrix(b_columns, 0, l), n, depth, as);
-        for (size_t i = 0; i < m; i += most_rows) {
-            const size_t rows = DPOI_MIN(m - i, most_rows), below = i + most_rows, after = l + most;
+        for (size_t i = 0; i < m; i += block_rows) {
+            const size_t rows = DPOI_MIN(m - i, block_rows);
             dpoi_pack(a_panels, DPOI_TILE_ROWS, dpoi_submatrix(a, i, l), rows, depth, as);
+            const size_t below = i + block_rows, after = l + block_k; // where a is packed next
             dpoi_fetch next = { 0 };
-            if (below < m)
-                next = dpoi_fetch_begin(dpoi_submatrix(a, below, l), DPOI_MIN(m - below, most_rows),
-                                        depth);
-            else if (after < k)
-                next = dpoi_fetch_begin(dpoi_submatrix(a, 0, after), DPOI_MIN(m, most_rows),
-                                        DPOI_MIN(k - after, most));
-            const size_t share = next.rows / tiles + 1;
+            if (below < m && !by_amx)
+                next = dpoi_fetch_begin(dpoi_submatrix(a, below, l),
+                                        DPOI_MIN(m - below, block_rows), depth);
+            else if (after < k && !by_amx)
+                next = dpoi_fetch_begin(dpoi_submatrix(a, 0, after), DPOI_MIN(m, block_rows),
+                                        DPOI_MIN(k - after, block_k));
+            const size_t share = next.rows / (dpoi_tiles(rows, DPOI_TILE_ROWS) *
+                                              dpoi_tiles(n, DPOI_TILE_COLS)) + 1;
             const float *a_panel = a_panels;
             for (size_t r = 0; r < rows; r += DPOI_TILE_ROWS) {
                 const float *b_panel = b_panels;
                 for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
-                    if (fetching) dpoi_fetch_rows(&next, share);
+                    dpoi_fetch_rows(&next, share);
                     dpoi_tile_clipped(c + (i + r) * ldc + j, ldc, a_panel, b_panel,
-                                      bias && l == 0 ? bias + j : NULL, units, add,
+                                      bias && l == 0 ? bias + j : NULL, units, accumulate || l > 0,
                                       DPOI_MIN(rows - r, DPOI_TILE_ROWS),
-                                      DPOI_MIN(n - j, DPOI_TILE_COLS), per_unit == 2);
+                                      DPOI_MIN(n - j, DPOI_TILE_COLS), pairs);
                     b_panel += dpoi_panel_floats(DPOI_TILE_COLS, units);
                 }
                 a_panel += dpoi_panel_floats(DPOI_TILE_ROWS, units);
@@ -1793,11 +1794,12 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
         }
     }
 #ifdef DPOI_AMX
-    if (per_unit == 2 && dpoi_amx) _tile_release();
+    if (by_amx) _tile_release();
 #endif
 }
 
-/* The same for any n, without a bias: for attention, whose products are many and small. */
+/* The same for any n, without a bias: for attention, whose products are many and small. Its k is a
+   head's size or a number of keys; of these, few strips fill the cache. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
@@ -1809,9 +1811,10 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
 
 /* ---- 3.5 on all threads ---------------------------------------------------------------------- */
 
-/* How many strips of columns, at least `strips`, and pieces of rows c is cut into: of those that
-   fill whole rounds of all threads, the ones with which the largest task of each round takes the
-   least. A tile counts 2; packing takes about half as long for a panel of a, and one and a half
+/* How many strips of columns, at least `strips`, and pieces of rows c is cut into: of those tried,
+   the ones whose rounds of one task a thread, times what the largest task takes, are least. Each
+   number of strips is tried with the fewest rounds that hold it, and with one more, for smaller
+   pieces. A tile counts 2; packing takes about half as long for a panel of a, and one and a half
    times as long for one of b, which comes from memory. */
 static void dpoi_cut(size_t *strips, size_t *pieces, size_t row_tiles, size_t col_tiles,
                      size_t threads)
@@ -1830,7 +1833,7 @@ static void dpoi_cut(size_t *strips, size_t *pieces, size_t row_tiles, size_t co
         }
 }
 
-/* The calling thread's. */
+/* The calling thread's scratch[DPOI_PACK_FLOATS]. */
 static float *dpoi_pack_scratch(const dpo_context *context)
 {
     return context->pack + (size_t)dpoi_thread_index() * DPOI_PACK_FLOATS;
@@ -1845,9 +1848,9 @@ static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, d
     if (m == 0 || n == 0) return;
     const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
     const size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
-    const size_t row_tiles = (m + DPOI_TILE_ROWS - 1) / DPOI_TILE_ROWS;
-    const size_t col_tiles = (n + DPOI_TILE_COLS - 1) / DPOI_TILE_COLS;
-    size_t strips = (n + context->block_cols - 1) / context->block_cols, pieces = 1;
+    const size_t row_tiles = dpoi_tiles(m, DPOI_TILE_ROWS);
+    const size_t col_tiles = dpoi_tiles(n, DPOI_TILE_COLS);
+    size_t strips = dpoi_tiles(n, context->block_cols), pieces = 1;
     dpoi_cut(&strips, &pieces, row_tiles, col_tiles, threads);
     DPOI_PARALLEL_FOR((int)threads)
     for (size_t task = 0; task < strips * pieces; task++) {
@@ -1857,9 +1860,8 @@ static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, d
         size_t j = col_tiles * strip / strips * DPOI_TILE_COLS;
         size_t j_end = DPOI_MIN(n, col_tiles * (strip + 1) / strips * DPOI_TILE_COLS);
         dpoi_multiply_strip(dpoi_pack_scratch(context), c + i * ldc + j, ldc,
-                            dpoi_submatrix(a, i, 0),
-                            dpoi_submatrix(b_columns, j, 0), bias ? bias + j : NULL, i_end - i,
-                            j_end - j, k, accumulate, as);
+                            dpoi_submatrix(a, i, 0), dpoi_submatrix(b_columns, j, 0),
+                            bias ? bias + j : NULL, i_end - i, j_end - j, k, accumulate, as);
     }
 }
 
@@ -1889,10 +1891,11 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
     enum { REQUEST = 0x1023, TILES = 18 }; // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA: 8 KB a thread
     dpoi_amx = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
 #endif
-    long second_cache = 1 << 19;
+    long second_cache = 0;
 #ifdef _SC_LEVEL2_CACHE_SIZE
-    second_cache = DPOI_MAX(second_cache, sysconf(_SC_LEVEL2_CACHE_SIZE));
+    second_cache = sysconf(_SC_LEVEL2_CACHE_SIZE); // 0 or -1 if it is unknown
 #endif
+    second_cache = DPOI_MAX(second_cache, 1L << 19);
     const size_t cols = (size_t)second_cache / 2 / (DPOI_BLOCK_K * sizeof(float));
     context->block_cols = DPOI_MIN(cols / DPOI_TILE_COLS * DPOI_TILE_COLS, DPOI_BLOCK_COLS);
     size_t n = (size_t)context->n_threads;

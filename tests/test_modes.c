@@ -290,10 +290,11 @@ static void test_products(void)
 {
     static const size_t sizes[][3] = { { 1, 1, 1 }, { 1, 40, 7 }, { 9, 1, 300 }, { 15, 33, 257 },
         { 14, 32, 512 }, { 13, 31, 513 }, { 3, 70, 511 }, { 8, 64, 31 }, { 5, 3, 0 }, { 30, 300, 33 },
-        { 1210, 5, 3 }, { 29, 35, 32 }, { 7, 40, 2100 },
+        { 1210, 5, 3 }, { 29, 35, 32 }, { 7, 40, 2100 }, { 100, 200, 1100 },
         { 30, 48, 65 } };     // whole tiles half as wide, with 16 lanes
     dpo_context many;
     check_must(dpo_context_init(&many, 3), &many);
+    many.block_cols = 3 * DPOI_TILE_COLS; // a small cache's: several strips
     for (size_t i = 0; i < sizeof sizes / sizeof *sizes; i++)
         test_product(&many, sizes[i][0], sizes[i][1], sizes[i][2]);
 #ifdef DPOI_AMX
