@@ -183,8 +183,8 @@ typedef struct dpo_context {
     char error[1024];       // why the last call failed, for people
     size_t heap_bytes;      // bytes allocated through this context now ...
     size_t heap_peak;       // ... and at most so far
-    float *pack;            // [n_threads] times scratch for the panels of products
-    size_t block_cols;      // columns whose panels a thread keeps in its second cache
+    float *pack;            // [n_threads, DPOI_PACK_FLOATS] scratch for the panels of products
+    size_t block_cols;      // columns of b packed at once; results do not depend on it
     float **strip;          // [n_threads] pointers to scratch for attention
     size_t strip_floats;    // size of each strip
     float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
@@ -1257,12 +1257,12 @@ static float dpoi_max(const float *x, size_t n)
    Packing is the only place that knows how the operands are stored.
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips. A strip's panels of b for one block of
-   k, 1 KB a column, take half of the second cache (of 512 KB if its size is unknown), at most
-   BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6 KB, 8
-   with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of b, and
-   is done with. Meanwhile the rows of a that come next are fetched into the second cache, so that
-   packing them does not wait for memory. (Where a lies across k, some of its panels are packed at
-   once, since a line of memory has numbers for several. AMX's tiles are too fast to fetch beside
+   k, 1 KB a column, take half of the second cache (of 512 KB if that is unknown or smaller), at
+   most BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6
+   KB, 8 with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of
+   b, and is done with. Meanwhile the rows of a that come next are fetched into the second cache, so
+   that packing them does not wait for memory. (Where a lies across k, some of its panels are packed
+   at once, since a line of memory has numbers for several. AMX's tiles are too fast to fetch beside
    them.)
 
    Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
@@ -1727,12 +1727,15 @@ DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, const f
         }
 }
 
-static inline size_t dpoi_tiles(size_t count, size_t size) { return (count + size - 1) / size; }
+static inline size_t dpoi_divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
 
-/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. */
+/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. The
+   next begins at data[place], no pointer of its own: past the last there may be nothing to point
+   to. */
 typedef struct {
     const char *data;
-    size_t place, row_bytes, stride, rows;  // bytes; the next row begins at data[place]
+    size_t place, row_bytes, stride;    // bytes
+    size_t rows;
 } dpoi_fetch;
 
 static inline dpoi_fetch dpoi_fetch_begin(dpoi_matrix x, size_t count, size_t k)
@@ -1752,7 +1755,8 @@ static inline void dpoi_fetch_rows(dpoi_fetch *fetch, size_t rows)
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias, on the calling thread, with scratch
    pack[DPOI_PACK_FLOATS], for n from 1 to BLOCK_COLS. */
 static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a,
-                                dpoi_matrix b_columns, const float *bias /* [n] or NULL */,
+                                dpoi_matrix b_columns /* [n, k] */,
+                                const float *bias /* [n] or NULL */,
                                 size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
     const int pairs = dpoi_paired(as), by_amx = pairs && dpoi_amx;
@@ -1776,8 +1780,9 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
             else if (after < k && !by_amx)
                 next = dpoi_fetch_begin(dpoi_submatrix(a, 0, after), DPOI_MIN(m, block_rows),
                                         DPOI_MIN(k - after, block_k));
-            const size_t share = next.rows / (dpoi_tiles(rows, DPOI_TILE_ROWS) *
-                                              dpoi_tiles(n, DPOI_TILE_COLS)) + 1;
+            const size_t tiles = dpoi_divide_up(rows, DPOI_TILE_ROWS) *
+                                 dpoi_divide_up(n, DPOI_TILE_COLS);
+            const size_t share = next.rows / tiles + 1;
             const float *a_panel = a_panels;
             for (size_t r = 0; r < rows; r += DPOI_TILE_ROWS) {
                 const float *b_panel = b_panels;
@@ -1798,8 +1803,9 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
 #endif
 }
 
-/* The same for any n, without a bias: for attention, whose products are many and small. Its k is a
-   head's size or a number of keys; of these, few strips fill the cache. */
+/* The same for any n, without a bias: for attention, whose products are many and small. Where n is
+   a number of keys, k is a head's size, and BLOCK_COLS columns of so few numbers fit into the
+   second cache as a rule; where k is a number of keys, n is a head's size. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
@@ -1822,9 +1828,9 @@ static void dpoi_cut(size_t *strips, size_t *pieces, size_t row_tiles, size_t co
     size_t least = SIZE_MAX;
     const size_t first = *strips;
     for (size_t s = first; s <= DPOI_MIN(col_tiles, first + threads - 1); s++)
-        for (size_t rounds = (s + threads - 1) / threads, more = 0; more < 2; rounds++, more++) {
+        for (size_t rounds = dpoi_divide_up(s, threads), more = 0; more < 2; rounds++, more++) {
             const size_t p = DPOI_MIN(rounds * threads / s, row_tiles);
-            const size_t rows = (row_tiles + p - 1) / p, cols = (col_tiles + s - 1) / s;
+            const size_t rows = dpoi_divide_up(row_tiles, p), cols = dpoi_divide_up(col_tiles, s);
             const size_t cost = rounds * (2 * rows * cols + rows + 3 * cols);
             if (cost >= least) continue;
             least = cost;
@@ -1848,9 +1854,9 @@ static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, d
     if (m == 0 || n == 0) return;
     const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
     const size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
-    const size_t row_tiles = dpoi_tiles(m, DPOI_TILE_ROWS);
-    const size_t col_tiles = dpoi_tiles(n, DPOI_TILE_COLS);
-    size_t strips = dpoi_tiles(n, context->block_cols), pieces = 1;
+    const size_t row_tiles = dpoi_divide_up(m, DPOI_TILE_ROWS);
+    const size_t col_tiles = dpoi_divide_up(n, DPOI_TILE_COLS);
+    size_t strips = dpoi_divide_up(n, context->block_cols), pieces = 1;
     dpoi_cut(&strips, &pieces, row_tiles, col_tiles, threads);
     DPOI_PARALLEL_FOR((int)threads)
     for (size_t task = 0; task < strips * pieces; task++) {
