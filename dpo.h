@@ -1262,8 +1262,8 @@ static float dpoi_max(const float *x, size_t n)
    KB, 8 with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of
    b, and is done with. Meanwhile the rows of a that come next are fetched into the second cache, so
    that packing them does not wait for memory. (Where a lies across k, some of its panels are packed
-   at once, since a line of memory has numbers for several. AMX's tiles are too fast to fetch beside
-   them.)
+   at once, since a line of memory has numbers for several. AMX's tiles take two panels of a, and
+   are too fast to fetch beside them.)
 
    Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
    for itself: a again for each strip, b again for each piece. That is 1 / (columns of a strip) +
@@ -1280,8 +1280,8 @@ static float dpoi_max(const float *x, size_t n)
    dot product for bf16 multiply two of them, neighbours along k, where an FMA multiplies one float:
    their panels hold units of two bf16, which are as large as a float, so that tile, panels and
    blocking stay as they are and only the innermost line differs. Where there is AMX, an instruction
-   takes a tile of c with 16 such units of k. For other CPUs the panels hold the rounded numbers as
-   floats. The products are the same everywhere; they are added in another order.
+   takes half a tile of c with 16 such units of k. For other CPUs the panels hold the rounded
+   numbers as floats. The products are the same everywhere; they are added in another order.
    ============================================================================================= */
 
 /* ---- 3.1 the reference ----------------------------------------------------------------------- */
@@ -1408,8 +1408,7 @@ DPOI_INLINE dpoi_vec dpoi_dot_pairs(dpoi_vec sum, float a, dpoi_vec b) { return 
    is half as fast as those. Its panel of a has the units of a row side by side, a line at a time:
    [k / 16, TILE_ROWS, 16]. The panel of b is as ever. */
 #ifdef DPOI_AMX
-/* Eight registers: 0 to 3 have sums, 4 and 5 units of a, 6 and 7 units of b. A register is rows of
-   64 bytes. */
+/* Eight registers of rows of 64 bytes: 0 to 3 have sums, 4 and 5 units of a, 6 and 7 units of b. */
 static inline void dpoi_amx_begin(void)
 {
     enum { M = DPOI_TILE_ROWS };
@@ -1421,41 +1420,49 @@ static inline void dpoi_amx_begin(void)
     _tile_loadconfig(&registers);
 }
 
-/* c[rows, cols], otherwise as dpoi_tile_part. Every other line of units has sums of its own: a
-   product takes 52 cycles, but one begins every 14. */
-DPOI_NOINLINE void dpoi_amx_tile(float *c, size_t ldc, const float *a, const float *b,
-                                 const float *bias, size_t k, int add, size_t rows, size_t cols)
+/* c[TILE_ROWS, TILE_COLS] = a panel times b panel, each of k units, and with `two` the next
+   TILE_ROWS rows of c from the panel of a that begins a_panel floats further. One product takes 52
+   cycles, but one begins every 14: four sums keep the unit busy, and two panels of a share what is
+   loaded of b, which comes from the second cache. */
+static inline void dpoi_amx_tile(float *c, const float *a, size_t a_panel, const float *b, size_t k,
+                                 int two)
 {
     enum { ROW = DPOI_TILE_COLS * sizeof(float), A = DPOI_TILE_ROWS * DPOI_LINE,
-           B = DPOI_TILE_COLS * DPOI_LINE };
-    float sum[2][DPOI_TILE_ROWS][DPOI_TILE_COLS];
+           B = DPOI_TILE_COLS * DPOI_LINE, BELOW = DPOI_TILE_ROWS * DPOI_TILE_COLS };
     __atomic_signal_fence(__ATOMIC_SEQ_CST); // gcc does not know that _tile_loadd reads memory
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    for (size_t l = 0; l < k; l += 2 * DPOI_LINE, a += 2 * A, b += 2 * B) {
+    for (size_t l = 0; l < k; l += DPOI_LINE, a += A, b += B) {
         _tile_loadd(4, a, 64);
         _tile_loadd(6, b, ROW);
-        _tile_loadd(7, b + DPOI_LINE, ROW);
         _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, b + DPOI_LINE, ROW);
         _tile_dpbf16ps(1, 4, 7);
-        if (l + DPOI_LINE == k) break;
-        _tile_loadd(5, a + A, 64);
-        _tile_loadd(6, b + B, ROW);
-        _tile_loadd(7, b + B + DPOI_LINE, ROW);
+        if (!two) continue;
+        _tile_loadd(5, a + a_panel, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
-    _tile_stored(0, sum[0][0], ROW);
-    _tile_stored(1, sum[0][0] + DPOI_LINE, ROW);
-    _tile_stored(2, sum[1][0], ROW);
-    _tile_stored(3, sum[1][0] + DPOI_LINE, ROW);
-    for (size_t i = 0; i < rows; i++, c += ldc)
-        for (size_t j = 0; j < cols; j++) {
-            float both = sum[0][i][j] + sum[1][i][j];
-            if (bias) both += bias[j];
-            c[j] = add ? c[j] + both : both;
+    _tile_stored(0, c, ROW);
+    _tile_stored(1, c + DPOI_LINE, ROW);
+    if (!two) return;
+    _tile_stored(2, c + BELOW, ROW);
+    _tile_stored(3, c + BELOW + DPOI_LINE, ROW);
+}
+
+/* dpoi_tile_copy of 3.4 for whole tiles, which are most: by itself gcc makes it slower. */
+static inline void dpoi_amx_copy(float *c, size_t ldc, const float *sum /* [rows, TILE_COLS] */,
+                                 const float *bias /* [TILE_COLS] or NULL */, int add, size_t rows)
+{
+    for (size_t i = 0; i < rows; i++)
+        for (int j = 0; j < DPOI_TILE_VECS; j++) {
+            dpoi_vec x = ((const dpoi_vec_at *)(sum + i * DPOI_TILE_COLS))[j];
+            dpoi_vec_at *c_vec = (dpoi_vec_at *)(c + i * ldc) + j;
+            if (bias) x += ((const dpoi_vec_at *)bias)[j];
+            if (add) x += *c_vec;
+            *c_vec = x;
         }
 }
 #endif
@@ -1553,12 +1560,6 @@ DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *
 {
     enum { ALL = DPOI_TILE_ROWS, LOW = DPOI_SHORT_ROWS, WIDE = DPOI_TILE_VECS };
     const int low = rows <= LOW, narrow = cols <= DPOI_LANES;
-#ifdef DPOI_AMX
-    if (pairs && dpoi_amx) {
-        dpoi_amx_tile(c, ldc, a, b, bias, k, add, rows, cols);
-        return;
-    }
-#endif
     if (low && pairs) dpoi_tile_part(c, ldc, a, b, bias, k, add, LOW, WIDE, 1);
     else if (low) dpoi_tile_part(c, ldc, a, b, bias, k, add, LOW, WIDE, 0);
     else if (narrow && pairs) dpoi_tile_part(c, ldc, a, b, bias, k, add, ALL, 1, 1);
@@ -1705,26 +1706,43 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
 
 /* ---- 3.4 on one thread ----------------------------------------------------------------------- */
 
+/* c[rows, cols] = (add ? c : 0) + sum[rows, TILE_COLS] + bias. */
+DPOI_INLINE void dpoi_tile_copy(float *c, size_t ldc, const float *sum,
+                                const float *bias /* [cols] or NULL */, int add, size_t rows,
+                                size_t cols)
+{
+    for (size_t i = 0; i < rows; i++)
+        for (size_t j = 0; j < cols; j++) {
+            float x = sum[i * DPOI_TILE_COLS + j];
+            if (bias) x += bias[j];
+            c[i * ldc + j] = add ? c[i * ldc + j] + x : x;
+        }
+}
+
 /* c[rows, cols] = (add ? c : 0) + a panel times b panel + bias. A tile over the edge of c is made
    aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so no
-   edge. */
-DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, const float *b,
-                                   const float *bias /* [cols] or NULL */, size_t k, int add,
-                                   size_t rows, size_t cols, int pairs)
+   edge. AMX makes all its tiles aside, and takes up to two panels of a, a_panel floats apart. */
+DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, size_t a_panel,
+                                   const float *b, const float *bias /* [cols] or NULL */, size_t k,
+                                   int add, size_t rows, size_t cols, int pairs)
 {
+    float whole[2 * DPOI_TILE_ROWS * DPOI_TILE_COLS];
+    (void)a_panel;
+#ifdef DPOI_AMX
+    if (pairs && dpoi_amx) {
+        dpoi_amx_tile(whole, a, a_panel, b, k, rows > DPOI_TILE_ROWS);
+        if (cols == DPOI_TILE_COLS) dpoi_amx_copy(c, ldc, whole, bias, add, rows);
+        else dpoi_tile_copy(c, ldc, whole, bias, add, rows, cols);
+        return;
+    }
+#endif
     if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
         (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
         dpoi_tile(c, ldc, a, b, bias, k, add, rows, cols, pairs);
         return;
     }
-    float whole[DPOI_TILE_ROWS * DPOI_TILE_COLS];
     dpoi_tile(whole, DPOI_TILE_COLS, a, b, NULL, k, 0, rows, cols, pairs);
-    for (size_t i = 0; i < rows; i++)
-        for (size_t j = 0; j < cols; j++) {
-            float sum = whole[i * DPOI_TILE_COLS + j];
-            if (bias) sum += bias[j];
-            c[i * ldc + j] = add ? c[i * ldc + j] + sum : sum;
-        }
+    dpoi_tile_copy(c, ldc, whole, bias, add, rows, cols);
 }
 
 static inline size_t dpoi_divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
@@ -1761,7 +1779,8 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
 {
     const int pairs = dpoi_paired(as), by_amx = pairs && dpoi_amx;
     const size_t block_k = DPOI_BLOCK_K * (pairs ? 2 : 1);
-    const size_t block_rows = a.row_stride == 1 ? DPOI_BLOCK_ROWS : DPOI_TILE_ROWS;
+    const size_t tile_rows = by_amx ? 2 * DPOI_TILE_ROWS : DPOI_TILE_ROWS;
+    const size_t block_rows = a.row_stride == 1 ? DPOI_BLOCK_ROWS : tile_rows;
     float *b_panels = pack, *a_panels = pack + DPOI_B_FLOATS;
 #ifdef DPOI_AMX
     if (by_amx) dpoi_amx_begin();
@@ -1780,21 +1799,21 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
             else if (after < k && !by_amx)
                 next = dpoi_fetch_begin(dpoi_submatrix(a, 0, after), DPOI_MIN(m, block_rows),
                                         DPOI_MIN(k - after, block_k));
-            const size_t tiles = dpoi_divide_up(rows, DPOI_TILE_ROWS) *
+            const size_t tiles = dpoi_divide_up(rows, tile_rows) *
                                  dpoi_divide_up(n, DPOI_TILE_COLS);
             const size_t share = next.rows / tiles + 1;
-            const float *a_panel = a_panels;
-            for (size_t r = 0; r < rows; r += DPOI_TILE_ROWS) {
+            const size_t a_panel = dpoi_panel_floats(DPOI_TILE_ROWS, units);
+            for (size_t r = 0; r < rows; r += tile_rows) {
                 const float *b_panel = b_panels;
                 for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
                     dpoi_fetch_rows(&next, share);
-                    dpoi_tile_clipped(c + (i + r) * ldc + j, ldc, a_panel, b_panel,
+                    dpoi_tile_clipped(c + (i + r) * ldc + j, ldc,
+                                      a_panels + r / DPOI_TILE_ROWS * a_panel, a_panel, b_panel,
                                       bias && l == 0 ? bias + j : NULL, units, accumulate || l > 0,
-                                      DPOI_MIN(rows - r, DPOI_TILE_ROWS),
+                                      DPOI_MIN(rows - r, tile_rows),
                                       DPOI_MIN(n - j, DPOI_TILE_COLS), pairs);
                     b_panel += dpoi_panel_floats(DPOI_TILE_COLS, units);
                 }
-                a_panel += dpoi_panel_floats(DPOI_TILE_ROWS, units);
             }
         }
     }

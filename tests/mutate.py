@@ -108,9 +108,12 @@ MUTANTS = {
     "dpoi_amx_tile": [
         ("dpbf16ps(2, 5, 6)", "dpbf16ps(2, 5, 7)", AMX),
         ("_tile_loadd(7, b + DPOI_LINE, ROW)", "_tile_loadd(7, b, ROW)", AMX),
-        ("sum[0][i][j] + sum[1][i][j]", "sum[0][i][j]", AMX),
-        ("add ? c[j] + both : both", "both", AMX),
-        ("if (bias) both += bias[j];", "", AMX),
+        ("if (!two) continue;", "continue;", AMX),
+        ("_tile_stored(2, c + BELOW, ROW)", "_tile_stored(2, c + BELOW + ROW / 4, ROW)", AMX),
+    ],
+    "dpoi_amx_copy": [
+        ("if (add) x += *c_vec;", "", AMX),
+        ("if (bias) x += ((const dpoi_vec_at *)bias)[j];", "", AMX),
     ],
     "dpoi_count_units": [
         ("k + 2 * DPOI_LINE - 1", "k", AMX),
@@ -141,11 +144,14 @@ MUTANTS = {
         ("bits >> 16 |", "bits |", PAIRED),
         ("(y ?", "(0 ?", PAIRED),
     ],
+    "dpoi_tile_copy": [
+        ("add ? c[i * ldc + j] + x : x", "x"),
+        ("add ? c[i * ldc + j] + x : x", "c[i * ldc + j] + x"),
+        ("if (bias) x += bias[j];", ""),
+        ("x += bias[j]", "x += bias[0]"),
+    ],
     "dpoi_tile_clipped": [
-        ("add ? c[i * ldc + j] + sum : sum", "sum"),
-        ("add ? c[i * ldc + j] + sum : sum", "c[i * ldc + j] + sum"),
-        ("if (bias) sum += bias[j];", ""),
-        ("sum += bias[j]", "sum += bias[0]"),
+        ("rows > DPOI_TILE_ROWS", "0", AMX),
     ],
     "dpoi_multiply_strip": [
         ("accumulate || l > 0", "accumulate"),
@@ -156,7 +162,7 @@ MUTANTS = {
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, i, 0)"),
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, 0, l)"),
         ("c + (i + r) * ldc + j", "c + i * ldc + j"),
-        ("a_panel += dpoi_panel_floats(DPOI_TILE_ROWS, units)", "a_panel += 0"),
+        ("a_panels + r / DPOI_TILE_ROWS * a_panel", "a_panels"),
         ("b_panel += dpoi_panel_floats(DPOI_TILE_COLS, units)", "b_panel += 0"),
     ],
     "dpoi_matmul_serial": [
