@@ -93,6 +93,9 @@ MUTANTS = {
         ("bits | 0x400000", "bits"),
         ("index * 0x9e3779b97f4a7c15u", "0"),
     ],
+    "dpoi_zero": [
+        ("memset(piece + streamed, 0, count - streamed);", ""),
+    ],
     "dpoi_dot_bf16": [
         ("lane[j] += x[i + j]", "lane[j] -= x[i + j]"),
         ("lane[i - whole] += x[i]", "lane[i - whole] = x[i]"),
