@@ -1625,13 +1625,46 @@ DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t
     }
 }
 
+#if defined(__AVX512BF16__) && !defined(DPO_PLAIN_C)
+#define DPOI_ROUND_PAIRS
+/* dpoi_units from floats by the CPU's own rounding, 32 at a time. It takes numbers too small to be
+   normal (below 1.2e-38) as zeros, but so do the dot products of bf16. */
+DPOI_INLINE void dpoi_round_pairs(float *out, const float *x, const float *y, size_t step, size_t n)
+{
+    static const uint16_t by_turns[32] = { 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+                                           8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                           31 };
+    for (size_t i = 0; i < n; i += 16) {
+        const size_t left = DPOI_MIN(n - i, (size_t)16);
+        const __mmask16 units = (__mmask16)((1u << left) - 1);
+        const uint32_t floats = (uint32_t)(((uint64_t)1 << 2 * left) - 1); // of step 2
+        __m512 first, second = _mm512_setzero_ps();
+        if (step == 2) {
+            first = _mm512_maskz_loadu_ps((__mmask16)floats, x + 2 * i);
+            second = _mm512_maskz_loadu_ps((__mmask16)(floats >> 16), x + 2 * i + 16);
+        } else {
+            first = _mm512_maskz_loadu_ps(units, x + i);
+            if (y) second = _mm512_maskz_loadu_ps(units, y + i);
+        }
+        __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh(second, first); // all of first, then second
+        if (step == 1)
+            rounded = _mm512_permutexvar_epi16(_mm512_loadu_si512(by_turns), rounded);
+        _mm512_mask_storeu_epi32(out + i, units, rounded);
+    }
+}
+#endif
+
 /* The same, or with step 2, for pairs only: units of x[0 .. 2 n), whose pairs lie side by side. */
 DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
                             dpo_dtype dtype, dpo_dtype as)
 {
     if (dtype == as && (as == DPO_F32 || step == 2)) memcpy(out, x, n * sizeof *out);
+#ifdef DPOI_ROUND_PAIRS
+    else if (dtype == DPO_F32) dpoi_round_pairs(out, x, y, step, n);
+#else
     else if (step == 2) dpoi_narrow(out, DPO_BF16, x, 2 * n);
     else if (dtype == DPO_F32) dpoi_units_run(out, x, y, n, DPO_F32, DPO_BF16);
+#endif
     else if (as == DPO_F32) dpoi_units_run(out, x, y, n, DPO_BF16, DPO_F32);
     else dpoi_units_run(out, x, y, n, DPO_BF16, DPO_BF16);
 }

@@ -8,8 +8,8 @@ a sum that should add made to overwrite, the wrong one of two alike. One that su
 test_gradients, test_invariants and test_modes means that a formula could be wrong without anybody
 noticing. A piece that the function does not have exactly once is an error, so the list has to follow
 the code. What changes nothing but speed or the last bit has no place here. Mutants marked PAIRED are
-tried where the CPU has dot products of bf16, those marked AMX where it has products of bf16 tiles;
-elsewhere they are counted as left out.
+tried where the CPU has dot products of bf16, those marked ROUND where it has AVX-512's rounding to bf16,
+those marked AMX where it has products of bf16 tiles; elsewhere they are counted as left out.
 
 All mutants are compiled at once, as copies of their functions beside the original; the environment's
 DPO_MUTANT says which copy is called.
@@ -35,6 +35,7 @@ __attribute__((constructor)) static void dpoi_choose_mutant(void)
 # Only of products that multiply bf16 in pairs, or in tiles: these say nothing on other CPUs.
 PAIRED = ("__AVX512BF16__", "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC")
 AMX = ("__AMX_BF16__", "__AMXBF16__")
+ROUND = ("__AVX512BF16__",)
 
 # function: pieces and what becomes of them
 MUTANTS = {
@@ -142,6 +143,11 @@ MUTANTS = {
     ],
     "dpoi_float_bits": [
         ("(uint32_t)dpoi_bf16(value) << 16", "(memcpy(&bits, &value, 4), bits & 0xffff0000u)"),
+    ],
+    "dpoi_round_pairs": [
+        ("cvtne2ps_pbh(second, first)", "cvtne2ps_pbh(first, second)", ROUND),
+        ("8, 24, 9, 25", "8, 24, 25, 9", ROUND),
+        ("if (y) second", "second", ROUND),
     ],
     "dpoi_units_run": [
         ("bits >> 16 |", "bits |", PAIRED),
@@ -856,7 +862,7 @@ def find_function(source, name):
 
 def make_mutants(source, word, macros):
     """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Of those
-    that go with PAIRED or AMX, one of the macros has to be among `macros`."""
+    that go with PAIRED, ROUND or AMX, one of the macros has to be among `macros`."""
     mutants, errors, additions, left_out = [], [], [], 0
     for name, pairs in MUTANTS.items():
         if word not in name:
