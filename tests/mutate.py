@@ -8,8 +8,8 @@ a sum that should add made to overwrite, the wrong one of two alike. One that su
 test_gradients, test_invariants and test_modes means that a formula could be wrong without anybody
 noticing. A piece that the function does not have exactly once is an error, so the list has to follow
 the code. What changes nothing but speed or the last bit has no place here. Mutants marked PAIRED are
-tried where the CPU has dot products of bf16, those marked ROUND where it has AVX-512's rounding to bf16,
-those marked AMX where it has products of bf16 tiles; elsewhere they are counted as left out.
+tried where the CPU has dot products of bf16, those marked ROUND where it has AVX-512's rounding to bf16
+(UNROUND: where not), those marked AMX where it has products of bf16 tiles; elsewhere they are counted as left out.
 
 All mutants are compiled at once, as copies of their functions beside the original; the environment's
 DPO_MUTANT says which copy is called.
@@ -36,6 +36,7 @@ __attribute__((constructor)) static void dpoi_choose_mutant(void)
 PAIRED = ("__AVX512BF16__", "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC")
 AMX = ("__AMX_BF16__", "__AMXBF16__")
 ROUND = ("__AVX512BF16__",)
+UNROUND = ("not __AVX512BF16__",)
 
 # function: pieces and what becomes of them
 MUTANTS = {
@@ -113,7 +114,7 @@ MUTANTS = {
         ("dpbf16ps(2, 5, 6)", "dpbf16ps(2, 5, 7)", AMX),
         ("_tile_loadd(7, b + DPOI_LINE, ROW)", "_tile_loadd(7, b, ROW)", AMX),
         ("if (!two) continue;", "continue;", AMX),
-        ("_tile_stored(2, c + BELOW, ROW)", "_tile_stored(2, c + BELOW + ROW / 4, ROW)", AMX),
+        ("_tile_stored(2, sum + BELOW, ROW)", "_tile_stored(2, sum + BELOW + ROW / 4, ROW)", AMX),
     ],
     "dpoi_amx_copy": [
         ("if (add) x += *c_vec;", "", AMX),
@@ -142,12 +143,14 @@ MUTANTS = {
         ("in + whole * item", "in"),
     ],
     "dpoi_float_bits": [
-        ("(uint32_t)dpoi_bf16(value) << 16", "(memcpy(&bits, &value, 4), bits & 0xffff0000u)"),
+        ("(uint32_t)dpoi_bf16(value) << 16", "(memcpy(&bits, &value, 4), bits & 0xffff0000u)",
+         UNROUND),
     ],
     "dpoi_round_pairs": [
         ("cvtne2ps_pbh(second, first)", "cvtne2ps_pbh(first, second)", ROUND),
         ("8, 24, 9, 25", "8, 24, 25, 9", ROUND),
         ("if (y) second", "second", ROUND),
+        ("mask_storeu_epi32(out + i, units,", "mask_storeu_epi32(out + i, 0xffff,", ROUND),
     ],
     "dpoi_units_run": [
         ("bits >> 16 |", "bits |", PAIRED),
@@ -663,8 +666,8 @@ MUTANTS = {
     "dpo_backward": [
         ("embeds ? 0 : dpoi_lowest_trained(model)", "0"),
         ("embeds || l > lowest", "1"),
-        ("dpoi_zero(context, w->dx, w->R * C * sizeof *w->dx);", ""),
-        ("dpoi_zero(context, w->dnormed, w->S * C * sizeof *w->dnormed);", ""),
+        ("memset(w->dx, 0, w->R * C * sizeof *w->dx);", ""),
+        ("memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);", ""),
         ("weights->head, (float)config->logit_scale, w->targets", "weights->head, 1.0f, w->targets"),
         ("(float)config->logit_scale, w->targets, w->first_target, w->S)",
          "1.0f, w->targets, w->first_target, w->S)"),
@@ -862,7 +865,7 @@ def find_function(source, name):
 
 def make_mutants(source, word, macros):
     """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Of those
-    that go with PAIRED, ROUND or AMX, one of the macros has to be among `macros`."""
+    that go with PAIRED, AMX and the like, one of the macros has to be among `macros`, or must not."""
     mutants, errors, additions, left_out = [], [], [], 0
     for name, pairs in MUTANTS.items():
         if word not in name:
@@ -877,7 +880,8 @@ def make_mutants(source, word, macros):
             body = function.index("{")
             if function.count(piece, body) != 1:
                 errors.append("%s: found %d times, not once" % (what, function.count(piece, body)))
-            elif wanted and not macros.intersection(*wanted):
+            elif wanted and not any((macro.split()[-1] in macros) == (macro.split()[0] != "not")
+                                    for macro in wanted[0]):
                 left_out += 1
             else:
                 mutants.append(what)

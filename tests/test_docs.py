@@ -103,10 +103,10 @@ class Manual(unittest.TestCase):
 class Mutants(unittest.TestCase):
     def test_follow_the_code(self):
         """make mutate takes minutes to say so."""
-        mutants, _, errors = mutate.make_mutants(read("dpo.h"), "", set(mutate.PAIRED + mutate.AMX))
+        _, _, errors = mutate.make_mutants(read("dpo.h"), "", set())
         self.assertEqual(errors, [])
-        self.assertTrue(f"in {len(mutants)} ways" in read("README.md"),
-                        f"README.md should say: in {len(mutants)} ways")
+        ways = sum(len(pieces) for pieces in mutate.MUTANTS.values())
+        self.assertTrue(f"in {ways} ways" in read("README.md"), f"README.md should say: in {ways} ways")
 
 
 class Readme(unittest.TestCase):
