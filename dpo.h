@@ -121,7 +121,8 @@
        add up in fp32; the residual stream, norms, softmax, losses, adapters and the optimizer stay
        fp32. Full fine-tuning keeps fp32 masters of its weights and fp32 gradients, or rounds both
        to bf16 by chance (`stochastic`). CPUs with a bf16 dot product, with products of bf16 tiles
-       (AMX), and with neither add up in another order, and agree otherwise.
+       (AMX), and with neither add up in another order, and may take what is below 1.2e-38 for 0;
+       they agree otherwise.
        The same inputs, seed, micro-batches and build give the same bits for any number of threads:
        every sum has one order. An example's score does not depend on its neighbours in a batch.
        NaN and infinity are carried, not hidden: training stops before the weights are touched.
@@ -960,8 +961,8 @@ static int dpoi_thread_index(void) { return omp_get_thread_num(); }
 static int dpoi_thread_index(void) { return 0; }
 #endif
 
-/* Elements that a piece of an array has in a parallel loop. Two such buffers must fit the
-   stack of a thread, which is 128 KB with musl. */
+/* Elements that a piece of an array has in a parallel loop. Two such buffers must fit the stack of
+   a thread, which is 128 KB with musl. */
 #define DPOI_PIECE 8192
 
 /* How many threads some elementary operations are worth: starting and joining threads takes
@@ -1282,7 +1283,8 @@ static float dpoi_max(const float *x, size_t n)
    their panels hold units of two bf16, which are as large as a float, so that tile, panels and
    blocking stay as they are and only the innermost line differs. Where there is AMX, an instruction
    takes half a tile of c with 16 such units of k. For other CPUs the panels hold the rounded
-   numbers as floats. The products are the same everywhere; they are added in another order.
+   numbers as floats. The products of normal numbers are the same everywhere; they are added in
+   another order.
    ============================================================================================= */
 
 /* ---- 3.1 the reference ----------------------------------------------------------------------- */
@@ -1422,10 +1424,10 @@ static inline void dpoi_amx_begin(void)
 }
 
 /* sum[TILE_ROWS, TILE_COLS] = a panel times b panel, each of k units, and with `two` the next
-   TILE_ROWS rows from the panel of a that begins a_panel floats further. One product takes 52
+   TILE_ROWS rows from the panel of a that begins a_stride floats further. One product takes 52
    cycles, but one begins every 14: four sums keep the unit busy, and two panels of a share what is
    loaded of b, which comes from the second cache. */
-static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_panel, const float *b,
+static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_stride, const float *b,
                                  size_t k, int two)
 {
     enum { ROW = DPOI_TILE_COLS * sizeof(float), A = DPOI_TILE_ROWS * DPOI_LINE,
@@ -1442,7 +1444,7 @@ static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_panel, con
         _tile_loadd(7, b + DPOI_LINE, ROW);
         _tile_dpbf16ps(1, 4, 7);
         if (!two) continue;
-        _tile_loadd(5, a + a_panel, 64);
+        _tile_loadd(5, a + a_stride, 64);
         _tile_dpbf16ps(2, 5, 6);
         _tile_dpbf16ps(3, 5, 7);
     }
@@ -1453,8 +1455,8 @@ static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_panel, con
     _tile_stored(3, sum + BELOW + DPOI_LINE, ROW);
 }
 
-/* What dpoi_tile_copy of 3.4 does, for whole tiles, which are most, by whole vectors: neither gcc
-   nor clang makes them of it. */
+/* What dpoi_tile_copy of 3.4 does, for whole tiles, which are most, by whole vectors. Products with
+   what gcc makes of that loop, its ends constant, take up to a fifth longer. */
 static inline void dpoi_amx_copy(float *c, size_t ldc, const float *sum /* [rows, TILE_COLS] */,
                                  const float *bias /* [TILE_COLS] or NULL */, int add, size_t rows)
 {
@@ -1614,10 +1616,12 @@ DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t
 
 #if defined(__AVX512BF16__) && !defined(DPO_PLAIN_C)
 #define DPOI_ROUND_PAIRS
-/* dpoi_units from floats by the CPU's own rounding, 32 at a time. It takes numbers too small to be
-   normal (below 1.2e-38) as zeros; so do the dot products of bf16, but for those few that would
-   have been rounded up to the least normal one. */
-DPOI_INLINE void dpoi_round_pairs(float *out, const float *x, const float *y, size_t step, size_t n)
+/* dpoi_units from floats by the CPU's own rounding, 32 at a time: shifts and comparisons take
+   longer than reading memory. Numbers too small to be normal (below 1.2e-38) become zeros; dot
+   products of bf16 take them so anyway, but for those few that would have been rounded up to the
+   least normal one. */
+DPOI_INLINE void dpoi_round_pairs(float *out /* [n] */, const float *x /* [step * n] */,
+                                  const float *y /* [n] or NULL */, size_t step, size_t n)
 {
     static const uint16_t by_turns[32] = { 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
                                            8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
@@ -1642,7 +1646,8 @@ DPOI_INLINE void dpoi_round_pairs(float *out, const float *x, const float *y, si
 }
 #endif
 
-/* The same, or with step 2, for pairs only: units of x[0 .. 2 n), whose pairs lie side by side. */
+/* dpoi_units_run, or with step 2, for pairs only: units of x[0 .. 2 n), whose pairs lie side by
+   side. */
 DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
                             dpo_dtype dtype, dpo_dtype as)
 {
@@ -1757,21 +1762,21 @@ DPOI_INLINE void dpoi_tile_copy(float *c, size_t ldc, const float *sum,
 
 /* c[rows, cols] = (add ? c : 0) + a panel times b panel + bias. A tile over the edge of c is made
    aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so no
-   edge. AMX makes all its tiles aside, and takes up to two panels of a, a_panel floats apart. */
-DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, size_t a_panel,
+   edge. AMX makes all its tiles aside, and takes up to two panels of a, a_stride floats apart. */
+DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, size_t a_stride,
                                    const float *b, const float *bias /* [cols] or NULL */, size_t k,
                                    int add, size_t rows, size_t cols, int pairs)
 {
 #ifdef DPOI_AMX
     if (pairs && dpoi_amx) {
         float sum[2 * DPOI_TILE_ROWS * DPOI_TILE_COLS];
-        dpoi_amx_tile(sum, a, a_panel, b, k, rows > DPOI_TILE_ROWS);
+        dpoi_amx_tile(sum, a, a_stride, b, k, rows > DPOI_TILE_ROWS);
         if (cols == DPOI_TILE_COLS) dpoi_amx_copy(c, ldc, sum, bias, add, rows);
         else dpoi_tile_copy(c, ldc, sum, bias, add, rows, cols);
         return;
     }
 #else
-    (void)a_panel;
+    (void)a_stride;
 #endif
     if ((rows == DPOI_TILE_ROWS && (cols == DPOI_TILE_COLS || cols == DPOI_LANES)) ||
         (rows == DPOI_SHORT_ROWS && cols == DPOI_TILE_COLS)) {
@@ -1840,13 +1845,13 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
             const size_t tiles = dpoi_divide_up(rows, tile_rows) *
                                  dpoi_divide_up(n, DPOI_TILE_COLS);
             const size_t share = next.rows / tiles + 1;
-            const size_t a_panel = dpoi_panel_floats(DPOI_TILE_ROWS, units);
+            const size_t a_stride = dpoi_panel_floats(DPOI_TILE_ROWS, units);
             for (size_t r = 0; r < rows; r += tile_rows) {
                 const float *b_panel = b_panels;
                 for (size_t j = 0; j < n; j += DPOI_TILE_COLS) {
                     dpoi_fetch_rows(&next, share);
                     dpoi_tile_clipped(c + (i + r) * ldc + j, ldc,
-                                      a_panels + r / DPOI_TILE_ROWS * a_panel, a_panel, b_panel,
+                                      a_panels + r / DPOI_TILE_ROWS * a_stride, a_stride, b_panel,
                                       bias && l == 0 ? bias + j : NULL, units, accumulate || l > 0,
                                       DPOI_MIN(rows - r, tile_rows),
                                       DPOI_MIN(n - j, DPOI_TILE_COLS), pairs);

@@ -8,8 +8,9 @@ a sum that should add made to overwrite, the wrong one of two alike. One that su
 test_gradients, test_invariants and test_modes means that a formula could be wrong without anybody
 noticing. A piece that the function does not have exactly once is an error, so the list has to follow
 the code. What changes nothing but speed or the last bit has no place here. Mutants marked PAIRED are
-tried where the CPU has dot products of bf16, those marked ROUND where it has AVX-512's rounding to bf16
-(UNROUND: where not), those marked AMX where it has products of bf16 tiles; elsewhere they are counted as left out.
+tried where the CPU has dot products of bf16, those marked AMX where it has products of bf16 tiles,
+those marked ROUND or UNROUND where it has AVX-512's rounding to bf16 or has not; elsewhere they are
+counted as left out.
 
 All mutants are compiled at once, as copies of their functions beside the original; the environment's
 DPO_MUTANT says which copy is called.
@@ -32,11 +33,12 @@ __attribute__((constructor)) static void dpoi_choose_mutant(void)
 }
 """
 
-# Only of products that multiply bf16 in pairs, or in tiles: these say nothing on other CPUs.
-PAIRED = ("__AVX512BF16__", "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC")
-AMX = ("__AMX_BF16__", "__AMXBF16__")
-ROUND = ("__AVX512BF16__",)
-UNROUND = ("not __AVX512BF16__",)
+# Given the compiler's macros: whether a mutant of products of bf16 is in what this CPU runs.
+def PAIRED(macros): return ROUND(macros) or "__ARM_FEATURE_BF16_VECTOR_ARITHMETIC" in macros
+def AMX(macros): return not macros.isdisjoint(("__AMX_BF16__", "__AMXBF16__"))
+def ROUND(macros): return "__AVX512BF16__" in macros
+def UNROUND(macros): return not ROUND(macros)
+
 
 # function: pieces and what becomes of them
 MUTANTS = {
@@ -94,9 +96,6 @@ MUTANTS = {
         ("(bits & 0x7f800000) == 0x7f800000", "0"),
         ("bits | 0x400000", "bits"),
         ("index * 0x9e3779b97f4a7c15u", "0"),
-    ],
-    "dpoi_zero": [
-        ("memset(piece + streamed, 0, count - streamed);", ""),
     ],
     "dpoi_dot_bf16": [
         ("lane[j] += x[i + j]", "lane[j] -= x[i + j]"),
@@ -174,7 +173,7 @@ MUTANTS = {
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, i, 0)"),
         ("dpoi_submatrix(a, i, l)", "dpoi_submatrix(a, 0, l)"),
         ("c + (i + r) * ldc + j", "c + i * ldc + j"),
-        ("a_panels + r / DPOI_TILE_ROWS * a_panel", "a_panels"),
+        ("a_panels + r / DPOI_TILE_ROWS * a_stride", "a_panels"),
         ("b_panel += dpoi_panel_floats(DPOI_TILE_COLS, units)", "b_panel += 0"),
     ],
     "dpoi_matmul_serial": [
@@ -679,6 +678,9 @@ MUTANTS = {
         ("embeds || l > lowest", "0"),
         ("embeds || l > lowest", "embeds"),
     ],
+    "dpoi_zero": [
+        ("memset(piece + streamed, 0, count - streamed);", ""),
+    ],
     "dpo_model_zero_grad": [
         ("dpoi_zero(model->context, model->grads, model->grad_bytes);", ""),
     ],
@@ -864,8 +866,8 @@ def find_function(source, name):
 
 
 def make_mutants(source, word, macros):
-    """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Of those
-    that go with PAIRED, AMX and the like, one of the macros has to be among `macros`, or must not."""
+    """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Those marked
+    PAIRED, AMX and the like depend on the compiler's `macros`."""
     mutants, errors, additions, left_out = [], [], [], 0
     for name, pairs in MUTANTS.items():
         if word not in name:
@@ -880,8 +882,7 @@ def make_mutants(source, word, macros):
             body = function.index("{")
             if function.count(piece, body) != 1:
                 errors.append("%s: found %d times, not once" % (what, function.count(piece, body)))
-            elif wanted and not any((macro.split()[-1] in macros) == (macro.split()[0] != "not")
-                                    for macro in wanted[0]):
+            elif wanted and not wanted[0](macros):
                 left_out += 1
             else:
                 mutants.append(what)
