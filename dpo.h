@@ -258,8 +258,8 @@ typedef struct dpo_tokenizer {
     dpo_table letters, numbers; // [n, 2] ranges of code points
     dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2]
     int nfc;                    // normalise to NFC first (GPT-NeoX)
-    char unicode[16];           // version of the Unicode tables, such as "14.0.0"
     uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
+    char starts_added[2][256];  // first bytes of added tokens, by stage: 0 raw, 1 normalised text
 } dpo_tokenizer;
 
 /* Reads the tokenizer/... entries of a model file, checking every table. `file` NULL: the smallest
@@ -5419,15 +5419,10 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
 /* ================================================================================================
    9. TEXT
 
-   From files of text to examples of tokens:
-
-       UTF-8        bytes <-> code points
-       tokenizer    text -> normalised text -> words -> byte-pair encoding -> ids, and back
-       JSON         one text, parsed strictly into a flat array of values
-       JSON lines   one record a line, with the line's number for messages
-       examples     records -> prompts and branches, cut to length, dropped and counted by rule
-
-   Text is bytes with a length: it may hold NUL. Every message names the byte, line or file.
+   From files of text to examples of tokens: UTF-8 (9.1); the tokenizer, from text to ids and back
+   (9.2 to 9.4); JSON and JSON lines (9.5, 9.6); and the rules that make prompts and branches of
+   records (9.7). Text is bytes with a length: it may hold NUL. Every message names the byte, line
+   or file.
    ============================================================================================= */
 
 /* ---- 9.1 UTF-8 ------------------------------------------------------------------------------- */
@@ -5563,14 +5558,10 @@ static int dpoi_merge_fits(const dpo_tokenizer *t, const uint32_t *merge)
 /* Checks all that encoding and decoding rely on, so that they need not. A merge that is listed
    twice has its last rank, as in `tokenizers`. */
 static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file,
-                               const dpo_json *info)
+                               const dpo_json_value *flag)
 {
-    const dpo_json_value *flag = dpo_json_member(info, info->values, "nfc");
-    const dpo_json_value *unicode = dpo_json_member(info, info->values, "unicode");
     if (!flag || flag->kind != DPO_JSON_BOOL)
         return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/info");
-    if (unicode && unicode->kind == DPO_JSON_STRING)
-        snprintf(t->unicode, sizeof t->unicode, "%s", info->text.bytes + unicode->string);
     t->nfc = flag->number != 0;
     const size_t merges = dpo_file_find(file, "tokenizer/merges") != NULL, nfc = (size_t)t->nfc;
     const struct {
@@ -5606,13 +5597,17 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
     t->token_bytes = bytes->data;
     const char *wrong = NULL;
     for (uint32_t i = 0; i < 256; i++) {
-        const uint32_t id = t->byte_ids.rows[i];
-        dpoi_text byte = dpoi_token_text(t, id);
-        if (id != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
+        dpoi_text byte = dpoi_token_text(t, t->byte_ids.rows[i]);
+        if (t->byte_ids.rows[i] != DPOI_NONE && (byte.n != 1 || (unsigned char)*byte.bytes != i))
             wrong = "tokenizer/byte_ids";
     }
-    for (size_t i = 0; i < t->added.n; i++)
-        if (!dpoi_token_text(t, t->added.rows[2 * i]).n) wrong = "tokenizer/added";
+    for (size_t i = 0; i < t->added.n; i++) {
+        const uint32_t *added = t->added.rows + 2 * i;
+        const int stage = (added[1] & DPOI_ADDED_NORMALIZED) != 0;
+        dpoi_text token = dpoi_token_text(t, added[0]);
+        if (token.n) t->starts_added[stage][(unsigned char)*token.bytes] = 1;
+        else wrong = "tokenizer/added";
+    }
     for (size_t i = 0; i < t->merges.n; i++)
         if (!dpoi_merge_fits(t, t->merges.rows + 3 * i)) wrong = "tokenizer/merges";
     if (wrong) return dpoi_fail(context, DPOI_DAMAGED, wrong);
@@ -5634,7 +5629,8 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
     if (!info) return 0;
     dpo_json json = { 0 };
     int failed = dpo_json_parse(context, &json, info->data, info->bytes, info->name) ||
-                 dpoi_tokenizer_read(context, tokenizer, file, &json);
+                 dpoi_tokenizer_read(context, tokenizer, file,
+                                     dpo_json_member(&json, json.values, "nfc"));
     dpo_json_free(context, &json);
     if (failed) dpo_tokenizer_free(context, tokenizer);
     return failed;
@@ -5681,7 +5677,6 @@ typedef struct dpoi_encoder {
     dpoi_key *run; size_t n_run, run_capacity;  // starter << 32 | class, place << 32 | code point
     struct dpoi_symbol *symbols; size_t symbol_capacity;        // of a word, see dpoi_encode_word
     uint64_t *tree; size_t tree_capacity;
-    char starts_added[2][256];                                  // first bytes of added tokens
 } dpoi_encoder;
 
 /* Appends a character's full decomposition to the run. Real tables are 3 steps deep; the limit is
@@ -5742,20 +5737,19 @@ static int dpoi_flush_run(dpoi_encoder *e)
 }
 
 /* Replaces text by its form C, which lies in e->normal, unless it is in that form for certain. */
-static int dpoi_normalise(dpoi_encoder *e, const char **text, size_t *n)
+static int dpoi_normalise(dpoi_encoder *e, dpoi_text *text)
 {
     int above = 0;
     size_t length;
-    for (size_t i = 0; i < *n; i++) above |= (unsigned char)(*text)[i] >= 0xCC;     // U+0300 on
+    for (size_t i = 0; i < text->n; i++) above |= (unsigned char)text->bytes[i] >= 0xCC;  // U+0300
     if (!above) return 0;
     e->normal.n = 0;
-    for (size_t i = 0; i < *n; i += length) {
-        uint32_t code = dpoi_utf8_read(*text + i, *n - i, &length);
+    for (size_t i = 0; i < text->n; i += length) {
+        uint32_t code = dpoi_utf8_read(text->bytes + i, text->n - i, &length);
         if ((code < DPOI_FIRST_MARK && dpoi_flush_run(e)) || dpoi_decompose(e, code, 0)) return 1;
     }
     if (dpoi_flush_run(e)) return 1;
-    *text = e->normal.bytes;
-    *n = e->normal.n;
+    *text = (dpoi_text){ e->normal.bytes, e->normal.n };
     return 0;
 }
 
@@ -5773,18 +5767,16 @@ static int dpoi_normalise(dpoi_encoder *e, const char **text, size_t *n)
    Where added tokens overlap, the leftmost match wins, then the longest. No step sees across a
    cut: in GPT-NeoX's "a  b" the two spaces are one token and b has no space before it. */
 
-/* The longest added token of a stage (0 raw, 1 normalised) that text begins with. */
-static size_t dpoi_match_added(const dpoi_encoder *e, uint32_t *id, const char *text, size_t n,
-                               int stage)
+/* The length of the longest added token of a stage that text begins with, or 0. */
+static size_t dpoi_match_added(const dpo_tokenizer *t, uint32_t *id, dpoi_text text, int stage)
 {
-    const dpo_tokenizer *t = e->tokenizer;
     size_t longest = 0;
-    if (!e->starts_added[stage][(unsigned char)text[0]]) return 0;
+    if (!text.n || !t->starts_added[stage][(unsigned char)*text.bytes]) return 0;
     for (size_t i = 0; i < t->added.n; i++) {
         const uint32_t *added = t->added.rows + 2 * i;
         dpoi_text token = dpoi_token_text(t, added[0]);
-        if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && token.n > longest && token.n <= n &&
-            !memcmp(token.bytes, text, token.n)) {
+        if (!(added[1] & DPOI_ADDED_NORMALIZED) == !stage && token.n > longest &&
+            token.n <= text.n && !memcmp(token.bytes, text.bytes, token.n)) {
             longest = token.n;
             *id = added[0];
         }
@@ -5889,24 +5881,20 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
 }
 
 /* Cuts the added tokens of a stage out of text; the gaps go on to the next stage or to words. */
-static int dpoi_encode_stage(dpoi_encoder *e, const char *text, size_t n, int stage)
+static int dpoi_encode_stage(dpoi_encoder *e, dpoi_text text, int stage)
 {
-    size_t gap = 0, matched;    // a gap is text[gap .. i)
-    for (size_t i = 0; i <= n; i += DPOI_MAX(matched, (size_t)1)) {
+    const dpo_tokenizer *t = e->tokenizer;
+    size_t gap = 0, matched, n_word;    // a gap is text[gap .. i)
+    for (size_t i = 0; i <= text.n; i += DPOI_MAX(matched, (size_t)1)) {
         uint32_t id;
-        matched = i < n ? dpoi_match_added(e, &id, text + i, n - i, stage) : 0;
-        if (!matched && i < n) continue;
-        const char *inner = text + gap;
-        size_t n_inner = i - gap, n_word;
-        if (stage == 0) {
-            if ((e->tokenizer->nfc && dpoi_normalise(e, &inner, &n_inner)) ||
-                dpoi_encode_stage(e, inner, n_inner, 1))
-                return 1;
-        } else {
-            for (size_t j = 0; j < n_inner; j += n_word) {
-                n_word = dpoi_word(e->tokenizer, inner + j, n_inner - j);
-                if (dpoi_encode_word(e, inner + j, n_word)) return 1;
-            }
+        dpoi_text rest = { text.bytes + i, text.n - i }, inner = { text.bytes + gap, i - gap };
+        matched = dpoi_match_added(t, &id, rest, stage);
+        if (!matched && rest.n) continue;
+        if (stage == 0 && ((t->nfc && dpoi_normalise(e, &inner)) || dpoi_encode_stage(e, inner, 1)))
+            return 1;
+        for (size_t j = 0; stage == 1 && j < inner.n; j += n_word) {
+            n_word = dpoi_word(t, inner.bytes + j, inner.n - j);
+            if (dpoi_encode_word(e, inner.bytes + j, n_word)) return 1;
         }
         if (matched && dpoi_tokens_append(e->context, e->out, id)) return 1;
         gap = i + matched;
@@ -5924,12 +5912,7 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
     if (bad < n_bytes)
         return dpoi_fail(context, "byte %zu of the text is not UTF-8: save it as UTF-8", bad + 1);
     dpoi_encoder e = { .context = context, .tokenizer = tokenizer, .out = out };
-    for (size_t i = 0; i < tokenizer->added.n; i++) {
-        const uint32_t *added = tokenizer->added.rows + 2 * i;
-        int stage = (added[1] & DPOI_ADDED_NORMALIZED) != 0;
-        e.starts_added[stage][(unsigned char)*dpoi_token_text(tokenizer, added[0]).bytes] = 1;
-    }
-    int failed = n_bytes && dpoi_encode_stage(&e, text, n_bytes, 0);
+    int failed = n_bytes && dpoi_encode_stage(&e, (dpoi_text){ text, n_bytes }, 0);
     if (failed) out->n = n_before;
     dpo_string_free(context, &e.normal);
     dpoi_free(context, e.run);

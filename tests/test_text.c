@@ -206,7 +206,7 @@ static void test_tokenizer(void)
     check_must(dpo_file_open(&context, &file, "tests/fixtures/tokenizer.model.bin", DPO_FILE_MODEL, 1),
                &context);
     check_must(dpo_tokenizer_load(&context, &tokenizer, &file), &context);
-    check(tokenizer.nfc && !strcmp(tokenizer.unicode, "14.0.0"), "Unicode %s", tokenizer.unicode);
+    check(tokenizer.nfc, "the fixture normalises");
     test_vectors(&tokenizer);
     test_words(&tokenizer);
     test_hostile_tables(&file);
