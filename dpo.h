@@ -6003,15 +6003,11 @@ static int dpoi_json_escape(dpoi_parser *p, char **out)
 {
     static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     const char *name = memchr(names, *p->at, sizeof names - 1);
-    if (name) {
-        *(*out)++ = meanings[name - names];
-        p->at++;
-        return 0;
-    }
-    if (*p->at != 'u') return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
-    uint32_t code = dpoi_json_hex(p->at + 1), low;
+    if (!name && *p->at != 'u')
+        return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
+    uint32_t code = name ? (uint32_t)meanings[name - names] : dpoi_json_hex(p->at + 1), low;
     if (code == DPOI_NONE) return dpoi_json_fail(p, "\\u wants four hexadecimal digits");
-    p->at += 5;
+    p->at += name ? 1 : 5;
     if (code - 0xD800 < 0x400 && p->at[0] == '\\' && p->at[1] == 'u' &&
         (low = dpoi_json_hex(p->at + 2) - 0xDC00) < 0x400) {
         code = 0x10000 + ((code - 0xD800) << 10) + low;
@@ -6154,10 +6150,8 @@ static int dpoi_jsonl_read(dpo_context *context, dpo_jsonl *reader, int stop, in
     FILE *stream = reader->stream;
     int c;
     text->n = 0;
-    while ((c = getc_unlocked(stream)) != EOF && c != stop) {
-        if (dpoi_reserve(context, &text->bytes, &text->capacity, text->n + 1, 1)) return 1;
-        text->bytes[text->n++] = (char)c;
-    }
+    while ((c = getc_unlocked(stream)) != EOF && c != stop)
+        if (dpoi_string_append(context, text, &(char){ (char)c }, 1)) return 1;
     if (ferror(stream))
         return dpoi_fail(context, "%s: cannot be read: %s", reader->path, strerror(errno));
     *found = text->n > 0 || c != EOF;
@@ -6169,17 +6163,23 @@ static int dpoi_jsonl_read(dpo_context *context, dpo_jsonl *reader, int stop, in
     return 0;
 }
 
+/* The first character that is not white space, or EOF. */
+static int dpoi_first_character(const dpo_string *text)
+{
+    for (size_t i = 0; i < text->n; i++)
+        if (!memchr(" \t\r\n", text->bytes[i], 4)) return (unsigned char)text->bytes[i];
+    return EOF;
+}
+
 DPO_API int dpo_jsonl_next(dpo_context *context, dpo_jsonl *reader, int *found)
 {
     const dpo_string *line = &reader->buffer;
-    size_t blank;
     do {
         if (dpoi_jsonl_read(context, reader, '\n', found)) return 1;
-        for (blank = 0; blank < line->n && memchr(" \t\r", line->bytes[blank], 3);) blank++;
-    } while (*found && blank == line->n);
+    } while (*found && dpoi_first_character(line) == EOF);
     if (!*found) return 0;
     snprintf(reader->where, sizeof reader->where, "%.480s:%zu", reader->path, reader->line);
-    if (line->bytes[blank] == '{')
+    if (dpoi_first_character(line) == '{')
         return dpo_json_parse(context, &reader->json, line->bytes, line->n, reader->where);
     return dpoi_fail(context, "%s: an object {...} is expected on each line; convert other files "
                      "with `python3 convert.py data`", reader->where);
@@ -6305,26 +6305,6 @@ static int dpoi_add_record(dpoi_loader *l, const dpoi_text *fields, size_t line)
     return 0;
 }
 
-/* Whether a file's name says that it holds JSON lines; some call them .json. */
-static int dpoi_is_jsonl(const char *path)
-{
-    const char *dot = strrchr(path, '.');
-    return dot && (!strcasecmp(dot, ".jsonl") || !strcasecmp(dot, ".ndjson") ||
-                   !strcasecmp(dot, ".json"));
-}
-
-/* Fails if what is to be plain text begins as JSON lines do: under another name they would be
-   trained on as they are written, brackets and all. */
-static int dpoi_check_plain(dpo_context *context, const dpo_jsonl *reader)
-{
-    const dpo_string *text = &reader->buffer;
-    size_t blank = 0;
-    while (blank < text->n && memchr(" \t\r\n", text->bytes[blank], 4)) blank++;
-    if (blank == text->n || text->bytes[blank] != '{') return 0;
-    return dpoi_fail(context, "%s: looks like JSON lines; give it a name that ends in .jsonl "
-                     "(plain text that begins with { can be the {\"text\"} of one)", reader->path);
-}
-
 /* Reads all records, or a file of plain text as one document. */
 static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
 {
@@ -6340,9 +6320,13 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
         if (plain ? dpoi_jsonl_read(l->context, reader, EOF, &found)
                   : dpo_jsonl_next(l->context, reader, &found)) return 1;
         if (!found) break;
-        if (plain && dpoi_check_plain(l->context, reader)) return 1;
         if (plain) fields[1] = (dpoi_text){ reader->buffer.bytes, reader->buffer.n };
         else if (dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
+        // Under another name, JSON lines would be trained on as they are written, brackets and all.
+        if (plain && dpoi_first_character(&reader->buffer) == '{')
+            return dpoi_fail(l->context, "%s: looks like JSON lines; give it a name that ends in "
+                             ".jsonl (plain text that begins with { can be the {\"text\"} of one)",
+                             reader->path);
         if (data->counts.records++ && kind != l->kind)
             return dpoi_fail(l->context, "%s: a record of another kind than those before: split "
                              "the file by kind", reader->where);
@@ -6467,7 +6451,10 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
                          tokenizer->n_tokens);
     dpoi_loader l = { .context = context, .data = data, .tokenizer = tokenizer, .options = options,
         .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
-    int plain = options->use != DPO_USE_PAIRS && !dpoi_is_jsonl(path);
+    const char *dot = strrchr(path, '.');
+    int is_jsonl = dot && (!strcasecmp(dot, ".jsonl") || !strcasecmp(dot, ".ndjson") ||
+                           !strcasecmp(dot, ".json"));    // some call them that
+    int plain = options->use != DPO_USE_PAIRS && !is_jsonl;
     dpo_jsonl reader;
     int failed = dpo_jsonl_open(context, &reader, path) ||
                  dpoi_load_records(&l, &reader, plain) ||
