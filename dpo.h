@@ -6552,10 +6552,10 @@ static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tok
 {
     if (dpoi_lay_out_text(model, tokens, n)) return 1;
     const dpoi_workspace *w = model->workspace;
+    const dpoi_activations a = dpoi_activations_of(model, 0, 0);
     size_t C = model->config.d_model;
     dpoi_embed_rows(model);
     for (size_t l = 0; l < model->config.n_layers; l++) {
-        dpoi_activations a = dpoi_activations_of(model, l, 0);
         dpoi_block_forward(model, l, &a, NULL);
         for (size_t p = 0; p < n; p++)
             dpoi_cache_store(cache, w->qkv + p * 3 * C, dpoi_heads_of(&model->config), l, p);
@@ -6573,10 +6573,8 @@ static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
     w->token[0] = token;
     w->position[0] = (uint32_t)cache->n;
     dpoi_embed_rows(model);
-    for (size_t l = 0; l < model->config.n_layers; l++) {
-        dpoi_activations a = dpoi_activations_of(model, l, 0);
-        dpoi_block_forward(model, l, &a, cache);
-    }
+    const dpoi_activations a = dpoi_activations_of(model, 0, 0);
+    for (size_t l = 0; l < model->config.n_layers; l++) dpoi_block_forward(model, l, &a, cache);
     cache->n++;
     dpoi_next_logits(model, cache, w->x);
 }
@@ -6607,17 +6605,15 @@ static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float 
         choices[v] = (dpoi_choice){ p, (uint32_t)v };
         total += p;
     }
-    size_t n = V;
-    if ((sampling->top_k && sampling->top_k < V) || sampling->top_p < 1) {
+    size_t n = sampling->top_k ? DPOI_MIN(sampling->top_k, V) : V;
+    if (n < V || sampling->top_p < 1) {
         qsort(choices, V, sizeof *choices, dpoi_by_probability);
-        if (sampling->top_k && sampling->top_k < n) n = sampling->top_k;
-        double kept = 0.0, mass = 0.0;
+        double mass = total = 0.0;
         for (size_t i = 0; i < n; i++) mass += choices[i].p;
         for (size_t i = 0; i < n; i++) {
-            kept += choices[i].p;
-            if (kept >= sampling->top_p * mass) n = i + 1;
+            total += choices[i].p;
+            if (total >= sampling->top_p * mass) n = i + 1;
         }
-        total = kept;
     }
     double point = dpo_random_uniform(sampling->seed, DPOI_STREAM_SAMPLING, index) * total;
     for (size_t i = 0; i < n; i++) {
@@ -6629,19 +6625,18 @@ static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float 
 
 /* ---- 10.3 generating text -------------------------------------------------------------------- */
 
-/* Looks for the first stop string in text[from .. n): its place, or n. *held is how many bytes at
-   the end could still become the beginning of one, and must not be shown yet. */
+/* Looks for the first stop string in text[from .. n): its place, or n. Up to *final the text is no
+   part of one, whatever follows, and may be shown. */
 static size_t dpoi_find_stop(const dpo_sampling *sampling, const char *text, size_t from, size_t n,
-                             size_t *held)
+                             size_t *final)
 {
-    *held = 0;
+    *final = n;
     for (size_t i = from; i < n; i++)
         for (size_t k = 0; k < sampling->n_stops; k++) {
             size_t length = strlen(sampling->stops[k]), rest = n - i;
-            if (length && !memcmp(text + i, sampling->stops[k], DPOI_MIN(length, rest))) {
-                if (length <= rest) return i;
-                *held = DPOI_MAX(*held, rest);
-            }
+            if (!length || memcmp(text + i, sampling->stops[k], DPOI_MIN(length, rest))) continue;
+            if (length <= rest) return *final = i;
+            *final = DPOI_MIN(*final, i);
         }
     return n;
 }
@@ -6655,35 +6650,26 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
     if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0))
         return dpoi_fail(context, "generation needs a prompt of at least one token, at least one "
                          "new token, and top_p above 0");
-    for (size_t i = 0; i < n_prompt; i++)
-        if (prompt[i] >= config->vocab_size)
-            return dpoi_fail(context, "prompt token %u is outside the model's vocabulary of %zu",
-                             prompt[i], config->vocab_size);
-    if (n_prompt >= config->context_length) { // the end of the prompt is where the question is
-        size_t cut = n_prompt - DPOI_MAX(config->context_length - 1, (size_t)1);
-        prompt += cut;
-        n_prompt -= cut;
-    }
-    size_t capacity = n_prompt + DPOI_MIN(sampling->max_new_tokens, config->context_length);
-    capacity = DPOI_MIN(capacity, config->context_length);
+    // A long prompt keeps its end, where the question is, and leaves room for a token.
+    const size_t kept = DPOI_MIN(n_prompt, DPOI_MAX(config->context_length - 1, (size_t)1));
+    const size_t room = config->context_length - kept;
+    const size_t capacity = kept + DPOI_MIN(sampling->max_new_tokens, room);
     size_t start = out->n, shown = out->n;
     dpoi_cache cache;
     dpoi_choice *choices = NULL;
     int failed = dpoi_cache_init(&cache, model, capacity) ||
                  dpoi_alloc(context, &choices, config->vocab_size, sizeof *choices) ||
-                 dpoi_prefill(model, &cache, prompt, n_prompt);
+                 dpoi_prefill(model, &cache, prompt + (n_prompt - kept), kept);
     for (size_t i = 0; !failed && i < sampling->max_new_tokens; i++) {
         uint32_t token = dpoi_choose(choices, cache.logits, config->vocab_size, sampling, i);
         if ((int64_t)token == config->eos_id) break;
-        if (token < model->tokenizer.n_tokens)
-            failed = dpo_tokenizer_decode(context, out, &model->tokenizer, &token, 1);
-        size_t held, stop = dpoi_find_stop(sampling, out->bytes, start, out->n, &held);
+        failed = dpo_tokenizer_decode(context, out, &model->tokenizer, &token, 1);
+        size_t final, stop = dpoi_find_stop(sampling, out->bytes, start, out->n, &final);
         int stopped = stop < out->n;
-        if (stopped) out->n = stop;
-        size_t end = stopped ? out->n : out->n - held;
-        if (on_text && end > shown) {
-            on_text(user, out->bytes + shown, end - shown);
-            shown = end;
+        out->n = stop;
+        if (on_text && final > shown) {
+            on_text(user, out->bytes + shown, final - shown);
+            shown = final;
         }
         if (stopped || cache.n == cache.capacity) break;
         if (i + 1 < sampling->max_new_tokens) dpoi_step(model, &cache, token);

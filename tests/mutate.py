@@ -844,9 +844,9 @@ MUTANTS = {
         (" / sampling->temperature", ""),
         ("point -= choices[i].p", "point += choices[i].p"),
         ("sampling->top_p * mass", "sampling->top_p"),
-        ("if (sampling->top_k && sampling->top_k < n) n = sampling->top_k", ""),
+        ("sampling->top_k ? DPOI_MIN(sampling->top_k, V) : V", "V"),
         ("n = i + 1", "n = i"),
-        ("total = kept", ""),
+        ("mass = total = 0.0", "mass = 0.0"),
     ],
 }
 
