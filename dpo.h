@@ -5536,7 +5536,8 @@ static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t ri
 /* Bytes that belong to somebody else. */
 typedef struct dpoi_text { const char *bytes; size_t n; } dpoi_text;
 
-/* A token's bytes; an id that nobody owns has none. */
+/* A token's bytes. Embeddings are padded to round sizes, so a model can produce ids that its
+   tokenizer does not have; they have no text. */
 static dpoi_text dpoi_token_text(const dpo_tokenizer *t, uint32_t id)
 {
     if (id >= t->n_tokens) return (dpoi_text){ "", 0 };
@@ -5921,8 +5922,6 @@ DPO_API int dpo_tokenizer_encode(dpo_context *context, dpo_tokens *out,
     return failed;
 }
 
-/* Embeddings are padded to round sizes, so a model can produce ids that its tokenizer does not
-   have; they have no text. */
 DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
                                  const dpo_tokenizer *tokenizer, const uint32_t *ids, size_t n)
 {
@@ -6267,9 +6266,9 @@ static int dpoi_split_transcripts(dpo_data_counts *counts, dpoi_text *fields)
     static const char turn[] = "\n\nAssistant:";
     size_t n_turn = sizeof turn - 1, n = fields[1].n;
     while (n >= n_turn && memcmp(fields[1].bytes + n - n_turn, turn, n_turn)) n--;
-    size_t *reason = n < n_turn ? &counts->no_prompt : &counts->prompts_differ;
-    if (n < n_turn || fields[2].n < n || memcmp(fields[1].bytes, fields[2].bytes, n))
-        return ++*reason, 0;
+    if (n < n_turn) return ++counts->no_prompt, 0;
+    if (fields[2].n < n || memcmp(fields[1].bytes, fields[2].bytes, n))
+        return ++counts->prompts_differ, 0;
     fields[0] = (dpoi_text){ fields[1].bytes, n };
     for (size_t i = 1; i < 3; i++)
         fields[i] = (dpoi_text){ fields[i].bytes + n, fields[i].n - n };

@@ -508,6 +508,9 @@ static void test_text_windows(void)
     check_must(load(&data, "t.txt", "ab", text), &context);
     check_example(&data, 0, "", "ab$", NULL);
     dpo_data_free(&context, &data);
+    check_must(load(&data, "t.jsonl", "{\"prompt\":\"zz\",\"text\":\"ab\"}\n", text), &context);
+    check_example(&data, 0, "", "ab$", NULL);       // a field of other kinds is none of text's
+    dpo_data_free(&context, &data);
     check_must(load(&data, "t.txt", "a {\n{", text), &context);
     dpo_data_free(&context, &data);
     static const char *const names[] = { "t.ndjson", "t.JSONL", "T.Json" };
