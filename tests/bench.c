@@ -352,8 +352,8 @@ static int run(int threads, float *array, size_t array_floats)
     printf("\n%d thread%s                min  median     max\n", threads, threads > 1 ? "s" : " ");
     const struct { const char *name; double *samples; const char *unit; } rows[] = {
         { "fp32 FMA peak", peak, "GFLOP/s" },
-        { dpoi_amx ? "bf16 tiles (AMX)" : DPOI_UNIT_BF16 == 2 ? "bf16 dot products"
-                                                              : "bf16 by fp32 FMAs", half, "GFLOP/s" },
+        { dpoi_amx ? "bf16 tiles (AMX)"
+                   : DPOI_UNIT_BF16 == 2 ? "bf16 dot products" : "bf16 by fp32 FMAs", half, "GFLOP/s" },
         { "reading memory", reading, "GB/s" }, { "updating memory", updating, "GB/s" } };
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++) {
         double middle = median(rows[i].samples);

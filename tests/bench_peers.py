@@ -316,7 +316,7 @@ def compare_products(options):
     ours, theirs, names = [], [], []
     for _ in range(options.rounds):
         text = subprocess.run([library.PROJECT / "build" / "bench", "products", "quick"], text=True,
-                              stdout=subprocess.PIPE, check=False).stdout   # it fails if one is WRONG
+                              stdout=subprocess.PIPE, check=False).stdout  # it fails if one is WRONG
         text = text[text.rindex("% of peak: median, best (fp32)"):]    # with all threads
         rows = [m for m in map(row.match, text[:text.rindex("layer ")].splitlines()) if m]
         names = [f"{m[1]} | {m[2]} | {m[3]} | {m[4]} | {m[5]}" for m in rows]

@@ -190,8 +190,8 @@ static void check_fill(float *x, size_t n, double size, uint64_t stream)
 
 /* A random model of another size, with more than one chunk of vocabulary. */
 __attribute__((unused))
-static dpo_model check_make_model(dpo_context *context, dpo_architecture architecture, size_t d_model,
-                                  size_t n_layers)
+static dpo_model check_make_model(dpo_context *context, dpo_architecture architecture,
+                                  size_t d_model, size_t n_layers)
 {
     dpo_config config = { .vocab_size = DPOI_CHUNK + 30, .context_length = 140, .d_model = d_model,
                           .n_layers = n_layers, .n_heads = d_model / 8 };

@@ -5,7 +5,8 @@
 
    stdin: per string a u32 length and its bytes. stdout: per string a u32 count and its ids; a count
    of 0xFFFFFFFF says that the string was refused, with the reason on stderr. Little-endian. The
-   last line on stderr is "BYTES bytes, IDS ids, SECONDS s", the processor time of the encoder alone. */
+   last line on stderr is "BYTES bytes, IDS ids, SECONDS s", the processor time of the encoder
+   alone. */
 #define DPO_IMPLEMENTATION
 #include "../dpo.h"
 #include <time.h>
@@ -34,7 +35,8 @@ int main(int argc, char **argv)
         clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &start);
         int failed = dpo_tokenizer_encode(&context, &ids, &tokenizer, text.bytes, length);
         clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &end);
-        seconds += (double)(end.tv_sec - start.tv_sec) + 1e-9 * (double)(end.tv_nsec - start.tv_nsec);
+        seconds += (double)(end.tv_sec - start.tv_sec) +
+                   1e-9 * (double)(end.tv_nsec - start.tv_nsec);
         uint32_t count = failed ? UINT32_MAX : (uint32_t)ids.n;
         if (failed) fprintf(stderr, "%s\n", context.error);
         n_bytes += length;

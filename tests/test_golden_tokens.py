@@ -62,7 +62,8 @@ def main():
             fixture.make_model(folder, 50400)
             model = str(folder / "model.bin")
             subprocess.run([sys.executable, str(HERE.parent / "convert.py"), "import", str(folder),
-                            model], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                            model], check=True, stdout=subprocess.DEVNULL,
+                           stderr=subprocess.DEVNULL)
             for vector, ids in zip(vectors, encode(program, model, texts)):
                 if ids == vector[key]:
                     passed += 1

@@ -189,7 +189,8 @@ static void test_linear(dpo_layout layout, int accumulate)
     float b[OUT], db[OUT];
     size_t conv1d = layout == DPO_CONV1D;
     dpo_tensor weight = { .layout = layout, .dtype = DPO_F32, .grad_dtype = DPO_F32, .n_dims = 2,
-                          .n = IN * OUT, .data = W, .grad = dW, .shape = { conv1d ? IN : OUT, conv1d ? OUT : IN } };
+                          .n = IN * OUT, .data = W, .grad = dW,
+                          .shape = { conv1d ? IN : OUT, conv1d ? OUT : IN } };
     dpo_tensor bias = { .dtype = DPO_F32, .n_dims = 1, .shape = { OUT, 1 }, .n = OUT, .data = b, .grad = db };
     linear a = { y, u, x, &weight, &bias, accumulate };
     check_fill(u, LINEAR_ROWS * OUT, 1, 1);
@@ -353,7 +354,8 @@ static void test_head(void)
     double log_sum[SCORED];
     uint32_t argmax[SCORED];
     dpo_tensor weight = { .layout = DPO_LINEAR, .n_dims = 2, .shape = { VOCABULARY, NARROW },
-                          .dtype = DPO_F32, .grad_dtype = DPO_F32, .n = VOCABULARY * NARROW, .data = W, .grad = dW };
+                          .dtype = DPO_F32, .grad_dtype = DPO_F32, .n = VOCABULARY * NARROW, .data = W,
+                          .grad = dW };
     head a = { h, &weight, log_sum, argmax, logits, NULL };
     check_fill(h, SCORED * NARROW, 1, 1);
     check_fill(W, VOCABULARY * NARROW, 1, 2);

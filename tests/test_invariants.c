@@ -212,8 +212,8 @@ static void test_product(dpo_context *many, size_t m, size_t n, size_t k, int a_
 
 static void test_products(void)
 {
-    static const size_t sizes[][3] = { { 1, 1, 1 }, { 15, 33, 1 }, { 1, 40, 7 }, { 9, 1, 300 }, { 14, 32, 256 },
-        { 15, 33, 257 }, { 8, 64, 31 }, { 30, 70, 0 }, { 129, 100, 530 }, { 3, 600, 65 },
+    static const size_t sizes[][3] = { { 1, 1, 1 }, { 15, 33, 1 }, { 1, 40, 7 }, { 9, 1, 300 },
+        { 14, 32, 256 }, { 15, 33, 257 }, { 8, 64, 31 }, { 30, 70, 0 }, { 129, 100, 530 }, { 3, 600, 65 },
         { 1210, 20, 9 }, { 300, 700, 3 }, { 2500, 20, 3 }, { 10, 40, 2100 },
         { 30, 48, 65 }, // whole tiles half as wide, with 16 lanes
         { 2200, 17, 800 }, { 20, DPOI_BLOCK_COLS + 70, 300 } };  // several blocks

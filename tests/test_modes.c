@@ -615,7 +615,8 @@ static void test_start(int architecture, const check_batch *b)
             mean += u / n;
             square += u * u / n;
         }
-        check(inside && (!is_a || (fabs(mean) < 4 / sqrt(3 * n) && fabs(square - 1 / 3.) < 4 * 0.3 / sqrt(n))),
+        check(inside && (!is_a || (fabs(mean) < 4 / sqrt(3 * n) &&
+                                   fabs(square - 1 / 3.) < 4 * 0.3 / sqrt(n))),
               "%s starts with mean %g, square %g", tensor->name, mean, square);
     }
     dpo_model_free(&plain);
@@ -660,8 +661,8 @@ static void test_merge(int architecture, const check_batch *b)
                     expected += scale * B[out * 4 + r] * A[r * W->lora_a->shape[1] + in];
                 check_worst(&worst, fabs(dpoi_weight_at(tensor, i) - expected));
             }
-            check(!strcmp(W->name, tensor->name) && worst < (A ? 2e-6 : 1e-30), "%s: merged %s is off by %.1e",
-                  name, W->name, worst);
+            check(!strcmp(W->name, tensor->name) && worst < (A ? 2e-6 : 1e-30),
+                  "%s: merged %s is off by %.1e", name, W->name, worst);
         }
         dpo_model_free(&model);
         dpo_model_free(&merged);
@@ -776,11 +777,13 @@ static void test_adapter_errors(void)
         { CONFIG("0", "8", "0", "all-linear"), "r is 0" },
         { CONFIG("1048577", "8", "0", "all-linear"), "r is 1048577" },
         { CONFIG("2.5", "8", "0", "all-linear"), "r is 2.5" },
-        { CONFIG("4", "0", "0", "all-linear"), "alpha 0" }, { CONFIG("4", "-1", "0", "all-linear"), "alpha -1" },
+        { CONFIG("4", "0", "0", "all-linear"), "alpha 0" },
+        { CONFIG("4", "-1", "0", "all-linear"), "alpha -1" },
         { CONFIG("4", "8", "1", "all-linear"), "dropout 1" },
         { CONFIG("4", "8", "-0.5", "all-linear"), "dropout -0.5" },
         { CONFIG("4", "\"8\"", "0", "all-linear"), "alpha is missing or not of its type" },
-        { "{\"r\": 4, \"alpha\": 8}", "dropout is missing" }, { "{\"r\": 4", "byte 8" }, { "[]", "missing" } };
+        { "{\"r\": 4, \"alpha\": 8}", "dropout is missing" }, { "{\"r\": 4", "byte 8" },
+        { "[]", "missing" } };
 #undef CONFIG
     char saved[CHECK_PATH_BYTES], bad[CHECK_PATH_BYTES];
     check_path(saved, "adapter.bin");
@@ -983,8 +986,8 @@ static void test_tiny_updates(void)
             moved += by / n;
             squares += by * by / n;
         }
-        check(fabs(moved - UPDATES * lr) < 4.5 * sqrt(UPDATES / n) / 2 * 0x1p-11, "%s moved by %.3e on average",
-              tensor->name, moved);
+        check(fabs(moved - UPDATES * lr) < 4.5 * sqrt(UPDATES / n) / 2 * 0x1p-11,
+              "%s moved by %.3e on average", tensor->name, moved);
         check(squares - moved * moved > 1e-8, "%s moved all as one", tensor->name);
     }
     dpo_optimizer_free(&model, &adam);

@@ -491,7 +491,8 @@ def test_disk(data, base):
 
 def test_help():
     """Help says of each command what is true of it."""
-    texts = {name: run("./train", name, "--help") for name in ("init", "sft", "dpo", "merge", "plan")}
+    texts = {name: run("./train", name, "--help")
+             for name in ("init", "sft", "dpo", "merge", "plan")}
     for name, option, said in (
             ("dpo", "-d, --data", "pairs, JSON lines (required, except with --resume)"),
             ("sft", "-d, --data", "JSON lines or plain text (required, except with --resume)"),

@@ -363,7 +363,8 @@ static const dpo_data_options wide = { DPO_USE_PAIRS, 200, 100, 0, 0 };
 static void test_pairs(void)
 {
     dpo_data data;
-    check_must(load(&data, "p.jsonl", "{\"extra\":[1],\"chosen\":\" b\",\"prompt\":\"p\",\"rejected\":\" c\"}\n"
+    check_must(load(&data, "p.jsonl",
+                    "{\"extra\":[1],\"chosen\":\" b\",\"prompt\":\"p\",\"rejected\":\" c\"}\n"
                     PAIR("q", "x", "x") PAIR("p", "d", "e") PAIR("p", "", "e") PAIR("p", "e", "")
                     PAIR("a<|endoftext|>", "b", "c") PAIR("a", "b<|endoftext|>", "c") PAIR("", "ab", "c"),
                     pairs), &context);
