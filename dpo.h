@@ -4442,7 +4442,7 @@ typedef struct dpoi_file_record {
 _Static_assert(sizeof(dpoi_file_header) == 64 && sizeof(dpoi_file_record) == 144,
                "the file format has no padding");
 
-#define DPOI_BROKEN ": the file is damaged or cut short; make it again"
+#define DPOI_BROKEN ": the file is damaged or cut short; put a whole copy in its place"
 
 static const char *dpoi_kind_name(uint32_t kind)
 {
@@ -4565,7 +4565,7 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind k
                          dpoi_kind_name(header.kind), dpoi_kind_name(kind));
     if (header.file_bytes != file->bytes)
         return dpoi_fail(context, "%s: %zu bytes long, but its header says %llu: the file was cut "
-                         "short or added to; copy or make it again", path, file->bytes,
+                         "short or added to; put a whole copy in its place", path, file->bytes,
                          (unsigned long long)header.file_bytes);
     const size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
     dpoi_crc_table crc;

@@ -938,11 +938,13 @@ static void settle_best(run *r)
     at->evaluations = at->waited = 0;
 }
 
-/* Fails if a state is whole and says of what other run it is. */
+/* Fails, for a state that was refused, unless it is whole and of this run. */
 static void check_whose_state(const run *r)
 {
     dpo_file file;
-    if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1)) return;
+    if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1))
+        fail("%s; if there is none, begin another run%s", r->context->error, r->bit == DPO
+             ? " (its reference.bin serves as --reference-cache)" : "");
     const dpo_entry *notes = dpo_file_find(&file, "notes");
     const size_t n = notes && notes->bytes > sizeof r->at ? notes->bytes - sizeof r->at : 0;
     char *text = allocate(n + 1, 1);
@@ -962,18 +964,9 @@ static void check_whose_state(const run *r)
 static void load_state(run *r)
 {
     dpo_string notes = {0};
-    int failed = dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes);
-    if (failed) {
-        char error[sizeof r->context->error];
-        memcpy(error, r->context->error, sizeof error);
+    if (dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes)) {
         check_whose_state(r);
-        char *advice = strstr(error, "make it again");      // which no state can be
-        while (advice && advice > error && *advice != ';') advice--;
-        if (advice)
-            fail("%.*s; put a whole copy back if there is one, or begin another run%s",
-                 (int)(advice - error), error, r->bit == DPO
-                 ? " (its reference.bin serves as --reference-cache)" : "");
-        fail("%s", error);
+        fail("%s", r->context->error);
     }
     if (notes.n != sizeof r->at + strlen(r->description) ||
         memcmp(notes.bytes + sizeof r->at, r->description, strlen(r->description)))

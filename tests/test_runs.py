@@ -344,14 +344,15 @@ def test_resume_refusals(data, base):
     model = pathlib.Path(base).read_bytes()
     for n in (len(state) - 10, 80):
         replaced(cut / "state.bin", state[:n], resume, "state.bin", "cut short or added to; put a "
-                 "whole copy back if there is one, or begin another run", "--reference-cache")
+                 "whole copy in its place; if there is none, begin another run", "--reference-cache")
     replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
     leave(begin(base, data, other, *begun, "--seed", "4"), other)
     replaced(cut / "state.bin", (other / "state.bin").read_bytes(), resume, "state.bin",
              "another run", "--seed was 4 there, and is 0 here")
     damaged = bytearray(state)
     damaged[-100] ^= 1
-    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum", "cut short; put a whole")
+    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum",
+             "cut short; put a whole copy", "begin another run")
     hidden = (cut / "reference.bin").rename(cut / "hidden")
     refused(resume, "reference.bin is missing; put it back", "begin another run")
     (cut / "state.bin").unlink()
