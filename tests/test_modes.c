@@ -1260,16 +1260,11 @@ int main(int argc, char **argv)
         test_mapped(a);
         test_start(a, &b);
         test_merge(a, &b);
-        test_targets(a, &b);
         test_backward_products(a, &b);
         test_adapter_files(a, &b);
         test_odd_sizes(a);
         test_threads(a);
         test_kept(a);
-        for (int i = 0; i < MODES; i++) test_plan(a, &modes[i], i % 3 ? DPO_ADAMW : DPO_RMSPROP);
-        mode high = modes[LORA]; // a rank beyond the widths
-        high.lora.r = 150;
-        test_plan(a, &high, DPO_ADAMW);
         static const int resumed[] = { FULL, MASTERS, CHANCE, LORA_DROP };
         for (int i = 0; i < 4; i++) test_state(a, resumed[i]);
         check_free_batch(&b);
@@ -1283,7 +1278,14 @@ int main(int argc, char **argv)
         test_generation(fixtures[i], &modes[LORA]);
         test_generation(fixtures[i], &modes[LORA_DROP]);
     }
-    for (int a = DPO_GPT_NEOX; a <= DPO_BTLM; a++) {
+    for (int a = DPO_GPT_NEOX; a <= DPO_BTLM; a++) { // what takes longest last, for tests/mutate.py
+        check_batch b = check_make_batch(shapes, EXAMPLES, DPOI_CHUNK + 30, 1);
+        test_targets(a, &b);
+        check_free_batch(&b);
+        for (int i = 0; i < MODES; i++) test_plan(a, &modes[i], i % 3 ? DPO_ADAMW : DPO_RMSPROP);
+        mode high = modes[LORA]; // a rank beyond the widths
+        high.lora.r = 150;
+        test_plan(a, &high, DPO_ADAMW);
         unlink(wide[a]);
         unlink(small[a]);
         unlink(wide_f32[a]);
