@@ -4053,12 +4053,9 @@ static size_t dpoi_lowest_trained(const dpo_model *model)
 {
     size_t l = 0;
     for (; l < model->config.n_layers; l++) {
-        const dpoi_block_weights *b = &model->weights->blocks[l];
-        if (dpoi_trains(b->norm1_w, b->norm1_b) || dpoi_trains(b->qkv_w, b->qkv_b) ||
-            dpoi_trains(b->out_w, b->out_b) || dpoi_trains(b->norm2_w, b->norm2_b) ||
-            dpoi_trains(b->up_w, b->up_b) || dpoi_trains(b->gate_w, b->gate_b) ||
-            dpoi_trains(b->down_w, b->down_b))
-            break;
+        const dpoi_block_weights *block = &model->weights->blocks[l];
+        for (const dpo_tensor *part = block->norm1_w; part <= block->down_b; part++)
+            if (dpoi_trains(part, NULL)) return l; // a block's parts stand together in the table
     }
     return l;
 }
@@ -4153,20 +4150,15 @@ DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_ex
     return 0;
 }
 
-/* Lays out one text of which every token becomes a row, by a token behind it that predicts nothing:
-   a branch's last token has no row. */
+/* Lays out one text of which every token becomes a row: as the prompt of a single token more, which
+   has no row. */
 static int dpoi_lay_out_text(dpo_model *model, const uint32_t *tokens, size_t n)
 {
-    uint32_t *longer;
+    const uint32_t last = 0;
+    const dpo_branch branch = { &last, 1, 0 };
+    const dpo_example example = { tokens, n, &branch, 1, 0, 0 };
     if (!n) return dpoi_fail(model->context, "there are no tokens to begin from");
-    if (dpoi_alloc(model->context, &longer, n + 1, sizeof *longer)) return 1;
-    memcpy(longer, tokens, n * sizeof *longer);
-    longer[n] = 0;
-    dpo_branch branch = { longer, n + 1, n };
-    dpo_example example = { .branches = &branch, .n_branches = 1 };
-    int failed = dpoi_lay_out(model, &(dpo_batch){ &example, 1 }, 0);
-    dpoi_free(model->context, longer);
-    return failed;
+    return dpoi_lay_out(model, &(dpo_batch){ &example, 1 }, 0);
 }
 
 DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, size_t n)

@@ -644,10 +644,10 @@ MUTANTS = {
         ("&a, 1, 6, 0)", "&a, 1, 5, 0)"),
     ],
     "dpoi_lowest_trained": [
-        ("dpoi_trains(b->qkv_w, b->qkv_b) ||", ""),
+        ("part = block->norm1_w", "part = block->out_w"),
         ("size_t l = 0;", "size_t l = 1;"),
-        ("dpoi_trains(b->down_w, b->down_b)", "0"),
-        ("dpoi_trains(b->gate_w, b->gate_b) ||", ""),
+        ("part <= block->down_b", "part < block->down_w"),
+        ("part <= block->down_b", "part <= block->up_b"),
     ],
     "dpoi_embed_rows": [
         ("(float)model->config.embedding_scale", "1.0f"),
