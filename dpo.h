@@ -3125,6 +3125,7 @@ static int dpoi_build_table(dpo_model *model)
     const dpo_config *config = &model->config;
     size_t C = config->d_model, L = config->n_layers;
     int btlm = config->architecture == DPO_BTLM;
+    if (model->options.dtype != DPO_BF16) model->options.dtype = DPO_F32;
     if (dpo_config_check(context, config) ||
         // a block's tensors, and A and B of its linear layers
         dpoi_alloc_zeroed(context, &model->tensors, (14 + 10) * L + 6, sizeof *model->tensors) ||
@@ -3167,38 +3168,44 @@ static int dpoi_build_table(dpo_model *model)
    always fp32. Weights that nothing will change and that have the right type already are used where
    they lie, in the mapped file: they take page cache, which the machine can drop, instead of
    memory, and need no reading. All others have a place in model->params. */
-static int dpoi_is_mapped(const dpo_model *model, const dpo_tensor *tensor, const dpo_file *file)
-{
-    const dpo_entry *entry = model->options.frozen && file ? dpo_file_find(file, tensor->name)
-                                                           : NULL;
-    return entry && entry->dtype == tensor->dtype;
-}
 
 static size_t dpoi_aligned(size_t bytes)
 {
     return (bytes + DPOI_ALIGN - 1) / DPOI_ALIGN * DPOI_ALIGN;
 }
 
+/* Bytes of n elements, made whole floats: one may follow. */
+static size_t dpoi_whole_floats(size_t n, dpo_dtype dtype)
+{
+    return (n * dpoi_dtype_bytes(dtype) + 3) / 4 * 4;
+}
+
 typedef struct dpoi_storage { size_t params, masters, largest, state; } dpoi_storage;
 
 /* Bytes for weights in memory, for fp32 masters, of the largest tensor of the file, and of what a
-   training state says of weights. */
-static dpoi_storage dpoi_storage_of(const dpo_model *model, const dpo_file *file)
+   training state says of weights. Tensors get their places in the file and in what is allocated. */
+static dpoi_storage dpoi_storage_of(dpo_model *model, const dpo_file *file)
 {
     dpoi_storage storage = { 0 };
-    const int masters = model->options.dtype == DPO_BF16 && !model->options.stochastic &&
-                        !model->options.frozen;
+    const int frozen = model->options.frozen;
+    const int masters = model->options.dtype == DPO_BF16 && !model->options.stochastic && !frozen;
     for (size_t i = 0; i < model->n_tensors; i++) {
-        const dpo_tensor *tensor = &model->tensors[i];
+        dpo_tensor *tensor = &model->tensors[i];
+        const dpo_entry *entry = file ? dpo_file_find(file, tensor->name) : NULL;
         size_t bytes = tensor->n * dpoi_dtype_bytes(tensor->dtype);
-        if (!dpoi_is_mapped(model, tensor, file)) storage.params += (bytes + 3) / 4 * 4;
+        if (entry) storage.largest = DPOI_MAX(storage.largest, entry->bytes);
+        if (frozen && entry && entry->dtype == tensor->dtype)
+            tensor->data = (void *)(uintptr_t)entry->data;
+        else {
+            if (model->params) tensor->data = (char *)model->params + storage.params;
+            storage.params += dpoi_whole_floats(tensor->n, tensor->dtype);
+        }
         if (masters && tensor->dtype == DPO_BF16) {
-            storage.masters += tensor->n * sizeof(float);
+            if (model->masters) tensor->master = model->masters + storage.masters / sizeof(float);
             bytes = tensor->n * sizeof(float);
+            storage.masters += bytes;
         }
         if (tensor->trainable) storage.state += dpoi_aligned(bytes);
-        const dpo_entry *entry = file ? dpo_file_find(file, tensor->name) : NULL;
-        if (entry) storage.largest = DPOI_MAX(storage.largest, entry->bytes);
     }
     return storage;
 }
@@ -3210,20 +3217,7 @@ static int dpoi_place_tensors(dpo_model *model, const dpo_file *file)
     if (dpoi_alloc(model->context, &model->params, storage.params, 1)) return 1;
     if (storage.masters && dpoi_alloc(model->context, &model->masters, storage.masters, 1))
         return 1;
-    char *place = model->params;
-    float *master = model->masters;
-    for (size_t i = 0; i < model->n_tensors; i++) {
-        dpo_tensor *tensor = &model->tensors[i];
-        if (dpoi_is_mapped(model, tensor, file)) {
-            tensor->data = (void *)(uintptr_t)dpo_file_find(file, tensor->name)->data;
-            continue;
-        }
-        tensor->data = place;
-        place += (tensor->n * dpoi_dtype_bytes(tensor->dtype) + 3) / 4 * 4; // a float may follow
-        if (!storage.masters || tensor->dtype != DPO_BF16) continue;
-        tensor->master = master;
-        master += tensor->n;
-    }
+    dpoi_storage_of(model, file);
     return 0;
 }
 
@@ -3352,6 +3346,7 @@ typedef struct dpoi_workspace {
 
     // The batch as rows. R rows, S of them scored, n_targets tokens to score.
     size_t R, S, n_targets, n_spans, n_branches, n_examples;
+    double pairs;                           // of a query and a key that it sees
     uint32_t *token, *position;             // [R]
     dpoi_span *spans;                       // [n_spans] prompt and branches of each example in turn
     size_t *first_span;                     // [n_examples + 1]
@@ -3389,11 +3384,6 @@ typedef struct dpoi_workspace {
 static int dpoi_shares_set(const dpo_model *model, int keep)
 {
     return !keep || model->options.dtype == DPO_BF16 || model->options.recompute;
-}
-
-static dpo_dtype dpoi_slab_dtype(const dpo_model *model)
-{
-    return model->options.dtype == DPO_BF16 ? DPO_BF16 : DPO_F32;
 }
 
 /* Floats of a row that the slab keeps of a layer; see dpoi_slab_parts. */
@@ -3436,7 +3426,7 @@ static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_
         { &w->attended, sets * C, 4, 0 }, { &w->lse, sums * config->n_heads, 4, 0 },
         { &w->middle, middles * C, 4, 0 }, { &w->up, sets * F, 4, 0 },
         { &w->gate, gated * sets * F, 4, 0 },
-        { &w->slab, slab, dpoi_dtype_bytes(dpoi_slab_dtype(model)), 0 },
+        { &w->slab, slab, dpoi_dtype_bytes(model->options.dtype), 0 },
         { &w->normed, rows * C, 4, 0 }, { &w->branch, rows * C, 4, 0 },
         { &w->activated, rows * F, 4, 0 }, { &w->stats, rows * 2, 4, 0 },
         { &w->dx, kept * C, 4, 0 }, { &w->dqkv, kept * 3 * C, 4, 0 },
@@ -3488,9 +3478,9 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     dpoi_workspace *w = model->workspace;
     if (dpoi_context_reserve(context, dpoi_strip_size(max_span), dpoi_piece_size(model))) return 1;
     size_t kept_rows = keep ? max_rows : 0;
-    if (w && max_rows <= w->max_rows && max_scored <= w->max_scored && kept_rows <= w->kept_rows)
-        return 0;
     if (w) {
+        if (max_rows <= w->max_rows && max_scored <= w->max_scored && kept_rows <= w->kept_rows)
+            return 0;
         max_rows = DPOI_MAX(max_rows, w->max_rows);
         max_scored = DPOI_MAX(max_scored, w->max_scored);
         kept_rows = DPOI_MAX(kept_rows, w->kept_rows);
@@ -3513,17 +3503,16 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
     return 0;
 }
 
-/* Bytes of a tensor's gradient, made whole floats: one may follow. */
-static size_t dpoi_grad_size(const dpo_tensor *tensor)
-{
-    return (tensor->n * dpoi_dtype_bytes(tensor->grad_dtype) + 3) / 4 * 4;
-}
-
-static size_t dpoi_grad_bytes(const dpo_model *model)
+/* Bytes of all gradients, which get their places once they are allocated. */
+static size_t dpoi_grad_bytes(dpo_model *model)
 {
     size_t bytes = 0;
-    for (size_t i = 0; i < model->n_tensors; i++)
-        if (model->tensors[i].trainable) bytes += dpoi_grad_size(&model->tensors[i]);
+    for (size_t i = 0; i < model->n_tensors; i++) {
+        dpo_tensor *tensor = &model->tensors[i];
+        if (!tensor->trainable) continue;
+        if (model->grads) tensor->grad = (char *)model->grads + bytes;
+        bytes += dpoi_whole_floats(tensor->n, tensor->grad_dtype);
+    }
     return bytes;
 }
 
@@ -3534,7 +3523,6 @@ DPO_API void dpo_plan_passes(dpo_plan_options *options, const dpo_example *examp
         size_t taken = dpo_micro_batch(examples, n, micro_rows), rows = 0, scored = 0;
         for (const dpo_example *e = examples; e < examples + taken; e++) {
             rows += dpo_example_rows(e);
-            options->max_span = DPOI_MAX(options->max_span, e->n_prompt);
             for (size_t b = 0; b < e->n_branches; b++) {
                 size_t span = e->n_prompt + e->branches[b].n - 1;
                 scored += e->branches[b].n - e->branches[b].first_scored;
@@ -3567,10 +3555,10 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     memory->weights = storage.params + storage.masters;
     memory->params = model.n_params;
     if (options->train) {
-        size_t moments = options->optimizer == DPO_ADAMW ? 2 : 1;
         memory->trainable = model.n_trainable;
         memory->gradients = dpoi_grad_bytes(&model);
-        memory->optimizer = moments * model.n_trainable * sizeof(float);
+        memory->optimizer = (options->optimizer == DPO_ADAMW ? 2 : 1) * model.n_trainable *
+                            sizeof(float);
         memory->state_file = storage.state + memory->optimizer;
     }
     for (size_t i = 0; i < n; i++)
@@ -3633,6 +3621,7 @@ static void dpoi_add_rows(dpoi_workspace *w, const uint32_t *tokens, size_t n, s
                           size_t n_prefix)
 {
     w->spans[w->n_spans++] = (dpoi_span){ w->R, n, prefix, n_prefix };
+    w->pairs += (double)n * ((double)n_prefix + (double)(n + 1) / 2);
     for (size_t i = 0; i < n; i++) {
         w->token[w->R] = tokens[i];
         w->position[w->R++] = (uint32_t)(n_prefix + i);
@@ -3667,6 +3656,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
     if (dpo_model_reserve(model, size.max_rows, size.max_scored, size.max_span, keep)) return 1;
     dpoi_workspace *w = model->workspace;
     w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
+    w->pairs = 0;
     w->n_examples = batch->n;
     w->keeps = keep;
     w->kept = 0;
@@ -3724,7 +3714,7 @@ static void dpoi_slab_move(dpo_model *model, size_t layer, const dpoi_activation
                            size_t end, int load)
 {
     const size_t C = model->config.d_model, F = model->config.d_ff, R = model->workspace->R;
-    const dpo_dtype dtype = dpoi_slab_dtype(model);
+    const dpo_dtype dtype = model->options.dtype;
     const struct { float *at; size_t width; } parts[] = {
         { a->x, C }, { a->qkv, 3 * C }, { a->attended, C }, { a->up, F },
         { a->middle, a->middle == a->x ? 0 : C }, { a->gate, a->gate ? F : 0 } };
@@ -3760,13 +3750,8 @@ static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer)
     const dpoi_workspace *w = model->workspace;
     double scale = config->attention_scale;
     if (config->attention_scale_by_layer) scale /= (double)(layer + 1);
-    double pairs = 0;
-    for (size_t k = 0; k < w->n_spans; k++) {
-        const dpoi_span *span = &w->spans[k];
-        pairs += (double)span->n * ((double)span->n_prefix + (double)(span->n + 1) / 2);
-    }
     return (dpoi_attention){ dpoi_heads_of(config), (float)scale, w->slopes, w->spans,
-                             w->first_span, w->n_examples, pairs, dpoi_slab_dtype(model) };
+                             w->first_span, w->n_examples, w->pairs, model->options.dtype };
 }
 
 /* y[n] = drop(x), or with `accumulate` y += drop(x). Dropout zeroes numbers by chance and enlarges
@@ -4123,13 +4108,7 @@ DPO_API int dpo_model_zero_grad(dpo_model *model)
     if (!model->grads) {
         model->grad_bytes = dpoi_grad_bytes(model);
         if (dpoi_alloc(model->context, &model->grads, model->grad_bytes, 1)) return 1;
-        char *grad = model->grads;
-        for (size_t i = 0; i < model->n_tensors; i++) {
-            dpo_tensor *tensor = &model->tensors[i];
-            if (!tensor->trainable) continue;
-            tensor->grad = grad;
-            grad += dpoi_grad_size(tensor);
-        }
+        dpoi_grad_bytes(model);
     }
     dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
     dpoi_zero(model->context, model->grads, model->grad_bytes);
@@ -4242,8 +4221,8 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
     dpoi_free(context, squares);
     dpoi_lap(context, DPO_TIME_GRAD_NORM, 0, (double)model->grad_bytes);
     *norm = sqrt(total);
-    if (isfinite(*norm)) return 0;
-    for (size_t t = 0; t < model->n_tensors; t++)
+    // Squares of finite floats do not overflow fp64, so one of them is to blame.
+    for (size_t t = 0; t < model->n_tensors && !isfinite(*norm); t++)
         for (size_t i = 0; model->tensors[t].grad && i < model->tensors[t].n; i++) {
             float buffer;
             if (!isfinite(*dpoi_grad_floats(&model->tensors[t], i, &buffer, 1)))
@@ -4251,8 +4230,7 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
                                  "weights are as they were before this step. A smaller "
                                  "--learning-rate usually helps", model->tensors[t].name, i);
         }
-    return dpoi_fail(context, "the norm of the gradients is not finite; the weights are as they "
-                     "were before this step. A smaller --learning-rate usually helps");
+    return 0;
 }
 
 DPO_API double dpo_clip_scale(double norm, double max_norm)
@@ -4263,7 +4241,6 @@ DPO_API double dpo_clip_scale(double norm, double max_norm)
 
 /* What an update needs besides the arrays. */
 typedef struct dpoi_rule {
-    dpo_optimizer_kind kind;
     float b1, b2, rest1, rest2;     // beta, 1 - beta
     float epsilon, root2, scale;    // root2 = sqrt(1 - beta2^t); scale multiplies gradients
     float keep, rate;               // 1 - lr decay; lr / (1 - beta1^t)
@@ -4275,10 +4252,10 @@ typedef struct dpoi_rule {
    RMSprop (Hinton 2012), which the DPO paper used, as torch computes it but for weight decay, which
    is AdamW's here too:
        v = alpha v + (1 - alpha) g^2,   p -= lr g / (sqrt(v) + epsilon). */
-static void dpoi_update(float *p, const float *grad, float *m, float *v /* [n] */, size_t n,
-                        dpoi_rule rule)
+static void dpoi_update(float *p, const float *grad, float *m /* RMSprop: NULL */,
+                        float *v /* [n] */, size_t n, dpoi_rule rule)
 {
-    if (rule.kind == DPO_ADAMW)
+    if (m)
         for (size_t i = 0; i < n; i++) {
             float g = rule.scale * grad[i];
             m[i] = rule.b1 * m[i] + rule.rest1 * g;
@@ -4325,17 +4302,17 @@ DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, doubl
                          "dpo_optimizer_init");
     double t = (double)++optimizer->step;
     double correction1 = 1 - pow(optimizer->beta1, t), correction2 = 1 - pow(optimizer->beta2, t);
-    dpoi_rule rule = { .kind = optimizer->kind, .b1 = (float)optimizer->beta1,
-        .b2 = (float)optimizer->beta2, .rest1 = (float)(1 - optimizer->beta1),
-        .rest2 = (float)(1 - optimizer->beta2), .epsilon = (float)optimizer->epsilon,
-        .root2 = (float)sqrt(correction2), .scale = (float)scale };
+    dpoi_rule rule = { .b1 = (float)optimizer->beta1, .rest1 = (float)(1 - optimizer->beta1),
+                       .b2 = (float)optimizer->beta2, .rest2 = (float)(1 - optimizer->beta2),
+                       .epsilon = (float)optimizer->epsilon, .root2 = (float)sqrt(correction2),
+                       .scale = (float)scale };
     double bytes = (double)model->grad_bytes; // read and written
     for (size_t k = 0; k < model->n_tensors; k++) {
         const dpo_tensor *tensor = &model->tensors[k];
         if (!tensor->grad) continue;
         double lr = learning_rate * tensor->lr_scale;
         rule.keep = (float)(1 - (tensor->decays ? lr * optimizer->weight_decay : 0.0));
-        rule.rate = (float)(optimizer->kind == DPO_ADAMW ? lr / correction1 : lr);
+        rule.rate = (float)(optimizer->m ? lr / correction1 : lr);
         dpoi_update_tensor(model, optimizer, tensor, rule);
         const double weight_bytes = tensor->dtype == DPO_F32 ? 8 : tensor->master ? 10 : 4;
         bytes += (double)tensor->n * (weight_bytes + (optimizer->m ? 16 : 8));

@@ -538,18 +538,16 @@ MUTANTS = {
         ("lora->alpha > 0 &&", ""),
         ("lora->dropout < 1", "1"),
     ],
-    "dpoi_is_mapped": [
-        ("entry && entry->dtype == tensor->dtype", "0"),
-        ("entry && entry->dtype == tensor->dtype", "entry"),
-        ("model->options.frozen && file", "file"),
-    ],
     "dpoi_tensor_set": [
         ("if (tensor->master)", "if (0)"),
     ],
     "dpoi_storage_of": [
-        ("!model->options.frozen;", "1;"),
+        ("frozen && entry && entry->dtype == tensor->dtype", "0"),
+        ("frozen && entry && entry->dtype == tensor->dtype", "frozen && entry"),
+        ("frozen && entry && entry->dtype == tensor->dtype", "entry && entry->dtype == tensor->dtype"),
+        ("!frozen;", "1;"),
         ("!model->options.stochastic &&", ""),
-        ("storage.masters += tensor->n * sizeof(float);", "storage.masters += 4;"),
+        ("storage.masters += bytes;", "storage.masters += 4;"),
         ("storage.state += dpoi_aligned(bytes)", "storage.state += dpoi_aligned(bytes) / 2"),
     ],
     "dpo_memory_plan": [
