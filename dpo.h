@@ -483,7 +483,7 @@ typedef struct dpo_model {
     uint64_t adapter_identity;  // of the adapter's file; 0: none or a new one
     uint64_t noise_seed, passes;        // of dropout and stochastic rounding; passes that kept
     struct dpoi_weights *weights;       // the table's tensors by role
-    struct dpoi_workspace *workspace;   // activations, allocated by dpo_model_reserve
+    struct dpoi_workspace *workspace;   // buffers for the largest pass so far
 } dpo_model;
 
 /* `options` NULL: fp32, trainable, checksums verified. */
@@ -498,10 +498,6 @@ DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_con
 /* Saves the weights with the adapter, if there is one, folded in, W + scale * B A, tensor by
    tensor: vectors as fp32, matrices as fp32 or bf16. Replaces a file of that name. */
 DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices);
-/* Allocates the buffers for passes of up to that size, so that nothing large is allocated later:
-   max_rows rows, max_scored scored tokens, max_span rows of one prompt with one branch. */
-DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scored, size_t max_span,
-                              int keep);
 DPO_API void dpo_model_free(dpo_model *model);
 DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *name);
 /* Puts a new adapter over a frozen model: A uniform in +-1/sqrt(in), B zero, as PEFT's default. */
@@ -2825,24 +2821,21 @@ DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
     dpo_pair pair = { 0 };
     double beta = options->beta, eps = options->label_smoothing;
     double ratio[2] = { scores[0].logp - reference[0], scores[1].logp - reference[1] };
-    double h = ratio[0] - ratio[1], z = beta * h;
     double weight[2] = { 1.0, -1.0 }; // dh / dlogp
-    double dh = 0.0;
+    for (int k = 0; k < 2; k++)
+        if (options->kind == DPO_LOSS_IPO) weight[k] /= (double)scores[k].n_scored;
+    double h = ratio[0] * weight[0] + ratio[1] * weight[1], z = beta * h;
+    double error = h - 1 / (2 * beta), dh = 0.0;
     switch (options->kind) {
     case DPO_LOSS_SIGMOID: // d/dz -log sigma(z) = -sigma(-z)
         pair.loss = (1 - eps) * dpoi_softplus(-z) + eps * dpoi_softplus(z);
         dh = beta * (eps - dpoi_logistic(-z));
         break;
     case DPO_LOSS_IPO:
-        for (int k = 0; k < 2; k++) weight[k] /= (double)scores[k].n_scored;
-        h = ratio[0] * weight[0] + ratio[1] * weight[1];
-        __attribute__((fallthrough));
-    case DPO_LOSS_IPO_SUM: {
-        double error = h - 1 / (2 * beta);
+    case DPO_LOSS_IPO_SUM:
         pair.loss = error * error;
         dh = 2 * error;
         break;
-    }
     case DPO_LOSS_HINGE:
         pair.loss = z < 1 ? 1 - z : 0.0;
         dh = z < 1 ? -beta : 0.0;
@@ -3118,7 +3111,7 @@ static void dpoi_add_block(dpo_model *model, size_t layer)
     }
 }
 
-/* Builds the table from the config and gives every tensor its place in params. */
+/* Builds the table from the config. */
 static int dpoi_build_table(dpo_model *model)
 {
     dpo_context *context = model->context;
@@ -3395,7 +3388,7 @@ static size_t dpoi_slab_width(const dpo_model *model)
     return C * (config->parallel_residual ? 5 : 6) + config->d_ff * (1 + gated);
 }
 
-/* One list says how large each buffer is, for dpo_model_reserve, which allocates them, and for
+/* One list says how large each buffer is, for dpoi_model_reserve, which allocates them, and for
    dpo_memory_plan, which only adds them up. Passes have up to `rows` rows and `scored` scored ones;
    those that keep, up to `kept` rows. Every branch has a scored token, every example a branch. */
 typedef struct dpoi_buffer { void *at; size_t count, size; int of_head; } dpoi_buffer;
@@ -3470,26 +3463,26 @@ static void dpoi_workspace_free(dpo_model *model)
     model->workspace = NULL;
 }
 
-DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scored, size_t max_span,
-                              int keep)
+/* Makes room for a pass of that size: only the largest so far allocates. */
+static int dpoi_model_reserve(dpo_model *model, const dpo_plan_options *size)
 {
     dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     dpoi_workspace *w = model->workspace;
-    if (dpoi_context_reserve(context, dpoi_strip_size(max_span), dpoi_piece_size(model))) return 1;
-    size_t kept_rows = keep ? max_rows : 0;
+    size_t rows = size->max_rows, scored = size->max_scored, kept = size->kept_rows;
+    if (dpoi_context_reserve(context, dpoi_strip_size(size->max_span), dpoi_piece_size(model)))
+        return 1;
     if (w) {
-        if (max_rows <= w->max_rows && max_scored <= w->max_scored && kept_rows <= w->kept_rows)
-            return 0;
-        max_rows = DPOI_MAX(max_rows, w->max_rows);
-        max_scored = DPOI_MAX(max_scored, w->max_scored);
-        kept_rows = DPOI_MAX(kept_rows, w->kept_rows);
+        if (rows <= w->max_rows && scored <= w->max_scored && kept <= w->kept_rows) return 0;
+        rows = DPOI_MAX(rows, w->max_rows);
+        scored = DPOI_MAX(scored, w->max_scored);
+        kept = DPOI_MAX(kept, w->kept_rows);
     }
     dpoi_workspace_free(model);
     if (dpoi_alloc_zeroed(context, &w, 1, sizeof *w)) return 1;
     model->workspace = w;
     dpoi_buffer list[DPOI_MAX_BUFFERS];
-    size_t n = dpoi_list_buffers(list, w, model, max_rows, max_scored, kept_rows);
+    size_t n = dpoi_list_buffers(list, w, model, rows, scored, kept);
     for (size_t i = 0; i < n; i++)
         if (list[i].count && dpoi_alloc(context, list[i].at, list[i].count, list[i].size)) return 1;
     if (w->rotary)
@@ -3497,9 +3490,9 @@ DPO_API int dpo_model_reserve(dpo_model *model, size_t max_rows, size_t max_scor
                           (float)config->rotary_base);
     for (size_t h = 0; w->slopes && h < config->n_heads; h++)
         w->slopes[h] = dpoi_weight_at(model->weights->slopes, h) / (float)config->alibi_factor;
-    w->max_rows = max_rows;
-    w->max_scored = max_scored;
-    w->kept_rows = kept_rows;
+    w->max_rows = rows;
+    w->max_scored = scored;
+    w->kept_rows = kept;
     return 0;
 }
 
@@ -3653,7 +3646,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
     if (size.max_rows > (size_t)1 << 28)
         return dpoi_fail(context, "%zu tokens in one pass; use a smaller --micro-tokens or "
                          "--max-length", size.max_rows);
-    if (dpo_model_reserve(model, size.max_rows, size.max_scored, size.max_span, keep)) return 1;
+    if (dpoi_model_reserve(model, &size)) return 1;
     dpoi_workspace *w = model->workspace;
     w->R = w->S = w->n_targets = w->n_spans = w->n_branches = 0;
     w->pairs = 0;
@@ -3685,8 +3678,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
 
 /* ---- 6.7 the block --------------------------------------------------------------------------- */
 
-/* What a block computes and its backward needs. Without keeping, the residual stream runs in place:
-   `out` and `middle` are x. */
+/* One layer's. Without keeping, the residual stream runs in place: `out` and `middle` are x. */
 typedef struct dpoi_activations {
     float *x, *attended, *middle, *out;     // [R, C] out: the block's output, the next one's x
     float *qkv;                             // [R, 3C]
@@ -3881,7 +3873,7 @@ static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activa
     dpoi_add(context, a->out, a->middle, w->branch, R * C);
 }
 
-/* Whether a layer or norm of which this is a part trains anything. */
+/* Whether a layer or norm of these parts trains anything. */
 static int dpoi_trains(const dpo_tensor *w, const dpo_tensor *b)
 {
     return (w && (w->grad || w->lora_a)) || (b && b->grad);
@@ -4169,11 +4161,10 @@ DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_o
 {
     *optimizer = (dpo_optimizer){ .kind = kind, .beta1 = 0.9, .epsilon = 1e-8,
                                   .beta2 = kind == DPO_ADAMW ? 0.999 : 0.99 };
-    if (kind == DPO_ADAMW &&
-        dpoi_alloc_zeroed(model->context, &optimizer->m, model->n_trainable, sizeof *optimizer->m))
-        return 1;
-    return dpoi_alloc_zeroed(model->context, &optimizer->v, model->n_trainable,
-                             sizeof *optimizer->v);
+    const size_t n = model->n_trainable;
+    return (kind == DPO_ADAMW &&
+            dpoi_alloc_zeroed(model->context, &optimizer->m, n, sizeof *optimizer->m)) ||
+           dpoi_alloc_zeroed(model->context, &optimizer->v, n, sizeof *optimizer->v);
 }
 
 DPO_API void dpo_optimizer_free(dpo_model *model, dpo_optimizer *optimizer)

@@ -436,8 +436,8 @@ MUTANTS = {
         ("scores[0].logp - reference[0]", "scores[0].logp"),
         ("scores[0].logp - reference[0]", "scores[0].logp + reference[0]"),
         ("scores[1].logp - reference[1]", "scores[1].logp"),
-        ("ratio[0] - ratio[1]", "ratio[0] + ratio[1]"),
-        ("ratio[0] - ratio[1]", "ratio[1] - ratio[0]"),
+        ("ratio[0] * weight[0] + ratio[1] * weight[1]", "ratio[0] * weight[0]"),
+        ("ratio[0] * weight[0] + ratio[1] * weight[1]", "-ratio[0] * weight[0] - ratio[1] * weight[1]"),
         ("z = beta * h", "z = h"),
         ("{ 1.0, -1.0 }", "{ 1.0, 1.0 }"),
         ("{ 1.0, -1.0 }", "{ -1.0, 1.0 }"),
@@ -484,7 +484,7 @@ MUTANTS = {
     ],
 
     # ---- 6 model
-    "dpo_model_reserve": [
+    "dpoi_model_reserve": [
         (" / (float)config->alibi_factor", ""),
     ],
     "dpoi_add_rows": [
