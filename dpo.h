@@ -3335,7 +3335,7 @@ static void dpoi_remove_adapter(dpo_model *model, size_t first)
 typedef struct dpoi_workspace {
     size_t max_rows, max_scored;            // what the buffers can hold in any pass ...
     size_t kept_rows;                       // ... and in one that keeps; 0: none has room to
-    int keeps, kept;                        // whether this pass keeps; whether the last one has
+    int keeps;                              // whether the last pass does, or this one
 
     // The batch as rows. R rows, S of them scored, n_targets tokens to score.
     size_t R, S, n_targets, n_spans, n_branches, n_examples;
@@ -3652,7 +3652,6 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
     w->pairs = 0;
     w->n_examples = batch->n;
     w->keeps = keep;
-    w->kept = 0;
     for (size_t e = 0; e < batch->n; e++) {
         const dpo_example *example = &batch->examples[e];
         size_t prompt = w->R;
@@ -4021,7 +4020,6 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
         score->n_scored++;
         score->greedy &= w->argmax[target->scored] == target->token;
     }
-    w->kept = keep;
     return 0;
 }
 
@@ -4046,7 +4044,7 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     size_t C = config->d_model;
     // Passes of other models of this context may have come between.
     model->context->noise = dpo_random_u64(model->noise_seed, DPOI_STREAM_PASS, model->passes);
-    if (!w || !w->kept || !model->grads || w->n_examples != batch->n)
+    if (!w || !w->keeps || !model->grads || w->n_examples != batch->n)
         return dpoi_fail(model->context, "dpo_backward needs a dpo_forward of the same batch with "
                          "`keep` as the last pass, and dpo_model_zero_grad before it");
     dpoi_lap(context, DPO_TIME_OTHER, 0, 0);

@@ -491,6 +491,7 @@ MUTANTS = {
         ("(uint32_t)(n_prefix + i)", "(uint32_t)i"),
     ],
     "dpoi_lay_out": [
+        ("w->keeps = keep", "w->keeps = 1"),
         ("if (example->branches[b].first_scored == 0)", ""),
         ("DPOI_MAX(branch->first_scored, (size_t)1)", "(size_t)1"),
         ("prompt, example->n_prompt)", "prompt, 0)"),
@@ -660,7 +661,6 @@ MUTANTS = {
         ("score->n_scored++", ""),
         ("score->greedy &=", "score->greedy ="),
         ("== target->token", "!= target->token"),
-        ("w->kept = keep", "w->kept = 1"),
         ("if (keep) model->passes++;", ""),
         ("DPOI_STREAM_PASS, model->passes)", "DPOI_STREAM_PASS, 0)"),
     ],
