@@ -4421,28 +4421,27 @@ static const dpoi_file_record *dpoi_file_records(const dpo_file *file)
     return (const void *)((const char *)file->map + sizeof(dpoi_file_header));
 }
 
-/* Takes n entries from the table, checking each against `place`, the end of the one before it. */
+/* Takes n entries from the table, checking each against `place`, the end of the one before it. Here
+   and below, messages leave the file's path to dpo_file_open. */
 static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, size_t place)
 {
     for (const dpoi_file_record *record = dpoi_file_records(file); file->n_entries < n; record++) {
         const size_t size = dpoi_dtype_bytes((dpo_dtype)record->dtype);
         size_t elements, bytes;
         if (!record->name[0] || !memchr(record->name, 0, sizeof record->name))
-            return dpoi_fail(context, "%s: entry %zu has no valid name" DPOI_BROKEN, file->path,
-                             file->n_entries);
+            return dpoi_fail(context, "entry %zu has no valid name" DPOI_BROKEN, file->n_entries);
         if (record->n_dims < 1 || record->n_dims > 2 || record->layout > DPO_CONV1D || !size ||
             (record->n_dims == 1 && record->shape[1] != 1) ||
             dpoi_multiply(&elements, record->shape[0], record->shape[1]) ||
             dpoi_multiply(&bytes, elements, size) || bytes != record->bytes)
-            return dpoi_fail(context, "%s: entry %s: type, shape and length do not fit each other"
-                             DPOI_BROKEN, file->path, record->name);
+            return dpoi_fail(context, "entry %s: type, shape and length do not fit each other"
+                             DPOI_BROKEN, record->name);
         if (record->offset != dpoi_aligned(place) || record->offset > file->bytes ||
             record->bytes > file->bytes - record->offset)
-            return dpoi_fail(context, "%s: entry %s lies outside the file or over another entry"
-                             DPOI_BROKEN, file->path, record->name);
+            return dpoi_fail(context, "entry %s lies outside the file or over another entry"
+                             DPOI_BROKEN, record->name);
         if (dpo_file_find(file, record->name))
-            return dpoi_fail(context, "%s: entry %s appears twice" DPOI_BROKEN, file->path,
-                             record->name);
+            return dpoi_fail(context, "entry %s appears twice" DPOI_BROKEN, record->name);
         place = record->offset + record->bytes;
         dpo_entry *entry = &file->entries[file->n_entries++];
         *entry = (dpo_entry){ .dtype = (dpo_dtype)record->dtype, .n_dims = record->n_dims,
@@ -4452,8 +4451,7 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, 
         memcpy(entry->name, record->name, sizeof entry->name);
     }
     return place == file->bytes ? 0
-         : dpoi_fail(context, "%s: %zu bytes follow the last entry" DPOI_BROKEN, file->path,
-                     file->bytes - place);
+         : dpoi_fail(context, "%zu bytes follow the last entry" DPOI_BROKEN, file->bytes - place);
 }
 
 /* Lets the machine drop the pages of part of an entry, which come back when they are read again.
@@ -4466,28 +4464,21 @@ static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_byt
     if (to > from) madvise((void *)from, to - from, MADV_DONTNEED);
 }
 
-/* An entry may be as large as all that is trained, so each thread reads it by pieces of so many
-   bytes. */
-#define DPOI_READ ((size_t)4 << 20)
+#define DPOI_READ ((size_t)4 << 20)     // bytes
 
-static uint32_t dpoi_entry_crc(const dpoi_crc_table *table, const dpo_entry *entry)
+/* Copies an entry's data, or with `to` NULL returns its CRC-32. An entry may be as large as all
+   that is trained, so it is read by pieces. */
+static uint32_t dpoi_entry_read(void *to, const dpo_entry *entry, const dpoi_crc_table *table)
 {
     uint32_t crc = 0;
     for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
         const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
-        crc = dpoi_crc(table, crc, (const char *)entry->data + at, n);
+        const char *piece = (const char *)entry->data + at;
+        if (to) memcpy((char *)to + at, piece, n);
+        else crc = dpoi_crc(table, crc, piece, n);
         dpoi_file_release(entry, at, n);
     }
     return crc;
-}
-
-static void dpoi_entry_copy(void *to, const dpo_entry *entry)
-{
-    for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
-        const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
-        memcpy((char *)to + at, (const char *)entry->data + at, n);
-        dpoi_file_release(entry, at, n);
-    }
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
@@ -4497,45 +4488,42 @@ static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const dp
     if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
     for (size_t i = 0; i < file->n_entries; i++)
-        wrong[i] = dpoi_entry_crc(crc, &file->entries[i]) != dpoi_file_records(file)[i].crc;
+        wrong[i] = dpoi_entry_read(NULL, &file->entries[i], crc) != dpoi_file_records(file)[i].crc;
     size_t i = 0;
     while (i < file->n_entries && !wrong[i]) i++;
     dpoi_free(context, wrong);
     return i == file->n_entries ? 0
-         : dpoi_fail(context, "%s: the checksum of %s is wrong" DPOI_BROKEN, file->path,
-                     file->entries[i].name);
+         : dpoi_fail(context, "the checksum of %s is wrong" DPOI_BROKEN, file->entries[i].name);
 }
 
 static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind kind, int verify)
 {
-    dpoi_file_header header;
-    static const char zeros[sizeof header.zeros];
-    const char *path = file->path;
-    if (file->bytes < sizeof header || memcmp(file->map, DPOI_MAGIC, sizeof header.magic))
-        return dpoi_fail(context, "%s: not a dpo.h file; convert checkpoints with "
-                         "`python3 convert.py import HF_DIR model.bin`", path);
-    memcpy(&header, file->map, sizeof header);
-    if (header.version != DPOI_VERSION)
-        return dpoi_fail(context, "%s: file version %u, this program reads version %d; convert the "
-                         "checkpoint again", path, header.version, DPOI_VERSION);
-    if (header.kind != (uint32_t)kind)
-        return dpoi_fail(context, "%s: the file is of the kind \"%s\"; \"%s\" is expected", path,
-                         dpoi_kind_name(header.kind), dpoi_kind_name(kind));
-    if (header.file_bytes != file->bytes)
-        return dpoi_fail(context, "%s: %zu bytes long, but its header says %llu: the file was cut "
-                         "short or added to; put a whole copy in its place", path, file->bytes,
-                         (unsigned long long)header.file_bytes);
-    const size_t table_bytes = (size_t)header.n_entries * sizeof(dpoi_file_record);
+    const dpoi_file_header *header = file->map;
+    static const char zeros[sizeof header->zeros];
+    if (file->bytes < sizeof *header || memcmp(header->magic, DPOI_MAGIC, sizeof header->magic))
+        return dpoi_fail(context, "not a dpo.h file; convert checkpoints with "
+                         "`python3 convert.py import HF_DIR model.bin`");
+    if (header->version != DPOI_VERSION)
+        return dpoi_fail(context, "file version %u, this program reads version %d; convert the "
+                         "checkpoint again", header->version, DPOI_VERSION);
+    if (header->kind != (uint32_t)kind)
+        return dpoi_fail(context, "the file is of the kind \"%s\"; \"%s\" is expected",
+                         dpoi_kind_name(header->kind), dpoi_kind_name(kind));
+    if (header->file_bytes != file->bytes)
+        return dpoi_fail(context, "%zu bytes long, but its header says %llu: the file was cut "
+                         "short or added to; put a whole copy in its place", file->bytes,
+                         (unsigned long long)header->file_bytes);
+    const size_t table_bytes = header->n_entries * sizeof(dpoi_file_record);
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
-    if (memcmp(header.zeros, zeros, sizeof zeros) || header.n_entries > DPOI_MAX_ENTRIES ||
-        header.table_end != sizeof header + table_bytes || header.table_end > file->bytes ||
-        dpoi_crc(&crc, 0, dpoi_file_records(file), table_bytes) != header.table_crc)
-        return dpoi_fail(context, "%s: its table does not fit the header, the file or its checksum"
-                         DPOI_BROKEN, path);
-    file->identity = dpo_hash(DPO_HASH_START, file->map, header.table_end);
-    return dpoi_alloc(context, &file->entries, header.n_entries, sizeof *file->entries) ||
-           dpoi_file_read_table(context, file, header.n_entries, header.table_end) ||
+    if (memcmp(header->zeros, zeros, sizeof zeros) || header->n_entries > DPOI_MAX_ENTRIES ||
+        header->table_end != sizeof *header + table_bytes || header->table_end > file->bytes ||
+        dpoi_crc(&crc, 0, dpoi_file_records(file), table_bytes) != header->table_crc)
+        return dpoi_fail(context, "its table does not fit the header, the file or its checksum"
+                         DPOI_BROKEN);
+    file->identity = dpo_hash(DPO_HASH_START, file->map, header->table_end);
+    return dpoi_alloc(context, &file->entries, header->n_entries, sizeof *file->entries) ||
+           dpoi_file_read_table(context, file, header->n_entries, header->table_end) ||
            (verify && dpoi_file_verify(context, file, &crc));
 }
 
@@ -4545,27 +4533,26 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
     *file = (dpo_file){ 0 };
     snprintf(file->path, sizeof file->path, "%s", path);
     struct stat status;
+    void *map;
+    int failed = 1;
     const int descriptor = open(path, O_RDONLY);
-    int failed = descriptor < 0 || fstat(descriptor, &status);
-    if (failed)
-        dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(errno));
+    if (descriptor < 0 || fstat(descriptor, &status))
+        dpoi_fail(context, "cannot be opened: %s", strerror(errno));
     else if (!S_ISREG(status.st_mode) || status.st_size == 0)
-        failed = dpoi_fail(context, "%s: %s; a file of the kind \"%s\" is expected", path,
-                           S_ISREG(status.st_mode) ? "is empty" : "is not a file",
-                           dpoi_kind_name(kind));
+        dpoi_fail(context, "%s; a file of the kind \"%s\" is expected",
+                  S_ISREG(status.st_mode) ? "is empty" : "is not a file", dpoi_kind_name(kind));
+    else if ((map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0)) ==
+             MAP_FAILED)
+        dpoi_fail(context, "cannot be mapped: %s", strerror(errno));
     else {
-        void *map = mmap(NULL, (size_t)status.st_size, PROT_READ, MAP_PRIVATE, descriptor, 0);
-        if (map == MAP_FAILED)
-            failed = dpoi_fail(context, "%s: cannot be mapped: %s", path, strerror(errno));
-        else {
-            file->map = map;
-            file->bytes = (size_t)status.st_size;
-            failed = dpoi_file_check(context, file, kind, verify);
-        }
+        file->map = map;
+        file->bytes = (size_t)status.st_size;
+        failed = dpoi_file_check(context, file, kind, verify);
     }
     if (descriptor >= 0) close(descriptor);
-    if (failed) dpo_file_close(context, file);
-    return failed;
+    if (!failed) return 0;
+    dpo_file_close(context, file);
+    return dpoi_fail_at(context, path);
 }
 
 DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
@@ -5360,7 +5347,7 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     failed = failed || dpoi_string_append(context, notes, file.entries[n].data,
                                           file.entries[n].bytes);
     for (size_t i = 0; i < n && !failed; i++)
-        dpoi_entry_copy((void *)(uintptr_t)entries[i].data, &file.entries[i]);
+        dpoi_entry_read((void *)(uintptr_t)entries[i].data, &file.entries[i], NULL);
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
         if (model->tensors[i].master)
             dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,
