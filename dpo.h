@@ -4570,55 +4570,50 @@ typedef const void *dpoi_fill(void *user, const dpo_entry *entry, size_t first, 
 #define DPOI_FILL 65536     // elements of such a piece, if a row is not more
 
 /* A rename is on the disk when the directory is. What cannot be synced is not worth a failure. */
-static void dpoi_sync_directory(const char *path)
+static void dpoi_sync_directory(char *path /* of a file in it, cut behind its last slash */)
 {
-    char directory[4096];
-    const char *slash = strrchr(path, '/');
-    const int length = slash ? (int)(slash - path) + 1 : 1;
-    snprintf(directory, sizeof directory, "%.*s", length, slash ? path : ".");
-    const int descriptor = open(directory, O_RDONLY);
+    char *slash = strrchr(path, '/');
+    if (slash) slash[1] = 0;
+    const int descriptor = open(slash ? path : ".", O_RDONLY);
     if (descriptor < 0) return;
     fsync(descriptor);
     close(descriptor);
 }
 
-/* Data in the order of the file, then the header and table that describe it, in front; 0 if all of
-   it was written, -1 if `fill` failed. */
+/* Data in the order of the file, the gaps between left to be zeros, then the header and table that
+   describe it, in front; 0 if all of it was written, -1 if `fill` failed. */
 static int dpoi_file_write_stream(FILE *stream, dpoi_file_header *header,
                                   dpoi_file_record *records, const dpo_entry *entries,
                                   dpoi_fill *fill, void *user)
 {
-    static const char zeros[DPOI_ALIGN];
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
     size_t place = header->table_end = sizeof *header + header->n_entries * sizeof *records;
-    if (fseeko(stream, (off_t)place, SEEK_SET)) return 1;
     for (size_t i = 0; i < header->n_entries; i++) {
         const dpo_entry *entry = &entries[i];
-        size_t rows = entry->data ? 1 : entry->shape[0], step = 1; // data of its own goes at once
-        size_t gap = dpoi_aligned(place) - place;
-        size_t row_bytes = entry->data ? entry->bytes : entry->bytes / DPOI_MAX(rows, (size_t)1);
-        place += gap;
+        const size_t rows = entry->shape[0], row_bytes = entry->bytes / DPOI_MAX(rows, (size_t)1);
+        // Data of its own goes at once.
+        const size_t step = entry->data ? rows : DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
+        place = dpoi_aligned(place);
         records[i] = (dpoi_file_record){ .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
             .layout = entry->layout, .shape = { entry->shape[0], entry->shape[1] },
             .offset = place, .bytes = entry->bytes };
         memcpy(records[i].name, entry->name, sizeof records[i].name);
-        place += entry->bytes;
-        if (fwrite(zeros, 1, gap, stream) != gap) return 1;
-        if (!entry->data) step = DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
-        for (size_t first = 0; first < rows && entry->bytes; first += step) {
-            size_t n = DPOI_MIN(rows - first, step);
+        if (fseeko(stream, (off_t)place, SEEK_SET)) return 1;
+        for (size_t first = 0; first < rows; first += step) {
+            const size_t n = DPOI_MIN(rows - first, step);
             const void *data = entry->data ? entry->data : fill(user, entry, first, n);
             if (!data) return -1;
             records[i].crc = dpoi_crc(&crc, records[i].crc, data, n * row_bytes);
             if (fwrite(data, 1, n * row_bytes, stream) != n * row_bytes) return 1;
         }
+        place += entry->bytes;
     }
     header->file_bytes = place;
     header->table_crc = dpoi_crc(&crc, 0, records, header->n_entries * sizeof *records);
     return fseeko(stream, 0, SEEK_SET) || fwrite(header, sizeof *header, 1, stream) != 1 ||
            fwrite(records, sizeof *records, header->n_entries, stream) != header->n_entries ||
-           fflush(stream) || fsync(fileno(stream));
+           fflush(stream) || ftruncate(fileno(stream), (off_t)place) || fsync(fileno(stream));
 }
 
 static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
@@ -4627,7 +4622,7 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
     char temporary[4096];
     dpoi_file_record *records;
     int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
-    if (length < 0 || (size_t)length >= sizeof temporary)
+    if ((size_t)length >= sizeof temporary)
         return dpoi_fail(context, "%s: the path is too long; give a shorter one", path);
     if (n_entries > DPOI_MAX_ENTRIES)
         return dpoi_fail(context, "%s: a file holds at most %d entries, not %zu", path,
@@ -4645,13 +4640,12 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
         reason = errno;
     }
     dpoi_free(context, records);
-    if (!failed) {
-        dpoi_sync_directory(path);
-        return 0;
-    }
-    if (stream) unlink(temporary);
-    return failed < 0 ? 1 : dpoi_fail(context, "%s: cannot be written: %s; nothing was changed",
-                                      path, strerror(reason));
+    if (!failed) dpoi_sync_directory(temporary);
+    else if (stream) unlink(temporary);
+    if (failed > 0)
+        dpoi_fail(context, "%s: cannot be written: %s; nothing was changed", path,
+                  strerror(reason));
+    return failed != 0;
 }
 
 DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
@@ -4672,10 +4666,10 @@ static dpo_entry dpoi_vector(const char *name, dpo_dtype dtype, const void *data
 /* An entry for a tensor, its data given or NULL, to be filled. */
 static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype, const void *data)
 {
-    dpo_entry entry = { .dtype = dtype, .layout = tensor->layout, .n_dims = tensor->n_dims,
-                        .shape = { tensor->shape[0], tensor->shape[1] }, .data = data,
-                        .bytes = tensor->n * dpoi_dtype_bytes(dtype) };
-    memcpy(entry.name, tensor->name, sizeof entry.name);
+    dpo_entry entry = dpoi_vector(tensor->name, dtype, data, tensor->n);
+    entry.layout = tensor->layout;
+    entry.n_dims = tensor->n_dims;
+    memcpy(entry.shape, tensor->shape, sizeof entry.shape);
     return entry;
 }
 
