@@ -4697,7 +4697,8 @@ static int dpoi_field_read(const dpoi_field *field, void *at, const dpo_json_val
     return fits;
 }
 
-/* Fills a struct from the entry "config" of a file, JSON text. */
+/* Fills a struct from the entry "config" of a file, JSON text. Here and below, messages leave the
+   file's path to the functions of the interface. */
 static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field *fields,
                             const dpo_file *file)
 {
@@ -4706,21 +4707,21 @@ static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field
     const dpo_entry *entry = dpo_file_find(file, "config");
     dpo_json json = { 0 };
     if (!entry || entry->dtype != DPO_U8)
-        return dpoi_fail(context, "%s: has no config: import or make the file again", file->path);
-    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, file->path);
+        return dpoi_fail(context, "has no config: import or make the file again");
+    int failed = dpo_json_parse(context, &json, entry->data, entry->bytes, "config");
     for (const dpoi_field *field = fields; field->name && !failed; field++) {
         const dpo_json_value *value = dpo_json_member(&json, json.values, field->name);
         const char *text = value ? json.text.bytes + value->string : "";
         if (!value || value->kind != kinds[field->kind])
-            failed = dpoi_fail(context, "%s: config: %s is missing or not of its type: import or "
-                               "make the file again", file->path, field->name);
+            failed = dpoi_fail(context, "config: %s is missing or not of its type: import or make "
+                               "the file again", field->name);
         else if (!dpoi_field_read(field, (char *)object + field->offset, value, text))
             failed = value->kind == DPO_JSON_STRING
-                   ? dpoi_fail(context, "%s: config: %s is \"%.40s\" (%zu bytes), which this "
-                               "program does not know or has no room for", file->path, field->name,
-                               text, value->n_string)
-                   : dpoi_fail(context, "%s: config: %s is %g; it must be a whole number, a "
-                               "size 0 or more", file->path, field->name, value->number);
+                   ? dpoi_fail(context, "config: %s is \"%.40s\" (%zu bytes), which this program "
+                               "does not know or has no room for", field->name, text,
+                               value->n_string)
+                   : dpoi_fail(context, "config: %s is %g; it must be a whole number, a size 0 or "
+                               "more", field->name, value->number);
     }
     dpo_json_free(context, &json);
     return failed;
@@ -4732,7 +4733,8 @@ static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *
 {
     for (const dpoi_field *field = fields; field->name; field++) {
         const void *at = (const char *)object + field->offset;
-        char name[80], text[80] = "", *point;
+        const char *string = NULL;
+        char name[80], text[80] = "", *point; // unless it is a string
         snprintf(name, sizeof name, "%s\"%s\": ", field == fields ? "{" : ", ", field->name);
         switch (field->kind) {
         case DPOI_SIZE: snprintf(text, sizeof text, "%zu", *(const size_t *)at); break;
@@ -4743,14 +4745,12 @@ static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *
             break;
         case DPOI_FLAG: snprintf(text, sizeof text, *(const int *)at ? "true" : "false"); break;
         case DPOI_ID: snprintf(text, sizeof text, "%lld", (long long)*(const int64_t *)at); break;
-        case DPOI_CHOICE:
-            snprintf(text, sizeof text, "\"%s\"", field->choices[*(const int *)at]);
-            break;
-        case DPOI_CHARS: break;
+        case DPOI_CHOICE: string = field->choices[*(const int *)at]; break;
+        case DPOI_CHARS: string = at; break;
         }
         if (dpoi_string_append(context, out, name, strlen(name)) ||
-            (field->kind == DPOI_CHARS ? dpo_json_quote(context, out, at, strlen(at))
-                                       : dpoi_string_append(context, out, text, strlen(text))))
+            (string ? dpo_json_quote(context, out, string, strlen(string))
+                    : dpoi_string_append(context, out, text, strlen(text))))
             return 1;
     }
     return dpoi_string_append(context, out, "}", 1);
@@ -4759,38 +4759,41 @@ static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file)
 {
     *config = (dpo_config){ 0 };
-    if (dpoi_fields_read(context, config, dpoi_config_fields, file)) return 1;
-    if (dpo_config_check(context, config)) return dpoi_fail_at(context, file->path);
-    if (config->n_layers > file->n_entries)
-        return dpoi_fail(context, "%s: config: %zu layers, but the file has only %zu entries: "
-                         "import the checkpoint again", file->path, config->n_layers,
-                         file->n_entries);
-    return 0;
+    const int failed = dpoi_fields_read(context, config, dpoi_config_fields, file) ||
+                       dpo_config_check(context, config);
+    return failed && dpoi_fail_at(context, file->path);
+}
+
+/* How many of n numbers are infinite or NaN. */
+static size_t dpoi_count_bad(const float *x, size_t n)
+{
+    size_t bad = 0;
+    for (size_t i = 0; i < n; i++) bad += !isfinite(x[i]);
+    return bad;
 }
 
 /* Makes sure that all of an entry's elements are finite, and puts them into the tensor, unless that
    is mapped. */
-static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_entry *entry,
-                            const char *path)
+static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_entry *entry)
 {
     const size_t n_pieces = tensor->n / DPOI_PIECE + 1;
     size_t *bad, total = 0; // [n_pieces] elements that are not finite
-    if (dpoi_alloc_zeroed(context, &bad, n_pieces, sizeof *bad)) return 1;
+    if (dpoi_alloc(context, &bad, n_pieces, sizeof *bad)) return 1;
     DPOI_PARALLEL_PIECES(dpoi_threads(context, tensor->n))
     for (size_t p = 0; p < n_pieces; p++) {
         float x[DPOI_PIECE];
         const size_t first = p * DPOI_PIECE, n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
         dpoi_widen(x, (const char *)entry->data + first * dpoi_dtype_bytes(entry->dtype),
                    entry->dtype, n);
-        for (size_t i = 0; i < n; i++) bad[p] += !isfinite(x[i]);
+        bad[p] = dpoi_count_bad(x, n);
         if (tensor->data != entry->data) dpoi_tensor_set(tensor, first, x, n);
     }
     for (size_t p = 0; p < n_pieces; p++) total += bad[p];
     dpoi_free(context, bad);
     if (tensor->data != entry->data) dpoi_file_release(entry, 0, entry->bytes);
     return !total ? 0
-         : dpoi_fail(context, "%s: %s has %zu elements that are not finite numbers; the file is "
-                     "damaged or its training diverged", path, entry->name, total);
+         : dpoi_fail(context, "%s has %zu elements that are not finite numbers; the file is "
+                     "damaged or its training diverged", entry->name, total);
 }
 
 /* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for
@@ -4822,15 +4825,14 @@ static int dpoi_match_entries(const dpo_model *model, const dpo_file *file, size
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
         if (!entry && tensor == model->weights->slopes) continue;   // computed instead
         if (!entry)
-            return dpoi_fail(context, "%s: tensor %s is missing: import or make the file again",
-                             file->path, tensor->name);
-        if (entry->dtype != DPO_F32 && entry->dtype != DPO_F16 && entry->dtype != DPO_BF16)
-            return dpoi_fail(context, "%s: tensor %s is not of type f32, f16 or bf16", file->path,
+            return dpoi_fail(context, "tensor %s is missing: import or make the file again",
                              tensor->name);
+        if (entry->dtype != DPO_F32 && entry->dtype != DPO_F16 && entry->dtype != DPO_BF16)
+            return dpoi_fail(context, "tensor %s is not of type f32, f16 or bf16", tensor->name);
         if (entry->n_dims != tensor->n_dims || entry->shape[0] != tensor->shape[0] ||
             entry->shape[1] != tensor->shape[1] || entry->layout != tensor->layout)
-            return dpoi_fail(context, "%s: tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] "
-                             "in layout %d is expected", file->path, tensor->name, entry->shape[0],
+            return dpoi_fail(context, "tensor %s is [%zu, %zu] in layout %d, where [%zu, %zu] in "
+                             "layout %d is expected", tensor->name, entry->shape[0],
                              entry->shape[1], (int)entry->layout, tensor->shape[0],
                              tensor->shape[1], (int)tensor->layout);
     }
@@ -4839,11 +4841,10 @@ static int dpoi_match_entries(const dpo_model *model, const dpo_file *file, size
         if (!strcmp(name, "config") || (first && !strcmp(name, "base")) || dpoi_is_extra(name) ||
             dpo_model_tensor(model, name))
             continue;
-        return first ? dpoi_fail(context, "%s: tensor %s is none of the adapter's target modules "
-                                 "(%s), or half of its pair A and B is missing", file->path, name,
+        return first ? dpoi_fail(context, "tensor %s is none of the adapter's target modules (%s), "
+                                 "or half of its pair A and B is missing", name,
                                  model->lora.targets)
-                     : dpoi_fail(context, "%s: tensor %s does not belong to this architecture",
-                                 file->path, name);
+                     : dpoi_fail(context, "tensor %s does not belong to this architecture", name);
     }
     return 0;
 }
@@ -4856,17 +4857,16 @@ static int dpoi_read_tensors(dpo_model *model, const dpo_file *file, size_t firs
         const dpo_entry *entry = dpo_file_find(file, tensor->name);
         // Looking for what is not finite reads everything, which no_verify is there to avoid.
         if (!entry || (tensor->data == entry->data && model->options.no_verify)) continue;
-        if (dpoi_tensor_read(model->context, tensor, entry, file->path)) return 1;
+        if (dpoi_tensor_read(model->context, tensor, entry)) return 1;
     }
     return 0;
 }
 
+/* Reads the weights and the tokenizer of a model whose config is known. */
 static int dpoi_model_read(dpo_model *model)
 {
     const dpo_file *file = &model->file;
-    if (dpo_config_load(model->context, &model->config, file) || dpoi_build_table(model) ||
-        dpoi_match_entries(model, file, 0))
-        return 1;
+    if (dpoi_build_table(model) || dpoi_match_entries(model, file, 0)) return 1;
     for (size_t i = 0; i < model->n_tensors && model->options.stored; i++) {
         const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
         if (entry) model->tensors[i].dtype = entry->dtype;
@@ -4875,7 +4875,12 @@ static int dpoi_model_read(dpo_model *model)
     dpo_tensor *slopes = model->weights->slopes;
     if (slopes && !dpo_file_find(file, slopes->name))
         dpoi_alibi_slopes(slopes->data, model->config.n_heads);
-    return dpoi_read_tensors(model, file, 0);
+    if (dpoi_read_tensors(model, file, 0) ||
+        dpo_tokenizer_load(model->context, &model->tokenizer, file))
+        return 1;
+    return model->tokenizer.n_tokens <= model->config.vocab_size ? 0
+         : dpoi_fail(model->context, "the tokenizer has %zu tokens, but the model's vocabulary "
+                     "only %zu rows", model->tokenizer.n_tokens, model->config.vocab_size);
 }
 
 DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
@@ -4884,15 +4889,10 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
     *model = (dpo_model){ .context = context };
     if (options) model->options = *options;
     model->options.frozen |= model->options.stored;
-    if (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, !model->options.no_verify))
-        return 1;
-    int failed = dpoi_model_read(model);
-    if (!failed && dpo_tokenizer_load(context, &model->tokenizer, &model->file))
-        failed = dpoi_fail_at(context, path);
-    if (!failed && model->tokenizer.n_tokens > model->config.vocab_size)
-        failed = dpoi_fail(context, "%s: the tokenizer has %zu tokens, but the model's vocabulary "
-                           "only %zu rows", path, model->tokenizer.n_tokens,
-                           model->config.vocab_size);
+    int failed = dpo_file_open(context, &model->file, path, DPO_FILE_MODEL,
+                               !model->options.no_verify) ||
+                 dpo_config_load(context, &model->config, &model->file) ||
+                 (dpoi_model_read(model) && dpoi_fail_at(context, path));
     if (failed) dpo_model_free(model);
     else model->identity = model->file.identity;
     return failed;
@@ -4915,8 +4915,7 @@ static void dpoi_init_weights(dpo_model *model, uint64_t seed)
         for (size_t l = 0; l < config->n_layers; l++)
             if (tensor == weights->blocks[l].out_w || tensor == weights->blocks[l].down_w)
                 deviation = last;
-        size_t length = strlen(tensor->name);
-        float constant = length > 6 && !strcmp(tensor->name + length - 6, "weight") ? 1.0f : 0.0f;
+        float constant = strstr(tensor->name, ".weight") ? 1.0f : 0.0f; // of a vector
         DPOI_PARALLEL_PIECES(dpoi_threads(model->context, tensor->n))
         for (size_t first = 0; first < tensor->n; first += DPOI_PIECE) {
             float x[DPOI_PIECE];
@@ -4938,11 +4937,10 @@ static int dpoi_init_tokenizer(dpo_model *model, const char *path)
     if (path && (dpo_file_open(context, &model->file, path, DPO_FILE_MODEL, 1) ||
                  dpo_config_load(context, &source, &model->file)))
         return 1;
-    if (dpo_tokenizer_load(context, &model->tokenizer, path ? &model->file : NULL))
-        return path ? dpoi_fail_at(context, path) : 1;
-    if (path && !model->tokenizer.n_tokens)
-        return dpoi_fail(context, "%s: has no tokenizer; import it from a checkpoint that has one",
-                         path);
+    int failed = dpo_tokenizer_load(context, &model->tokenizer, path ? &model->file : NULL);
+    if (!failed && !model->tokenizer.n_tokens)
+        failed = dpoi_fail(context, "has no tokenizer; import it from a checkpoint that has one");
+    if (failed) return path ? dpoi_fail_at(context, path) : 1;
     if (config->bos_id == -1) config->bos_id = source.bos_id;
     if (config->eos_id == -1) config->eos_id = source.eos_id;
     if (!config->vocab_size) config->vocab_size = (model->tokenizer.n_tokens + 63) / 64 * 64;
@@ -4989,19 +4987,11 @@ static const dpo_file dpoi_byte_file = {
     .entries = (dpo_entry *)dpoi_byte_entries,
     .n_entries = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
 
-static int dpoi_all_finite(const float *x, size_t n)
-{
-    size_t bad = 0;
-    for (size_t i = 0; i < n; i++) bad += !isfinite(x[i]);
-    return bad == 0;
-}
-
 /* Makes rows of a tensor for a file: its weights, with the adapter's product added, in the entry's
    type. */
 typedef struct dpoi_saving {
     dpo_model *model;
-    float *rows, *product;      // [n, columns] as floats; the same of B A
-    void *out;                  // [n, columns] in the entry's type
+    float *rows; size_t capacity;   // [3, n, columns] as floats; B A; in the entry's type
 } dpoi_saving;
 
 static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t first, size_t n)
@@ -5009,22 +4999,22 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
     dpoi_saving *saving = user;
     dpo_model *model = saving->model;
     const dpo_tensor *W = dpo_model_tensor(model, entry->name), *A = W->lora_a, *B = W->lora_b;
-    const size_t columns = W->shape[1];
-    float *x = saving->rows;
-    dpoi_tensor_get(W, first * columns, x, n * columns);
+    const size_t columns = W->shape[1], size = n * columns;
+    if (dpoi_reserve(model->context, &saving->rows, &saving->capacity, 3 * size, sizeof(float)))
+        return NULL;
+    float *x = saving->rows, *product = x + size, *out = product + size;
+    dpoi_tensor_get(W, first * columns, x, size);
     if (A) { // B A is [out, in], and is transposed for Conv1D
         const float scale = dpoi_lora_scale(&model->lora);
-        dpoi_matrix left = dpoi_rows(B->data, B->shape[1]), right = dpoi_rows(A->data, A->shape[1]);
-        if (W->layout == DPO_CONV1D) {
-            left = dpoi_transposed(dpoi_rows(A->data, A->shape[1]));
-            right = dpoi_transposed(dpoi_rows(B->data, B->shape[1]));
-        }
-        dpoi_matmul(model->context, saving->product, columns, dpoi_submatrix(left, first, 0), right,
-                    n, columns, model->lora.r, 0, DPO_F32);
-        for (size_t i = 0; i < n * columns; i++) x[i] += scale * saving->product[i];
+        const int turned = W->layout == DPO_CONV1D;
+        dpoi_matrix left = turned ? dpoi_weight(A) : dpoi_rows(B->data, B->shape[1]);
+        dpoi_matrix right = turned ? dpoi_weight(B) : dpoi_rows(A->data, A->shape[1]);
+        dpoi_matmul(model->context, product, columns, dpoi_submatrix(left, first, 0), right, n,
+                    columns, model->lora.r, 0, DPO_F32);
+        for (size_t i = 0; i < size; i++) x[i] += scale * product[i];
     }
-    dpoi_narrow(saving->out, entry->dtype, x, n * columns);
-    if (dpoi_all_finite(x, n * columns)) return saving->out;
+    dpoi_narrow(out, entry->dtype, x, size);
+    if (!dpoi_count_bad(x, size)) return out;
     dpoi_fail(model->context, "%s is not finite, so nothing was saved; a lower --learning-rate may "
               "help", W->name);
     return NULL;
@@ -5057,16 +5047,10 @@ DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrice
     dpo_string config = { 0 };
     dpo_entry *entries = NULL;
     dpoi_saving saving = { .model = model };
-    size_t piece = DPOI_FILL; // elements, or a whole row if that is more
-    for (size_t i = 0; i < model->n_tensors; i++)
-        piece = DPOI_MAX(piece, model->tensors[i].shape[1]);
     int failed = dpoi_fields_write(context, &config, &model->config, dpoi_config_fields) ||
                  dpoi_alloc(context, &entries, 1 + model->n_tensors + model->file.n_entries +
-                            dpoi_byte_file.n_entries, sizeof *entries) ||
-                 dpoi_alloc(context, &saving.rows, piece, 3 * sizeof(float));
+                            dpoi_byte_file.n_entries, sizeof *entries);
     if (!failed) {
-        saving.product = saving.rows + piece;
-        saving.out = saving.rows + 2 * piece;
         size_t n = dpoi_list_entries(model, entries, &config, matrices);
         failed = dpoi_file_write(context, path, DPO_FILE_MODEL, entries, n, dpoi_fill_tensor,
                                  &saving);
@@ -5125,10 +5109,12 @@ DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *
     if (!dpo_file_find(file, "config") || !base || base->dtype != DPO_U64 || base->bytes != 8)
         return dpoi_fail(context, "%s: has no config or base: make the adapter again", file->path);
     memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
-    return dpoi_fields_read(context, lora, dpoi_lora_fields, file);
+    return dpoi_fields_read(context, lora, dpoi_lora_fields, file) &&
+           dpoi_fail_at(context, file->path);
 }
 
-/* Adds the adapter's tensors to the table, with memory for them. */
+/* Adds the adapter's tensors to the table, with memory for them, and reads them if there is a file;
+   leaves nothing if that fails. */
 static int dpoi_lora_add(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
 {
     dpo_context *context = model->context;
@@ -5136,14 +5122,17 @@ static int dpoi_lora_add(dpo_model *model, const dpo_lora *lora, const dpo_file 
     if (!model->options.frozen || model->lora.r || model->grads || model->workspace)
         return dpoi_fail(context, "an adapter goes over a model that was loaded as frozen, has "
                          "none yet, and has not been used");
-    if (dpoi_add_adapters(model, lora, file) ||
-        dpoi_alloc(context, &model->adapter, model->n_trainable, sizeof *model->adapter)) {
-        dpoi_remove_adapter(model, first);
-        return 1;
-    }
-    for (size_t i = first; i < model->n_tensors; i++)
+    const dpo_entry *original = file ? dpo_file_find(file, DPOI_PEFT_CONFIG) : NULL;
+    int failed = dpoi_add_adapters(model, lora, file) ||
+                 dpoi_alloc(context, &model->adapter, model->n_trainable, sizeof *model->adapter);
+    for (size_t i = first; i < model->n_tensors && !failed; i++)
         model->tensors[i].data = model->adapter + model->tensors[i].offset;
-    return 0;
+    failed = failed || (file && (dpoi_match_entries(model, file, first) ||
+                                 dpoi_read_tensors(model, file, first))) ||
+             (original && dpoi_string_append(context, &model->adapter_config, original->data,
+                                             original->bytes));
+    if (failed) dpoi_remove_adapter(model, first);
+    return failed;
 }
 
 DPO_API int dpo_lora_init(dpo_model *model, const dpo_lora *lora, uint64_t seed)
@@ -5173,21 +5162,12 @@ DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, cons
 DPO_API int dpo_lora_load(dpo_model *model, const char *path)
 {
     dpo_context *context = model->context;
-    const size_t first = model->n_tensors;
     dpo_file file;
     dpo_lora lora;
     if (dpo_file_open(context, &file, path, DPO_FILE_ADAPTER, 1)) return 1;
     int failed = dpo_lora_read(context, &lora, &file) ||
-                 dpo_lora_check_base(context, &lora, path, model->identity);
-    if (!failed && dpoi_lora_add(model, &lora, &file)) failed = dpoi_fail_at(context, path);
-    if (!failed) {
-        const dpo_entry *original = dpo_file_find(&file, DPOI_PEFT_CONFIG);
-        failed = dpoi_match_entries(model, &file, first) ||
-                 dpoi_read_tensors(model, &file, first) ||
-                 (original && dpoi_string_append(context, &model->adapter_config, original->data,
-                                                 original->bytes));
-        if (failed) dpoi_remove_adapter(model, first);
-    }
+                 dpo_lora_check_base(context, &lora, path, model->identity) ||
+                 (dpoi_lora_add(model, &lora, &file) && dpoi_fail_at(context, path));
     if (!failed) model->adapter_identity = file.identity;
     dpo_file_close(context, &file);
     return failed;
@@ -5204,7 +5184,7 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
     const size_t n_base = strlen(base_path);
     size_t n = 0;
     if (!lora.r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
-    if (!dpoi_all_finite(model->adapter, model->n_trainable))
+    if (dpoi_count_bad(model->adapter, model->n_trainable))
         return dpoi_fail(context, "%s: the adapter is not finite, so nothing was saved; a lower "
                          "--learning-rate may help", path);
     const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
