@@ -4383,19 +4383,20 @@ static uint32_t dpoi_crc(const dpoi_crc_table *table, uint32_t before, const voi
 #define DPOI_VERSION 1
 #define DPOI_MAX_ENTRIES 16384      // far more than any model has tensors
 
+typedef struct dpoi_file_record {
+    char name[DPO_NAME_BYTES];
+    uint32_t dtype, n_dims, layout, crc;
+    uint64_t shape[2], offset, bytes;
+} dpoi_file_record;
+
 typedef struct dpoi_file_header {
     char magic[8];
     uint32_t version, kind;
     uint64_t file_bytes, table_end;
     uint32_t n_entries, table_crc;
     char zeros[24];
+    dpoi_file_record table[];
 } dpoi_file_header;
-
-typedef struct dpoi_file_record {
-    char name[DPO_NAME_BYTES];
-    uint32_t dtype, n_dims, layout, crc;
-    uint64_t shape[2], offset, bytes;
-} dpoi_file_record;
 
 _Static_assert(sizeof(dpoi_file_header) == 64 && sizeof(dpoi_file_record) == 144,
                "the file format has no padding");
@@ -4416,16 +4417,14 @@ DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
     return NULL;
 }
 
-static const dpoi_file_record *dpoi_file_records(const dpo_file *file)
+/* Takes the entries from the table, checking each. Here and below, messages leave the file's path
+   to dpo_file_open. */
+static int dpoi_file_read_table(dpo_context *context, dpo_file *file)
 {
-    return (const void *)((const char *)file->map + sizeof(dpoi_file_header));
-}
-
-/* Takes n entries from the table, checking each against `place`, the end of the one before it. Here
-   and below, messages leave the file's path to dpo_file_open. */
-static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, size_t place)
-{
-    for (const dpoi_file_record *record = dpoi_file_records(file); file->n_entries < n; record++) {
+    const dpoi_file_header *header = file->map;
+    size_t place = header->table_end; // the end of the entry before
+    while (file->n_entries < header->n_entries) {
+        const dpoi_file_record *record = &header->table[file->n_entries];
         const size_t size = dpoi_dtype_bytes((dpo_dtype)record->dtype);
         size_t elements, bytes;
         if (!record->name[0] || !memchr(record->name, 0, sizeof record->name))
@@ -4482,18 +4481,18 @@ static uint32_t dpoi_entry_read(void *to, const dpo_entry *entry, const dpoi_crc
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
-static int dpoi_file_verify(dpo_context *context, const dpo_file *file, const dpoi_crc_table *crc)
+static int dpoi_file_verify(dpo_context *context, dpo_file *file, const dpoi_crc_table *crc)
 {
-    char *wrong; // [n_entries]
-    if (dpoi_alloc_zeroed(context, &wrong, file->n_entries, 1)) return 1;
+    const dpoi_file_header *header = file->map;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
     for (size_t i = 0; i < file->n_entries; i++)
-        wrong[i] = dpoi_entry_read(NULL, &file->entries[i], crc) != dpoi_file_records(file)[i].crc;
-    size_t i = 0;
-    while (i < file->n_entries && !wrong[i]) i++;
-    dpoi_free(context, wrong);
-    return i == file->n_entries ? 0
-         : dpoi_fail(context, "the checksum of %s is wrong" DPOI_BROKEN, file->entries[i].name);
+        if (dpoi_entry_read(NULL, &file->entries[i], crc) != header->table[i].crc)
+            file->entries[i].data = NULL; // a mark
+    for (size_t i = 0; i < file->n_entries; i++)
+        if (!file->entries[i].data)
+            return dpoi_fail(context, "the checksum of %s is wrong" DPOI_BROKEN,
+                             file->entries[i].name);
+    return 0;
 }
 
 static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind kind, int verify)
@@ -4518,12 +4517,12 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind k
     dpoi_crc_fill(&crc);
     if (memcmp(header->zeros, zeros, sizeof zeros) || header->n_entries > DPOI_MAX_ENTRIES ||
         header->table_end != sizeof *header + table_bytes || header->table_end > file->bytes ||
-        dpoi_crc(&crc, 0, dpoi_file_records(file), table_bytes) != header->table_crc)
+        dpoi_crc(&crc, 0, header->table, table_bytes) != header->table_crc)
         return dpoi_fail(context, "its table does not fit the header, the file or its checksum"
                          DPOI_BROKEN);
     file->identity = dpo_hash(DPO_HASH_START, file->map, header->table_end);
     return dpoi_alloc(context, &file->entries, header->n_entries, sizeof *file->entries) ||
-           dpoi_file_read_table(context, file, header->n_entries, header->table_end) ||
+           dpoi_file_read_table(context, file) ||
            (verify && dpoi_file_verify(context, file, &crc));
 }
 
@@ -4580,66 +4579,65 @@ static void dpoi_sync_directory(char *path /* of a file in it, cut behind its la
     close(descriptor);
 }
 
-/* Data in the order of the file, the gaps between left to be zeros, then the header and table that
-   describe it, in front; 0 if all of it was written, -1 if `fill` failed. */
-static int dpoi_file_write_stream(FILE *stream, dpoi_file_header *header,
-                                  dpoi_file_record *records, const dpo_entry *entries,
-                                  dpoi_fill *fill, void *user)
+static int dpoi_write_at(FILE *stream, size_t place, const void *data, size_t n_bytes)
 {
+    return fseeko(stream, (off_t)place, SEEK_SET) || fwrite(data, 1, n_bytes, stream) != n_bytes;
+}
+
+/* Each entry's data, behind it its record, in the table, and at last the header in front; the gaps
+   are left to be zeros. 0 if all of it was written, -1 if `fill` failed. */
+static int dpoi_file_write_stream(FILE *stream, dpo_file_kind kind, const dpo_entry *entries,
+                                  size_t n_entries, dpoi_fill *fill, void *user)
+{
+    dpoi_file_header header = { .version = DPOI_VERSION, .kind = (uint32_t)kind,
+                                .n_entries = (uint32_t)n_entries };
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
-    size_t place = header->table_end = sizeof *header + header->n_entries * sizeof *records;
-    for (size_t i = 0; i < header->n_entries; i++) {
+    memcpy(header.magic, DPOI_MAGIC, sizeof header.magic);
+    header.file_bytes = header.table_end = sizeof header + n_entries * sizeof(dpoi_file_record);
+    for (size_t i = 0; i < n_entries; i++) {
         const dpo_entry *entry = &entries[i];
         const size_t rows = entry->shape[0], row_bytes = entry->bytes / DPOI_MAX(rows, (size_t)1);
         // Data of its own goes at once.
         const size_t step = entry->data ? rows : DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
-        place = dpoi_aligned(place);
-        records[i] = (dpoi_file_record){ .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
+        dpoi_file_record record = { .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
             .layout = entry->layout, .shape = { entry->shape[0], entry->shape[1] },
-            .offset = place, .bytes = entry->bytes };
-        memcpy(records[i].name, entry->name, sizeof records[i].name);
-        if (fseeko(stream, (off_t)place, SEEK_SET)) return 1;
+            .offset = dpoi_aligned(header.file_bytes), .bytes = entry->bytes };
+        memcpy(record.name, entry->name, sizeof record.name);
         for (size_t first = 0; first < rows; first += step) {
-            const size_t n = DPOI_MIN(rows - first, step);
+            const size_t n = DPOI_MIN(rows - first, step), n_bytes = n * row_bytes;
             const void *data = entry->data ? entry->data : fill(user, entry, first, n);
             if (!data) return -1;
-            records[i].crc = dpoi_crc(&crc, records[i].crc, data, n * row_bytes);
-            if (fwrite(data, 1, n * row_bytes, stream) != n * row_bytes) return 1;
+            record.crc = dpoi_crc(&crc, record.crc, data, n_bytes);
+            if (dpoi_write_at(stream, record.offset + first * row_bytes, data, n_bytes)) return 1;
         }
-        place += entry->bytes;
+        header.file_bytes = record.offset + record.bytes;
+        header.table_crc = dpoi_crc(&crc, header.table_crc, &record, sizeof record);
+        if (dpoi_write_at(stream, sizeof header + i * sizeof record, &record, sizeof record))
+            return 1;
     }
-    header->file_bytes = place;
-    header->table_crc = dpoi_crc(&crc, 0, records, header->n_entries * sizeof *records);
-    return fseeko(stream, 0, SEEK_SET) || fwrite(header, sizeof *header, 1, stream) != 1 ||
-           fwrite(records, sizeof *records, header->n_entries, stream) != header->n_entries ||
-           fflush(stream) || ftruncate(fileno(stream), (off_t)place) || fsync(fileno(stream));
+    return dpoi_write_at(stream, 0, &header, sizeof header) || fflush(stream) ||
+           ftruncate(fileno(stream), (off_t)header.file_bytes) || fsync(fileno(stream));
 }
 
 static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
                            const dpo_entry *entries, size_t n_entries, dpoi_fill *fill, void *user)
 {
     char temporary[4096];
-    dpoi_file_record *records;
     int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
     if ((size_t)length >= sizeof temporary)
         return dpoi_fail(context, "%s: the path is too long; give a shorter one", path);
     if (n_entries > DPOI_MAX_ENTRIES)
         return dpoi_fail(context, "%s: a file holds at most %d entries, not %zu", path,
                          DPOI_MAX_ENTRIES, n_entries);
-    if (dpoi_alloc(context, &records, n_entries, sizeof *records)) return 1;
-    dpoi_file_header header = { .version = DPOI_VERSION, .kind = (uint32_t)kind,
-                                .n_entries = (uint32_t)n_entries };
-    memcpy(header.magic, DPOI_MAGIC, sizeof header.magic);
     FILE *stream = fopen(temporary, "wb");
-    int failed = stream ? dpoi_file_write_stream(stream, &header, records, entries, fill, user) : 1;
+    int failed = stream ? dpoi_file_write_stream(stream, kind, entries, n_entries, fill, user) : 1;
     int reason = errno;
     if (failed && stream) fclose(stream);
     if (!failed && (fclose(stream) || rename(temporary, path))) {
         failed = 1;
         reason = errno;
     }
-    dpoi_free(context, records);
     if (!failed) dpoi_sync_directory(temporary);
     else if (stream) unlink(temporary);
     if (failed > 0)
@@ -4910,8 +4908,7 @@ static void dpoi_init_weights(dpo_model *model, uint64_t seed)
     double last = inner / sqrt(2.0 * (double)config->n_layers);
     for (size_t k = 0; k < model->n_tensors; k++) {
         dpo_tensor *tensor = &model->tensors[k];
-        double deviation = tensor == weights->embedding || tensor == weights->head ||
-                           tensor == weights->positions ? outer : inner;
+        double deviation = tensor->layout == DPO_PLAIN || tensor == weights->head ? outer : inner;
         for (size_t l = 0; l < config->n_layers; l++)
             if (tensor == weights->blocks[l].out_w || tensor == weights->blocks[l].down_w)
                 deviation = last;
@@ -5020,45 +5017,60 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
     return NULL;
 }
 
-/* The entries of a model's file, all but the tensors' with their data. */
-static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries,
-                                const dpo_string *config, dpo_dtype matrices)
+#define DPOI_PEFT_CONFIG "file/adapter_config.json"
+
+/* The entries behind the config, of a model's file or of its adapter's, which is fp32. The tensors
+   have no data yet. */
+static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries, dpo_file_kind kind,
+                                dpo_dtype matrices)
 {
     const dpo_file *file = model->file.map ? &model->file : &dpoi_byte_file;
+    const dpo_string *peft = &model->adapter_config;
+    const int adapter = kind == DPO_FILE_ADAPTER;
     size_t n = 0;
-    entries[n++] = dpoi_vector("config", DPO_U8, config->bytes, config->n);
+    if (adapter) entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
-        if (!strncmp(tensor->name, "base_model.", 11)) continue; // an adapter's
-        entries[n++] = dpoi_tensor_entry(tensor, tensor->shape[1] > 1 ? matrices : DPO_F32, NULL);
+        const dpo_dtype dtype = tensor->shape[1] > 1 ? matrices : DPO_F32;
+        const int of_adapter = !strncmp(tensor->name, "base_model.", 11);
+        if (of_adapter == adapter) entries[n++] = dpoi_tensor_entry(tensor, dtype, NULL);
     }
-    for (size_t i = 0; i < file->n_entries; i++) {
+    for (size_t i = 0; i < file->n_entries && !adapter; i++) {
         const char *name = file->entries[i].name;
         int describes_other = !model->identity && (!strcmp(name, "file/config.json") ||
                                                    !strcmp(name, "file/generation_config.json"));
         if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
     }
+    if (adapter && peft->n)
+        entries[n++] = dpoi_vector(DPOI_PEFT_CONFIG, DPO_U8, peft->bytes, peft->n);
     return n;
 }
 
-DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices)
+/* Writes a model or its adapter, with `settings` as the config. */
+static int dpoi_save(dpo_model *model, const char *path, dpo_file_kind kind, const void *settings,
+                     const dpoi_field *fields, dpo_dtype matrices)
 {
     dpo_context *context = model->context;
     dpo_string config = { 0 };
     dpo_entry *entries = NULL;
     dpoi_saving saving = { .model = model };
-    int failed = dpoi_fields_write(context, &config, &model->config, dpoi_config_fields) ||
-                 dpoi_alloc(context, &entries, 1 + model->n_tensors + model->file.n_entries +
+    int failed = dpoi_fields_write(context, &config, settings, fields) ||
+                 dpoi_alloc(context, &entries, 3 + model->n_tensors + model->file.n_entries +
                             dpoi_byte_file.n_entries, sizeof *entries);
     if (!failed) {
-        size_t n = dpoi_list_entries(model, entries, &config, matrices);
-        failed = dpoi_file_write(context, path, DPO_FILE_MODEL, entries, n, dpoi_fill_tensor,
-                                 &saving);
+        entries[0] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
+        size_t n = 1 + dpoi_list_entries(model, entries + 1, kind, matrices);
+        failed = dpoi_file_write(context, path, kind, entries, n, dpoi_fill_tensor, &saving);
     }
     dpoi_free(context, entries);
     dpoi_free(context, saving.rows);
     dpo_string_free(context, &config);
     return failed;
+}
+
+DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices)
+{
+    return dpoi_save(model, path, DPO_FILE_MODEL, &model->config, dpoi_config_fields, matrices);
 }
 
 DPO_API void dpo_model_free(dpo_model *model)
@@ -5090,8 +5102,6 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
 /* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
    of every adapted layer under PEFT's names, and of an imported one PEFT's own config, also when it
    was trained further: the export sees whether that is still true. */
-
-#define DPOI_PEFT_CONFIG "file/adapter_config.json"
 
 static const dpoi_field dpoi_lora_fields[] = {
     { "r", DPOI_SIZE, offsetof(dpo_lora, r), 0, NULL },
@@ -5177,35 +5187,12 @@ static size_t dpoi_utf8_check(const char *text, size_t n); // part 9.1
 
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path)
 {
-    dpo_context *context = model->context;
     dpo_lora lora = model->lora;
-    dpo_entry *entries = NULL;
-    dpo_string config = { 0 };
     const size_t n_base = strlen(base_path);
-    size_t n = 0;
-    if (!lora.r) return dpoi_fail(context, "%s: the model has no adapter to save", path);
-    if (dpoi_count_bad(model->adapter, model->n_trainable))
-        return dpoi_fail(context, "%s: the adapter is not finite, so nothing was saved; a lower "
-                         "--learning-rate may help", path);
+    if (!lora.r) return dpoi_fail(model->context, "%s: the model has no adapter to save", path);
     const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
     snprintf(lora.base, sizeof lora.base, "%s", keep ? base_path : "");
-    int failed = dpoi_fields_write(context, &config, &lora, dpoi_lora_fields) ||
-                 dpoi_alloc(context, &entries, model->n_tensors + 3, sizeof *entries);
-    if (!failed) {
-        entries[n++] = dpoi_vector("config", DPO_U8, config.bytes, config.n);
-        entries[n++] = dpoi_vector("base", DPO_U64, &model->identity, 1);
-        for (size_t i = 0; i < model->n_tensors; i++) {
-            if (strncmp(model->tensors[i].name, "base_model.", 11)) continue;
-            entries[n++] = dpoi_tensor_entry(&model->tensors[i], DPO_F32, model->tensors[i].data);
-        }
-        if (model->adapter_config.n)
-            entries[n++] = dpoi_vector(DPOI_PEFT_CONFIG, DPO_U8, model->adapter_config.bytes,
-                                       model->adapter_config.n);
-        failed = dpo_file_write(context, path, DPO_FILE_ADAPTER, entries, n);
-    }
-    dpoi_free(context, entries);
-    dpo_string_free(context, &config);
-    return failed;
+    return dpoi_save(model, path, DPO_FILE_ADAPTER, &lora, dpoi_lora_fields, DPO_F32);
 }
 
 /* ---- 8.6 the reference cache ----------------------------------------------------------------- */
@@ -5250,13 +5237,14 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
    tensor as training keeps it, and the optimizer's averages. Random numbers need no state: they
    depend on seed, counters and place alone. */
 
-enum { DPOI_STATE_EXTRAS = 5 };
-
-/* All entries but the notes, for data to be written from or read into. */
-static size_t dpoi_state_entries(const dpo_model *model, const dpo_optimizer *optimizer,
-                                 const uint64_t numbers[3], dpo_entry *entries)
+/* All entries but the notes, for which there is room, for data to be written from or read into;
+   NULL if memory is out. */
+static dpo_entry *dpoi_state_entries(const dpo_model *model, const dpo_optimizer *optimizer,
+                                     const uint64_t numbers[3], size_t *n_entries)
 {
+    dpo_entry *entries;
     size_t n = 0;
+    if (dpoi_alloc(model->context, &entries, model->n_tensors + 5, sizeof *entries)) return NULL;
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!tensor->trainable) continue;
@@ -5268,17 +5256,17 @@ static size_t dpoi_state_entries(const dpo_model *model, const dpo_optimizer *op
         entries[n++] = dpoi_vector("optimizer/m", DPO_F32, optimizer->m, model->n_trainable);
     entries[n++] = dpoi_vector("run", DPO_U64, numbers, 1);
     entries[n++] = dpoi_vector("counters", DPO_U64, numbers + 1, 2);
-    return n;
+    *n_entries = n;
+    return entries;
 }
 
 DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, const char *path,
                            uint64_t run, const void *notes, size_t n_notes)
 {
-    dpo_entry *entries;
     const uint64_t numbers[] = { run, optimizer->step, model->passes };
-    if (dpoi_alloc(model->context, &entries, model->n_tensors + DPOI_STATE_EXTRAS, sizeof *entries))
-        return 1;
-    size_t n = dpoi_state_entries(model, optimizer, numbers, entries);
+    size_t n;
+    dpo_entry *entries = dpoi_state_entries(model, optimizer, numbers, &n);
+    if (!entries) return 1;
     entries[n++] = dpoi_vector("notes", DPO_U8, notes, n_notes);
     int failed = dpo_file_write(model->context, path, DPO_FILE_STATE, entries, n);
     dpoi_free(model->context, entries);
@@ -5308,18 +5296,13 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
 {
     dpo_context *context = model->context;
     dpo_file file;
-    dpo_entry *entries = NULL;
     uint64_t numbers[3];
     size_t n = 0;
     if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
-    int failed = dpoi_alloc(context, &entries, model->n_tensors + DPOI_STATE_EXTRAS,
-                            sizeof *entries);
-    if (!failed) { // all of it is checked before anything is changed
-        n = dpoi_state_entries(model, optimizer, numbers, entries);
-        failed = dpoi_state_check(context, &file, entries, n, run);
-    }
-    failed = failed || dpoi_string_append(context, notes, file.entries[n].data,
-                                          file.entries[n].bytes);
+    dpo_entry *entries = dpoi_state_entries(model, optimizer, numbers, &n);
+    // All of it is checked before anything is changed.
+    int failed = !entries || dpoi_state_check(context, &file, entries, n, run) ||
+                 dpoi_string_append(context, notes, file.entries[n].data, file.entries[n].bytes);
     for (size_t i = 0; i < n && !failed; i++)
         dpoi_entry_read((void *)(uintptr_t)entries[i].data, &file.entries[i], NULL);
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
