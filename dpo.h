@@ -803,16 +803,12 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
-/* Pages of 2 MB instead of 4 KB for what fills them: fewer addresses to look up. */
-static void dpoi_advise_huge_pages(char *start, size_t bytes)
+/* Tells the machine something about the pages of that size that lie whole within some bytes. */
+static void dpoi_advise(const void *start, size_t n_bytes, size_t page, int advice)
 {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t page = 1 << 21, from = ((uintptr_t)start + page - 1) / page * page;
-    const uintptr_t to = ((uintptr_t)start + bytes) / page * page;
-    if (to > from) madvise((void *)from, to - from, MADV_HUGEPAGE);
-#else
-    (void)start, (void)bytes;
-#endif
+    const uintptr_t from = ((uintptr_t)start + page - 1) / page * page;
+    const uintptr_t to = ((uintptr_t)start + n_bytes) / page * page;
+    if (to > from) madvise((void *)from, to - from, advice);
 }
 
 /* Allocates count * size bytes, not cleared. The pointer's type is free: pass &pointer. */
@@ -833,7 +829,9 @@ static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t 
     char *start = (char *)block.base + DPOI_ALIGN;
     start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
     memcpy(start - DPOI_ALIGN, &block, sizeof block);
-    dpoi_advise_huge_pages(start, bytes);
+#ifdef MADV_HUGEPAGE // of 2 MB instead of 4 KB for what fills them: fewer addresses to look up
+    dpoi_advise(start, bytes, 1 << 21, MADV_HUGEPAGE);
+#endif
     context->heap_bytes += bytes;
     context->heap_peak = DPOI_MAX(context->heap_peak, context->heap_bytes);
     result = start;
@@ -4334,8 +4332,7 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
    A model file holds "config" (JSON), the tensors under their Hugging Face names in the
    checkpoint's own type and row order, "tokenizer/..." tables (part 9) and "file/..." with the
    original files, so that exporting gives back what was imported. It is laid out to be mapped:
-   opening one and reading its config or tokenizer costs only the pages that are touched. Loading
-   uses frozen weights of the right type where they lie, and converts all others tensor by tensor.
+   opening one and reading its config or tokenizer costs only the pages that are touched.
 
    A reader trusts nothing: each number is checked against the file's true size before it is used,
    and the first thing wrong is named. Writers make a temporary file beside the target, sync it and
@@ -4457,10 +4454,8 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file)
    What was read once should not count as memory that the program holds. */
 static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_bytes)
 {
-    const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)entry->data + first;
-    const uintptr_t from = (start + page - 1) / page * page;
-    const uintptr_t to = (start + n_bytes) / page * page;
-    if (to > from) madvise((void *)from, to - from, MADV_DONTNEED);
+    dpoi_advise((const char *)entry->data + first, n_bytes, (size_t)sysconf(_SC_PAGESIZE),
+                MADV_DONTNEED);
 }
 
 #define DPOI_READ ((size_t)4 << 20)     // bytes
