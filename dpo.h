@@ -1966,7 +1966,7 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
 }
 
 /* Attention's strips grow with the longest example, the scratch for a piece of a weight gradient
-   with the widest layer; dpo_model_reserve calls this. */
+   with the widest layer; dpoi_model_reserve calls this. */
 static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piece_floats)
 {
     if (piece_floats > context->piece_floats) {
@@ -3174,8 +3174,9 @@ static size_t dpoi_whole_floats(size_t n, dpo_dtype dtype)
 typedef struct dpoi_storage { size_t params, masters, largest, state; } dpoi_storage;
 
 /* Bytes for weights in memory, for fp32 masters, of the largest tensor of the file, and of what a
-   training state says of weights. Tensors get their places in the file and in what is allocated. */
-static dpoi_storage dpoi_storage_of(dpo_model *model, const dpo_file *file)
+   training state says of weights. Called a first time to add these up, and again once params and
+   masters are allocated, to give each tensor its place there or in the file. */
+static dpoi_storage dpoi_place_weights(dpo_model *model, const dpo_file *file)
 {
     dpoi_storage storage = { 0 };
     const int frozen = model->options.frozen;
@@ -3202,13 +3203,13 @@ static dpoi_storage dpoi_storage_of(dpo_model *model, const dpo_file *file)
 }
 
 /* Allocates what is not mapped, and points the table at it. `file` NULL: nothing is. */
-static int dpoi_place_tensors(dpo_model *model, const dpo_file *file)
+static int dpoi_allocate_weights(dpo_model *model, const dpo_file *file)
 {
-    dpoi_storage storage = dpoi_storage_of(model, file);
+    dpoi_storage storage = dpoi_place_weights(model, file);
     if (dpoi_alloc(model->context, &model->params, storage.params, 1)) return 1;
     if (storage.masters && dpoi_alloc(model->context, &model->masters, storage.masters, 1))
         return 1;
-    dpoi_storage_of(model, file);
+    dpoi_place_weights(model, file);
     return 0;
 }
 
@@ -3494,8 +3495,8 @@ static int dpoi_model_reserve(dpo_model *model, const dpo_plan_options *size)
     return 0;
 }
 
-/* Bytes of all gradients, which get their places once they are allocated. */
-static size_t dpoi_grad_bytes(dpo_model *model)
+/* Bytes of all gradients; when called again with model->grads allocated, each gets its place. */
+static size_t dpoi_place_gradients(dpo_model *model)
 {
     size_t bytes = 0;
     for (size_t i = 0; i < model->n_tensors; i++) {
@@ -3542,12 +3543,12 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     dpoi_buffer list[DPOI_MAX_BUFFERS];
     size_t n = dpoi_list_buffers(list, &w, &model, DPOI_MAX(options->max_rows, options->kept_rows),
                                  options->max_scored, options->kept_rows);
-    dpoi_storage storage = dpoi_storage_of(&model, options->file);
+    dpoi_storage storage = dpoi_place_weights(&model, options->file);
     memory->weights = storage.params + storage.masters;
     memory->params = model.n_params;
     if (options->train) {
         memory->trainable = model.n_trainable;
-        memory->gradients = dpoi_grad_bytes(&model);
+        memory->gradients = dpoi_place_gradients(&model);
         memory->optimizer = (options->optimizer == DPO_ADAMW ? 2 : 1) * model.n_trainable *
                             sizeof(float);
         memory->state_file = storage.state + memory->optimizer;
@@ -4094,9 +4095,9 @@ DPO_API int dpo_model_zero_grad(dpo_model *model)
         return dpoi_fail(model->context, "there is nothing to train: the model was loaded as "
                          "frozen and has no adapter");
     if (!model->grads) {
-        model->grad_bytes = dpoi_grad_bytes(model);
+        model->grad_bytes = dpoi_place_gradients(model);
         if (dpoi_alloc(model->context, &model->grads, model->grad_bytes, 1)) return 1;
-        dpoi_grad_bytes(model);
+        dpoi_place_gradients(model);
     }
     dpoi_lap(model->context, DPO_TIME_OTHER, 0, 0);
     dpoi_zero(model->context, model->grads, model->grad_bytes);
@@ -4864,7 +4865,7 @@ static int dpoi_model_read(dpo_model *model)
         const dpo_entry *entry = dpo_file_find(file, model->tensors[i].name);
         if (entry) model->tensors[i].dtype = entry->dtype;
     }
-    if (dpoi_place_tensors(model, file)) return 1;
+    if (dpoi_allocate_weights(model, file)) return 1;
     dpo_tensor *slopes = model->weights->slopes;
     if (slopes && !dpo_file_find(file, slopes->name))
         dpoi_alibi_slopes(slopes->data, model->config.n_heads);
@@ -4949,7 +4950,7 @@ DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_con
     *model = (dpo_model){ .context = context, .config = *config };
     if (options) model->options = *options;
     if (dpoi_init_tokenizer(model, tokenizer_path) || dpoi_build_table(model) ||
-        dpoi_place_tensors(model, NULL)) {
+        dpoi_allocate_weights(model, NULL)) {
         dpo_model_free(model);
         return 1;
     }

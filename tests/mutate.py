@@ -542,7 +542,7 @@ MUTANTS = {
     "dpoi_tensor_set": [
         ("if (tensor->master)", "if (0)"),
     ],
-    "dpoi_storage_of": [
+    "dpoi_place_weights": [
         ("frozen && entry && entry->dtype == tensor->dtype", "0"),
         ("frozen && entry && entry->dtype == tensor->dtype", "frozen && entry"),
         ("frozen && entry && entry->dtype == tensor->dtype", "entry && entry->dtype == tensor->dtype"),
@@ -554,7 +554,7 @@ MUTANTS = {
     "dpo_memory_plan": [
         ("dpoi_piece_size(&model)", "0"),
         ("storage.params + storage.masters", "storage.params"),
-        ("dpoi_grad_bytes(&model)", "model.n_trainable * 4"),
+        ("dpoi_place_gradients(&model)", "model.n_trainable * 4"),
         ("options->model.frozen ? options->file->bytes : storage.largest", "storage.largest"),
     ],
     "dpoi_drop": [
