@@ -4637,9 +4637,8 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
     if (!failed) dpoi_sync_directory(temporary);
     else if (stream) unlink(temporary);
     if (failed > 0)
-        dpoi_fail(context, "%s: cannot be written: %s; nothing was changed", path,
-                  strerror(reason));
-    return failed != 0;
+        dpoi_fail(context, "cannot be written: %s; nothing was changed", strerror(reason));
+    return failed && dpoi_fail_at(context, path);
 }
 
 DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
@@ -5015,8 +5014,7 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
 
 #define DPOI_PEFT_CONFIG "file/adapter_config.json"
 
-/* The entries behind the config, of a model's file or of its adapter's, which is fp32. The tensors
-   have no data yet. */
+/* The entries behind the config, of a model's file or of an adapter's. The tensors have no data. */
 static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries, dpo_file_kind kind,
                                 dpo_dtype matrices)
 {
@@ -5233,14 +5231,15 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
    tensor as training keeps it, and the optimizer's averages. Random numbers need no state: they
    depend on seed, counters and place alone. */
 
-/* All entries but the notes, for which there is room, for data to be written from or read into;
-   NULL if memory is out. */
+/* All entries but the last, the notes, for which there is room: for data to be written from or read
+   into. NULL if there is no memory. */
 static dpo_entry *dpoi_state_entries(const dpo_model *model, const dpo_optimizer *optimizer,
                                      const uint64_t numbers[3], size_t *n_entries)
 {
+    const size_t most = model->n_tensors + 5; // averages, run, counters, notes
     dpo_entry *entries;
     size_t n = 0;
-    if (dpoi_alloc(model->context, &entries, model->n_tensors + 5, sizeof *entries)) return NULL;
+    if (dpoi_alloc(model->context, &entries, most, sizeof *entries)) return NULL;
     for (size_t i = 0; i < model->n_tensors; i++) {
         const dpo_tensor *tensor = &model->tensors[i];
         if (!tensor->trainable) continue;

@@ -772,8 +772,8 @@ MUTANTS = {
         ("(double)(h + 1)", "(double)h"),
     ],
     "dpoi_fill_tensor": [
-        ("x[i] += scale * saving->product", "x[i] -= scale * saving->product"),
-        ("x[i] += scale * saving->product", "x[i] += saving->product"),
+        ("x[i] += scale * product", "x[i] -= scale * product"),
+        ("x[i] += scale * product", "x[i] += product"),
         ("dpoi_tensor_get(W, first * columns,", "dpoi_tensor_get(W, 0,"),
     ],
     "dpo_lora_init": [
