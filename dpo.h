@@ -804,7 +804,7 @@ static void dpoi_free(dpo_context *context, void *pointer)
 }
 
 /* Tells the machine something about the pages of that size that lie whole within some bytes. */
-static void dpoi_advise(const void *start, size_t n_bytes, size_t page, int advice)
+static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
 {
     const uintptr_t from = ((uintptr_t)start + page - 1) / page * page;
     const uintptr_t to = ((uintptr_t)start + n_bytes) / page * page;
@@ -4455,8 +4455,8 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file)
    What was read once should not count as memory that the program holds. */
 static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_bytes)
 {
-    dpoi_advise((const char *)entry->data + first, n_bytes, (size_t)sysconf(_SC_PAGESIZE),
-                MADV_DONTNEED);
+    char *start = (char *)(uintptr_t)entry->data + first;
+    dpoi_advise(start, n_bytes, (size_t)sysconf(_SC_PAGESIZE), MADV_DONTNEED);
 }
 
 #define DPOI_READ ((size_t)4 << 20)     // bytes
