@@ -578,10 +578,9 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
 typedef enum { DPO_ADAMW, DPO_RMSPROP } dpo_optimizer_kind;
 typedef enum { DPO_CONSTANT, DPO_LINEAR_DECAY, DPO_COSINE } dpo_schedule;
 typedef struct dpo_optimizer {
-    dpo_optimizer_kind kind;
     double beta1, beta2;        // AdamW's; RMSprop's alpha is beta2
     double epsilon, weight_decay;
-    float *m, *v;               // [n_trainable], at each tensor's offset; RMSprop has no m
+    float *m, *v;               // [n_trainable], at each tensor's offset; m is NULL for RMSprop
     uint64_t step;              // updates done
 } dpo_optimizer;
 
@@ -803,7 +802,7 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
-/* Tells the machine something about the pages of that size that lie whole within some bytes. */
+/* Gives the kernel madvise's `advice` on the pages, each of `page` bytes, whole within these. */
 static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
 {
     const uintptr_t from = ((uintptr_t)start + page - 1) / page * page;
@@ -829,7 +828,7 @@ static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t 
     char *start = (char *)block.base + DPOI_ALIGN;
     start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
     memcpy(start - DPOI_ALIGN, &block, sizeof block);
-#ifdef MADV_HUGEPAGE // of 2 MB instead of 4 KB for what fills them: fewer addresses to look up
+#ifdef MADV_HUGEPAGE // pages of 2 MB, not 4 KB, for what fills them: fewer addresses to look up
     dpoi_advise(start, bytes, 1 << 21, MADV_HUGEPAGE);
 #endif
     context->heap_bytes += bytes;
@@ -2820,10 +2819,10 @@ DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
     double beta = options->beta, eps = options->label_smoothing;
     double ratio[2] = { scores[0].logp - reference[0], scores[1].logp - reference[1] };
     double weight[2] = { 1.0, -1.0 }; // dh / dlogp
-    for (int k = 0; k < 2; k++)
-        if (options->kind == DPO_LOSS_IPO) weight[k] /= (double)scores[k].n_scored;
+    if (options->kind == DPO_LOSS_IPO) // per token
+        for (int k = 0; k < 2; k++) weight[k] /= (double)scores[k].n_scored;
     double h = ratio[0] * weight[0] + ratio[1] * weight[1], z = beta * h;
-    double error = h - 1 / (2 * beta), dh = 0.0;
+    double error = h - 1 / (2 * beta), dh = 0.0; // error is IPO's
     switch (options->kind) {
     case DPO_LOSS_SIGMOID: // d/dz -log sigma(z) = -sigma(-z)
         pair.loss = (1 - eps) * dpoi_softplus(-z) + eps * dpoi_softplus(z);
@@ -3079,6 +3078,7 @@ static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, cons
     *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, name) : NULL;
 }
 
+/* norm1 comes first and down last: dpoi_lowest_trained goes by that. */
 static void dpoi_add_block(dpo_model *model, size_t layer)
 {
     const dpo_config *config = &model->config;
@@ -3109,7 +3109,7 @@ static void dpoi_add_block(dpo_model *model, size_t layer)
     }
 }
 
-/* Builds the table from the config. */
+/* Builds the table from the config, and makes options.dtype F32 or BF16: 0 stands for F32. */
 static int dpoi_build_table(dpo_model *model)
 {
     dpo_context *context = model->context;
@@ -3175,7 +3175,7 @@ typedef struct dpoi_storage { size_t params, masters, largest, state; } dpoi_sto
 
 /* Bytes for weights in memory, for fp32 masters, of the largest tensor of the file, and of what a
    training state says of weights. Called a first time to add these up, and again once params and
-   masters are allocated, to give each tensor its place there or in the file. */
+   masters are allocated, to give each tensor its place there (those in the file get it at once). */
 static dpoi_storage dpoi_place_weights(dpo_model *model, const dpo_file *file)
 {
     dpoi_storage storage = { 0 };
@@ -3334,7 +3334,7 @@ static void dpoi_remove_adapter(dpo_model *model, size_t first)
 typedef struct dpoi_workspace {
     size_t max_rows, max_scored;            // what the buffers can hold in any pass ...
     size_t kept_rows;                       // ... and in one that keeps; 0: none has room to
-    int keeps;                              // whether the last pass does, or this one
+    int keeps;                              // whether the pass laid out last does
 
     // The batch as rows. R rows, S of them scored, n_targets tokens to score.
     size_t R, S, n_targets, n_spans, n_branches, n_examples;
@@ -3378,7 +3378,7 @@ static int dpoi_shares_set(const dpo_model *model, int keep)
     return !keep || model->options.dtype == DPO_BF16 || model->options.recompute;
 }
 
-/* Floats of a row that the slab keeps of a layer; see dpoi_slab_parts. */
+/* Floats of a row that the slab keeps of a layer; see dpoi_slab_move. */
 static size_t dpoi_slab_width(const dpo_model *model)
 {
     const dpo_config *config = &model->config;
@@ -4025,13 +4025,13 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
 /* The first layer that trains anything; the number of layers if none does. */
 static size_t dpoi_lowest_trained(const dpo_model *model)
 {
-    size_t l = 0;
-    for (; l < model->config.n_layers; l++) {
+    for (size_t l = 0; l < model->config.n_layers; l++) {
+        // its parts stand together in the table, from norm1's weight to down's bias
         const dpoi_block_weights *block = &model->weights->blocks[l];
         for (const dpo_tensor *part = block->norm1_w; part <= block->down_b; part++)
-            if (dpoi_trains(part, NULL)) return l; // a block's parts stand together in the table
+            if (dpoi_trains(part, NULL)) return l;
     }
-    return l;
+    return model->config.n_layers;
 }
 
 DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double *dlogp)
@@ -4156,8 +4156,8 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
 
 DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_optimizer_kind kind)
 {
-    *optimizer = (dpo_optimizer){ .kind = kind, .beta1 = 0.9, .epsilon = 1e-8,
-                                  .beta2 = kind == DPO_ADAMW ? 0.999 : 0.99 };
+    *optimizer = (dpo_optimizer){ .beta1 = 0.9, .beta2 = kind == DPO_ADAMW ? 0.999 : 0.99,
+                                  .epsilon = 1e-8 };
     const size_t n = model->n_trainable;
     return (kind == DPO_ADAMW &&
             dpoi_alloc_zeroed(model->context, &optimizer->m, n, sizeof *optimizer->m)) ||
@@ -4209,8 +4209,8 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
     dpoi_free(context, squares);
     dpoi_lap(context, DPO_TIME_GRAD_NORM, 0, (double)model->grad_bytes);
     *norm = sqrt(total);
-    // Squares of finite floats do not overflow fp64, so one of them is to blame.
-    for (size_t t = 0; t < model->n_tensors && !isfinite(*norm); t++)
+    if (isfinite(*norm)) return 0;
+    for (size_t t = 0; t < model->n_tensors; t++)
         for (size_t i = 0; model->tensors[t].grad && i < model->tensors[t].n; i++) {
             float buffer;
             if (!isfinite(*dpoi_grad_floats(&model->tensors[t], i, &buffer, 1)))
@@ -4218,7 +4218,7 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
                                  "weights are as they were before this step. A smaller "
                                  "--learning-rate usually helps", model->tensors[t].name, i);
         }
-    return 0;
+    return 1; // never: squares of finite floats do not overflow fp64
 }
 
 DPO_API double dpo_clip_scale(double norm, double max_norm)
@@ -4415,13 +4415,12 @@ DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
     return NULL;
 }
 
-/* Takes the entries from the table, checking each. Here and below, messages leave the file's path
-   to dpo_file_open. */
-static int dpoi_file_read_table(dpo_context *context, dpo_file *file)
+/* Takes n entries from the table, checking each against `place`, the end of the one before it. Here
+   and below, messages leave the file's path to dpo_file_open. */
+static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, size_t place)
 {
     const dpoi_file_header *header = file->map;
-    size_t place = header->table_end; // the end of the entry before
-    while (file->n_entries < header->n_entries) {
+    while (file->n_entries < n) {
         const dpoi_file_record *record = &header->table[file->n_entries];
         const size_t size = dpoi_dtype_bytes((dpo_dtype)record->dtype);
         size_t elements, bytes;
@@ -4461,19 +4460,25 @@ static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_byt
 
 #define DPOI_READ ((size_t)4 << 20)     // bytes
 
-/* Copies an entry's data, or with `to` NULL returns its CRC-32. An entry may be as large as all
-   that is trained, so it is read by pieces. */
-static uint32_t dpoi_entry_read(void *to, const dpo_entry *entry, const dpoi_crc_table *table)
+/* An entry may be as large as all that is trained, so it is read by pieces. */
+static uint32_t dpoi_entry_crc(const dpoi_crc_table *table, const dpo_entry *entry)
 {
     uint32_t crc = 0;
     for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
         const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
-        const char *piece = (const char *)entry->data + at;
-        if (to) memcpy((char *)to + at, piece, n);
-        else crc = dpoi_crc(table, crc, piece, n);
+        crc = dpoi_crc(table, crc, (const char *)entry->data + at, n);
         dpoi_file_release(entry, at, n);
     }
     return crc;
+}
+
+static void dpoi_entry_copy(void *to, const dpo_entry *entry)
+{
+    for (size_t at = 0; at < entry->bytes; at += DPOI_READ) {
+        const size_t n = DPOI_MIN(entry->bytes - at, DPOI_READ);
+        memcpy((char *)to + at, (const char *)entry->data + at, n);
+        dpoi_file_release(entry, at, n);
+    }
 }
 
 /* Checks every entry's CRC, entries in parallel, and names the first that is wrong. */
@@ -4482,7 +4487,7 @@ static int dpoi_file_verify(dpo_context *context, dpo_file *file, const dpoi_crc
     const dpoi_file_header *header = file->map;
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
     for (size_t i = 0; i < file->n_entries; i++)
-        if (dpoi_entry_read(NULL, &file->entries[i], crc) != header->table[i].crc)
+        if (dpoi_entry_crc(crc, &file->entries[i]) != header->table[i].crc)
             file->entries[i].data = NULL; // a mark
     for (size_t i = 0; i < file->n_entries; i++)
         if (!file->entries[i].data)
@@ -4508,17 +4513,18 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind k
         return dpoi_fail(context, "%zu bytes long, but its header says %llu: the file was cut "
                          "short or added to; put a whole copy in its place", file->bytes,
                          (unsigned long long)header->file_bytes);
-    const size_t table_bytes = header->n_entries * sizeof(dpoi_file_record);
+    const size_t n = header->n_entries, table_bytes = n * sizeof(dpoi_file_record);
+    const size_t table_end = sizeof *header + table_bytes;
     dpoi_crc_table crc;
     dpoi_crc_fill(&crc);
-    if (memcmp(header->zeros, zeros, sizeof zeros) || header->n_entries > DPOI_MAX_ENTRIES ||
-        header->table_end != sizeof *header + table_bytes || header->table_end > file->bytes ||
+    if (memcmp(header->zeros, zeros, sizeof zeros) || n > DPOI_MAX_ENTRIES ||
+        header->table_end != table_end || table_end > file->bytes ||
         dpoi_crc(&crc, 0, header->table, table_bytes) != header->table_crc)
         return dpoi_fail(context, "its table does not fit the header, the file or its checksum"
                          DPOI_BROKEN);
-    file->identity = dpo_hash(DPO_HASH_START, file->map, header->table_end);
-    return dpoi_alloc(context, &file->entries, header->n_entries, sizeof *file->entries) ||
-           dpoi_file_read_table(context, file) ||
+    file->identity = dpo_hash(DPO_HASH_START, file->map, table_end);
+    return dpoi_alloc(context, &file->entries, n, sizeof *file->entries) ||
+           dpoi_file_read_table(context, file, n, table_end) ||
            (verify && dpoi_file_verify(context, file, &crc));
 }
 
@@ -4580,8 +4586,8 @@ static int dpoi_write_at(FILE *stream, size_t place, const void *data, size_t n_
     return fseeko(stream, (off_t)place, SEEK_SET) || fwrite(data, 1, n_bytes, stream) != n_bytes;
 }
 
-/* Each entry's data, behind it its record, in the table, and at last the header in front; the gaps
-   are left to be zeros. 0 if all of it was written, -1 if `fill` failed. */
+/* Writes each entry's data, then its record into the table, and the header last; the gaps between
+   are never written, and so are zeros. 0 if all of it was written, -1 if `fill` failed. */
 static int dpoi_file_write_stream(FILE *stream, dpo_file_kind kind, const dpo_entry *entries,
                                   size_t n_entries, dpoi_fill *fill, void *user)
 {
@@ -4634,7 +4640,7 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
         failed = 1;
         reason = errno;
     }
-    if (!failed) dpoi_sync_directory(temporary);
+    if (!failed) dpoi_sync_directory(temporary); // which cuts it
     else if (stream) unlink(temporary);
     if (failed > 0)
         dpoi_fail(context, "cannot be written: %s; nothing was changed", strerror(reason));
@@ -4690,8 +4696,8 @@ static int dpoi_field_read(const dpoi_field *field, void *at, const dpo_json_val
     return fits;
 }
 
-/* Fills a struct from the entry "config" of a file, JSON text. Here and below, messages leave the
-   file's path to the functions of the interface. */
+/* Fills a struct from the entry "config" of a file, JSON text. Here and below, what reads a file
+   leaves its path in messages to the function that opened it. */
 static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field *fields,
                             const dpo_file *file)
 {
@@ -4903,6 +4909,7 @@ static void dpoi_init_weights(dpo_model *model, uint64_t seed)
     double last = inner / sqrt(2.0 * (double)config->n_layers);
     for (size_t k = 0; k < model->n_tensors; k++) {
         dpo_tensor *tensor = &model->tensors[k];
+        // the former: embedding and positions
         double deviation = tensor->layout == DPO_PLAIN || tensor == weights->head ? outer : inner;
         for (size_t l = 0; l < config->n_layers; l++)
             if (tensor == weights->blocks[l].out_w || tensor == weights->blocks[l].down_w)
@@ -4983,7 +4990,7 @@ static const dpo_file dpoi_byte_file = {
    type. */
 typedef struct dpoi_saving {
     dpo_model *model;
-    float *rows; size_t capacity;   // [3, n, columns] as floats; B A; in the entry's type
+    float *rows; size_t capacity;   // three of [n, columns]: weights, B A, and what is written
 } dpoi_saving;
 
 static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t first, size_t n)
@@ -4994,9 +5001,10 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
     const size_t columns = W->shape[1], size = n * columns;
     if (dpoi_reserve(model->context, &saving->rows, &saving->capacity, 3 * size, sizeof(float)))
         return NULL;
-    float *x = saving->rows, *product = x + size, *out = product + size;
+    float *x = saving->rows, *product = x + size;
+    void *out = product + size; // in the entry's type
     dpoi_tensor_get(W, first * columns, x, size);
-    if (A) { // B A is [out, in], and is transposed for Conv1D
+    if (A) { // B A is [out, in]; Conv1D wants its transpose A^T B^T, as dpoi_weight gives them
         const float scale = dpoi_lora_scale(&model->lora);
         const int turned = W->layout == DPO_CONV1D;
         dpoi_matrix left = turned ? dpoi_weight(A) : dpoi_rows(B->data, B->shape[1]);
@@ -5029,14 +5037,16 @@ static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries, dpo_
         const int of_adapter = !strncmp(tensor->name, "base_model.", 11);
         if (of_adapter == adapter) entries[n++] = dpoi_tensor_entry(tensor, dtype, NULL);
     }
-    for (size_t i = 0; i < file->n_entries && !adapter; i++) {
+    if (adapter) {
+        if (peft->n) entries[n++] = dpoi_vector(DPOI_PEFT_CONFIG, DPO_U8, peft->bytes, peft->n);
+        return n;
+    }
+    for (size_t i = 0; i < file->n_entries; i++) {
         const char *name = file->entries[i].name;
         int describes_other = !model->identity && (!strcmp(name, "file/config.json") ||
                                                    !strcmp(name, "file/generation_config.json"));
         if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
     }
-    if (adapter && peft->n)
-        entries[n++] = dpoi_vector(DPOI_PEFT_CONFIG, DPO_U8, peft->bytes, peft->n);
     return n;
 }
 
@@ -5277,13 +5287,11 @@ static int dpoi_state_check(dpo_context *context, const dpo_file *file, const dp
         const char *found = i < file->n_entries ? file->entries[i].name : "the end";
         if (strcmp(found, name) || (i < n && (file->entries[i].dtype != entries[i].dtype ||
                                               file->entries[i].bytes != entries[i].bytes)))
-            return dpoi_fail(context, "%s: %s stands where %s is expected, or has another size or "
-                             "type: the state belongs to a run with other options", file->path,
-                             found, name);
+            return dpoi_fail(context, "%s stands where %s is expected, or has another size or "
+                             "type: the state belongs to a run with other options", found, name);
     }
     return !memcmp(file->entries[n - 2].data, &run, sizeof run) ? 0
-         : dpoi_fail(context, "%s: belongs to another run than the config.json beside it",
-                     file->path);
+         : dpoi_fail(context, "belongs to another run than the config.json beside it");
 }
 
 DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
@@ -5296,10 +5304,12 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
     dpo_entry *entries = dpoi_state_entries(model, optimizer, numbers, &n);
     // All of it is checked before anything is changed.
-    int failed = !entries || dpoi_state_check(context, &file, entries, n, run) ||
+    int failed = !entries ||
+                 (dpoi_state_check(context, &file, entries, n, run) &&
+                  dpoi_fail_at(context, path)) ||
                  dpoi_string_append(context, notes, file.entries[n].data, file.entries[n].bytes);
     for (size_t i = 0; i < n && !failed; i++)
-        dpoi_entry_read((void *)(uintptr_t)entries[i].data, &file.entries[i], NULL);
+        dpoi_entry_copy((void *)(uintptr_t)entries[i].data, &file.entries[i]);
     for (size_t i = 0; i < model->n_tensors && !failed; i++)
         if (model->tensors[i].master)
             dpoi_narrow(model->tensors[i].data, DPO_BF16, model->tensors[i].master,
@@ -5456,8 +5466,9 @@ static int dpoi_merge_fits(const dpo_tokenizer *t, const uint32_t *merge)
 /* Checks all that encoding and decoding rely on, so that they need not. A merge that is listed
    twice has its last rank, as in `tokenizers`. */
 static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file,
-                               const dpo_json_value *flag)
+                               const dpo_json *info)
 {
+    const dpo_json_value *flag = dpo_json_member(info, info->values, "nfc");
     if (!flag || flag->kind != DPO_JSON_BOOL)
         return dpoi_fail(context, DPOI_DAMAGED, "tokenizer/info");
     t->nfc = flag->number != 0;
@@ -5527,8 +5538,7 @@ DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer, c
     if (!info) return 0;
     dpo_json json = { 0 };
     int failed = dpo_json_parse(context, &json, info->data, info->bytes, info->name) ||
-                 dpoi_tokenizer_read(context, tokenizer, file,
-                                     dpo_json_member(&json, json.values, "nfc"));
+                 dpoi_tokenizer_read(context, tokenizer, file, &json);
     dpo_json_free(context, &json);
     if (failed) dpo_tokenizer_free(context, tokenizer);
     return failed;
@@ -5899,11 +5909,15 @@ static int dpoi_json_escape(dpoi_parser *p, char **out)
 {
     static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
     const char *name = memchr(names, *p->at, sizeof names - 1);
-    if (!name && *p->at != 'u')
-        return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
-    uint32_t code = name ? (uint32_t)meanings[name - names] : dpoi_json_hex(p->at + 1), low;
+    if (name) {
+        *(*out)++ = meanings[name - names];
+        p->at++;
+        return 0;
+    }
+    if (*p->at != 'u') return dpoi_json_fail(p, "no such escape; write a backslash as \\\\");
+    uint32_t code = dpoi_json_hex(p->at + 1), low;
     if (code == DPOI_NONE) return dpoi_json_fail(p, "\\u wants four hexadecimal digits");
-    p->at += name ? 1 : 5;
+    p->at += 5;
     if (code - 0xD800 < 0x400 && p->at[0] == '\\' && p->at[1] == 'u' &&
         (low = dpoi_json_hex(p->at + 2) - 0xDC00) < 0x400) {
         code = 0x10000 + ((code - 0xD800) << 10) + low;
@@ -6046,8 +6060,10 @@ static int dpoi_jsonl_read(dpo_context *context, dpo_jsonl *reader, int stop, in
     FILE *stream = reader->stream;
     int c;
     text->n = 0;
-    while ((c = getc_unlocked(stream)) != EOF && c != stop)
-        if (dpoi_string_append(context, text, &(char){ (char)c }, 1)) return 1;
+    while ((c = getc_unlocked(stream)) != EOF && c != stop) {
+        const char byte = (char)c;
+        if (dpoi_string_append(context, text, &byte, 1)) return 1;
+    }
     if (ferror(stream))
         return dpoi_fail(context, "%s: cannot be read: %s", reader->path, strerror(errno));
     *found = text->n > 0 || c != EOF;
@@ -6216,13 +6232,13 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
         if (plain ? dpoi_jsonl_read(l->context, reader, EOF, &found)
                   : dpo_jsonl_next(l->context, reader, &found)) return 1;
         if (!found) break;
-        if (plain) fields[1] = (dpoi_text){ reader->buffer.bytes, reader->buffer.n };
-        else if (dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
+        if (!plain && dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
         // Under another name, JSON lines would be trained on as they are written, brackets and all.
         if (plain && dpoi_first_character(&reader->buffer) == '{')
             return dpoi_fail(l->context, "%s: looks like JSON lines; give it a name that ends in "
                              ".jsonl (plain text that begins with { can be the {\"text\"} of one)",
                              reader->path);
+        if (plain) fields[1] = (dpoi_text){ reader->buffer.bytes, reader->buffer.n };
         if (data->counts.records++ && kind != l->kind)
             return dpoi_fail(l->context, "%s: a record of another kind than those before: split "
                              "the file by kind", reader->where);
@@ -6546,7 +6562,7 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
     if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0))
         return dpoi_fail(context, "generation needs a prompt of at least one token, at least one "
                          "new token, and top_p above 0");
-    // A long prompt keeps its end, where the question is, and leaves room for a token.
+    // A long prompt keeps its end, where the question is, and leaves room for a token if it can.
     const size_t kept = DPOI_MIN(n_prompt, DPOI_MAX(config->context_length - 1, (size_t)1));
     const size_t room = config->context_length - kept;
     const size_t capacity = kept + DPOI_MIN(sampling->max_new_tokens, room);

@@ -719,7 +719,8 @@ static inline void open_found(dpo_context *context, source *s)
     if (s->adapter)
         check(context, dpo_lora_check_base(context, &s->lora, s->adapter, s->file.identity));
     check(context, dpo_config_load(context, &s->config, &s->file));
-    check(context, dpo_tokenizer_load(context, &s->tokenizer, &s->file));
+    if (dpo_tokenizer_load(context, &s->tokenizer, &s->file))
+        fail("%s: %s", s->path, context->error);
     if (!s->tokenizer.n_tokens)
         fail("%s has no tokenizer; import it from a folder that has one", s->path);
     dpo_plan_options plan = {.n_threads = 1, .model.frozen = s->adapter != NULL, .lora = s->lora};

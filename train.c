@@ -938,13 +938,13 @@ static void settle_best(run *r)
     at->evaluations = at->waited = 0;
 }
 
-/* Fails, for a state that was refused, unless it is whole and of this run. */
-static void check_whose_state(const run *r)
+/* Fails for a state that was refused, unless it is whole and of this run. */
+static void explain_refusal(const run *r)
 {
     dpo_file file;
     if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1))
-        fail("%s; if there is none, begin another run%s", r->context->error, r->bit == DPO
-             ? " (its reference.bin serves as --reference-cache)" : "");
+        fail("%s; without a whole state.bin, begin another run%s", r->context->error,
+             r->bit == DPO ? " (its reference.bin serves as --reference-cache)" : "");
     const dpo_entry *notes = dpo_file_find(&file, "notes");
     const size_t n = notes && notes->bytes > sizeof r->at ? notes->bytes - sizeof r->at : 0;
     char *text = allocate(n + 1, 1);
@@ -965,7 +965,7 @@ static void load_state(run *r)
 {
     dpo_string notes = {0};
     if (dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes)) {
-        check_whose_state(r);
+        explain_refusal(r);
         fail("%s", r->context->error);
     }
     if (notes.n != sizeof r->at + strlen(r->description) ||

@@ -205,8 +205,9 @@ static dpo_model check_make_model(dpo_context *context, dpo_architecture archite
     return model;
 }
 
-/* A path in a directory of this process's own, which a test has to leave empty: in $TMPDIR, or else
-   in memory, where there is such a place, because the library waits for the disk after each file. */
+/* A path in a directory of this process's own, which a test has to leave empty: in $CHECK_TMPDIR,
+   or else in memory, where there is such a place, because the library waits for the disk after each
+   file. */
 #define CHECK_PATH_BYTES 256
 static char check_directory[128];
 __attribute__((unused))
@@ -214,7 +215,7 @@ static void check_path(char *path /* [CHECK_PATH_BYTES] */, const char *name)
 {
     static int made;
     if (!made) {
-        const char *place = getenv("TMPDIR");
+        const char *place = getenv("CHECK_TMPDIR");
         snprintf(check_directory, sizeof check_directory, "%s/dpo-test-XXXXXX",
                  place ? place : access("/dev/shm", W_OK) ? "/tmp" : "/dev/shm");
         if (!mkdtemp(check_directory)) {

@@ -18,7 +18,6 @@ DPO_MUTANT says which copy is called. To be noticed is a failed check, a crash o
 import concurrent.futures
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
@@ -925,8 +924,9 @@ def macros_of(command):
 def passes(program, mutant):
     """A program that stops for another reason than a check, a crash or a hang stops everything."""
     with tempfile.TemporaryDirectory(prefix="dpo-mutant-", dir=MEMORY) as place:
-        done = subprocess.run([program], capture_output=True, text=True, errors="replace",
-                              env=dict(os.environ, DPO_MUTANT=str(mutant), TMPDIR=place))
+        done = subprocess.run(["sh", "-c", f'ulimit -S -t {HANGS}; exec "$0"', program],
+                              capture_output=True, text=True, errors="replace",
+                              env=dict(os.environ, DPO_MUTANT=str(mutant), CHECK_TMPDIR=place))
     if done.returncode == -signal.SIGKILL or done.returncode > 0 and "FAILED: " not in done.stdout:
         raise RuntimeError("%s, mutant %d: exit status %d without a failed check" %
                            (program, mutant, done.returncode))
@@ -954,8 +954,6 @@ def main():
         if any(result.returncode for result in built):
             print(*[result.stderr[:2000] for result in built], "the mutants do not compile", sep="\n")
             return 1
-        most = resource.getrlimit(resource.RLIMIT_CPU)[1]
-        resource.setrlimit(resource.RLIMIT_CPU, (HANGS, most))  # of each test
         if not all(pool.map(passes, programs, [0] * len(programs))):
             print("the tests fail on dpo.h as it is, so mutants would say nothing")
             return 1

@@ -300,7 +300,7 @@ static void test_pieces(void)
     entry.data = bytes;
     check_must(dpo_file_write(&context, path, DPO_FILE_TEST, &entry, 1), &context);
     check_must(dpo_file_open(&context, &file, path, DPO_FILE_TEST, 1), &context);
-    dpoi_entry_read(copy, &file.entries[0], NULL);
+    dpoi_entry_copy(copy, &file.entries[0]);
     check(!memcmp(copy, bytes, entry.bytes), "the copy of a large entry is another");
     image damaged = copy_file(&file);
     dpo_file_close(&context, &file);

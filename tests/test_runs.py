@@ -344,7 +344,8 @@ def test_resume_refusals(data, base):
     model = pathlib.Path(base).read_bytes()
     for n in (len(state) - 10, 80):
         replaced(cut / "state.bin", state[:n], resume, "state.bin", "cut short or added to; put a "
-                 "whole copy in its place; if there is none, begin another run", "--reference-cache")
+                 "whole copy in its place; without a whole state.bin, begin another run",
+                 "--reference-cache")
     replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
     leave(begin(base, data, other, *begun, "--seed", "4"), other)
     replaced(cut / "state.bin", (other / "state.bin").read_bytes(), resume, "state.bin",
