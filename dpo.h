@@ -4501,8 +4501,9 @@ static int dpoi_file_check(dpo_context *context, dpo_file *file, dpo_file_kind k
     const dpoi_file_header *header = file->map;
     static const char zeros[sizeof header->zeros];
     if (file->bytes < sizeof *header || memcmp(header->magic, DPOI_MAGIC, sizeof header->magic))
-        return dpoi_fail(context, "not a dpo.h file; convert checkpoints with "
-                         "`python3 convert.py import HF_DIR model.bin`");
+        return dpoi_fail(context, "not a dpo.h file%s", kind == DPO_FILE_MODEL ? "; convert "
+                         "checkpoints with `python3 convert.py import HF_DIR model.bin`"
+                         : ", or cut short; put a whole copy in its place");
     if (header->version != DPOI_VERSION)
         return dpoi_fail(context, "file version %u, this program reads version %d; convert the "
                          "checkpoint again", header->version, DPOI_VERSION);

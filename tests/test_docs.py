@@ -122,6 +122,15 @@ class Readme(unittest.TestCase):
             for option in re.findall(r"(?<!\w)(--[a-z][a-z0-9-]*)", rest):
                 self.assertIn(option, known, f"{program} {command} {option}")
 
+    def test_options_in_running_text_exist(self):
+        known = "".join(run("./" + program, command, "--help") for program, commands in
+                        (("train", ("init", "sft", "dpo", "merge", "plan")),
+                         ("eval", ("prefs", "loss", "generate")))
+                        for command in commands)
+        named = re.findall(r"`(?:train|eval)[ a-z]* (--[a-z][a-z0-9-]*)", read("README.md"))
+        for option in named:
+            self.assertIn(option, known)
+
     def test_functions_exist(self):
         header = read("dpo.h")
         for name in set(re.findall(r"`(dpoi?_\w+)`", read("README.md"))):
