@@ -802,7 +802,7 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
-/* Gives the kernel madvise's `advice` on the pages, each of `page` bytes, whole within these. */
+/* Gives the kernel `advice` (madvise) on those pages, of `page` bytes, that lie whole in here. */
 static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
 {
     const uintptr_t from = ((uintptr_t)start + page - 1) / page * page;
@@ -4218,7 +4218,8 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
                                  "weights are as they were before this step. A smaller "
                                  "--learning-rate usually helps", model->tensors[t].name, i);
         }
-    return 1; // never: squares of finite floats do not overflow fp64
+    // Not reached: squares of finite floats do not overflow fp64.
+    return dpoi_fail(context, "the norm of the gradients is not finite");
 }
 
 DPO_API double dpo_clip_scale(double norm, double max_norm)
@@ -4910,7 +4911,7 @@ static void dpoi_init_weights(dpo_model *model, uint64_t seed)
     double last = inner / sqrt(2.0 * (double)config->n_layers);
     for (size_t k = 0; k < model->n_tensors; k++) {
         dpo_tensor *tensor = &model->tensors[k];
-        // the former: embedding and positions
+        // matrices that are PLAIN are the embedding and the positions
         double deviation = tensor->layout == DPO_PLAIN || tensor == weights->head ? outer : inner;
         for (size_t l = 0; l < config->n_layers; l++)
             if (tensor == weights->blocks[l].out_w || tensor == weights->blocks[l].down_w)
