@@ -1668,6 +1668,31 @@ static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
     }
 }
 
+static inline size_t dpoi_divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
+/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. The
+   next begins at data[place], no pointer of its own: past the last there may be nothing to point
+   to. */
+typedef struct {
+    const char *data;
+    size_t place, row_bytes, stride;    // bytes
+    size_t rows;
+} dpoi_fetch;
+
+static inline dpoi_fetch dpoi_fetch_begin(dpoi_matrix x, size_t count, size_t k)
+{
+    const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
+    if (x.row_stride == 1) return (dpoi_fetch){ x.data, 0, count * item, x.col_stride * item, k };
+    return (dpoi_fetch){ x.data, 0, k * item, x.row_stride * item, count };
+}
+
+static inline void dpoi_fetch_rows(dpoi_fetch *fetch, size_t rows)
+{
+    for (; rows > 0 && fetch->rows > 0; rows--, fetch->rows--, fetch->place += fetch->stride)
+        for (size_t byte = 0; byte < fetch->row_bytes; byte += DPOI_LINE * sizeof(float))
+            __builtin_prefetch(fetch->data + fetch->place + byte, 0, 2);
+}
+
 /* Copies x[count, k] into panels of `width` rows, each [units of k, width], or as AMX wants a's;
    zeros fill up the last panel and the last units. */
 DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t count, size_t k,
@@ -1677,19 +1702,22 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
     const size_t whole = count - count % width, room = dpoi_count_units(k, as);
     const size_t panel = dpoi_panel_floats(width, room);
     const int turned = dpoi_amx && per_unit == 2 && width == DPOI_TILE_ROWS;
-    enum { AHEAD = 8 }; // rows too far apart for the CPU to guess are fetched so many before
+    // The CPU does not guess rows that lie far apart, so they are fetched before they are packed:
+    // those across k AHEAD steps before, those along k two panels before, a share with each line.
+    enum { AHEAD = 8 };
+    const size_t share = dpoi_divide_up(width * DPOI_LINE, DPOI_BLOCK_K);
+    dpoi_fetch fetch = { 0 };
     if (whole < count) memset(panels + whole / width * panel, 0, width * room * sizeof *panels);
     for (size_t i = 0; i < whole && units < room; i += width)
         memset(panels + i / width * panel + units / DPOI_LINE * DPOI_LINE * width, 0,
                DPOI_LINE * width * sizeof *panels);
     if (x.row_stride == 1) {
+        if (k > AHEAD) fetch = dpoi_fetch_begin(dpoi_submatrix(x, 0, AHEAD), count, k - AHEAD);
         for (size_t u = 0; u < units; u++) {
             const size_t l = u * per_unit;
+            dpoi_fetch_rows(&fetch, per_unit);
             const char *in = dpoi_submatrix(x, 0, l).data, *next = NULL;
             if (per_unit == 2 && l + 1 < k) next = dpoi_submatrix(x, 0, l + 1).data;
-            for (size_t r = l + AHEAD; r < DPOI_MIN(l + AHEAD + per_unit, k); r++)
-                for (size_t i = 0; i < count; i += DPOI_LINE)
-                    __builtin_prefetch(dpoi_submatrix(x, i, r).data);
             float *out = panels + u * width;
             const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
             for (size_t i = 0; i < whole; i += width, out += panel) // of constant width: no calls
@@ -1706,8 +1734,12 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
     float converted[(DPOI_TILE_ROWS + DPOI_TILE_COLS) * DPOI_LINE]; // enough for either width
     const int direct = x.dtype == DPO_F32 && as == DPO_F32;
     for (size_t p = 0; p < count; p += width, panels += panel) {
-        size_t rows = DPOI_MIN(count - p, width);
+        const size_t rows = DPOI_MIN(count - p, width), later = p + 2 * width;
+        if (later < count)
+            fetch = dpoi_fetch_begin(dpoi_submatrix(x, later, 0),
+                                     DPOI_MIN(count - later, width), k);
         for (size_t u = 0; u < units; u += DPOI_LINE) {
+            dpoi_fetch_rows(&fetch, share);
             const size_t n = DPOI_MIN(units - u, (size_t)DPOI_LINE), l = u * per_unit;
             const size_t n_whole = DPOI_MIN(n, (k - l) / per_unit); // the last may be half a unit
             const float *in = dpoi_submatrix(x, p, l).data;
@@ -1779,31 +1811,6 @@ DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, size_t 
     float whole[DPOI_TILE_ROWS * DPOI_TILE_COLS];
     dpoi_tile(whole, DPOI_TILE_COLS, a, b, NULL, k, 0, rows, cols, pairs);
     dpoi_tile_copy(c, ldc, whole, bias, add, rows, cols);
-}
-
-static inline size_t dpoi_divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
-
-/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. The
-   next begins at data[place], no pointer of its own: past the last there may be nothing to point
-   to. */
-typedef struct {
-    const char *data;
-    size_t place, row_bytes, stride;    // bytes
-    size_t rows;
-} dpoi_fetch;
-
-static inline dpoi_fetch dpoi_fetch_begin(dpoi_matrix x, size_t count, size_t k)
-{
-    const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
-    if (x.row_stride == 1) return (dpoi_fetch){ x.data, 0, count * item, x.col_stride * item, k };
-    return (dpoi_fetch){ x.data, 0, k * item, x.row_stride * item, count };
-}
-
-static inline void dpoi_fetch_rows(dpoi_fetch *fetch, size_t rows)
-{
-    for (; rows > 0 && fetch->rows > 0; rows--, fetch->rows--, fetch->place += fetch->stride)
-        for (size_t byte = 0; byte < fetch->row_bytes; byte += DPOI_LINE * sizeof(float))
-            __builtin_prefetch(fetch->data + fetch->place + byte, 0, 2);
 }
 
 /* c[m, n] = (accumulate ? c : 0) + a[m, k] b[k, n] + bias, on the calling thread, with scratch
