@@ -457,7 +457,8 @@ static inline FILE *reopen_file(const char *path, size_t bytes)
 {
     struct stat status;
     if (stat(path, &status) || (size_t)status.st_size < bytes)
-        fail("%s is missing or shorter than when the run was interrupted", path);
+        fail("%s is missing or shorter than when the run was interrupted; put it back, or begin "
+             "another run", path);
     FILE *file = truncate(path, (off_t)bytes) ? NULL : fopen(path, "a");
     if (!file) fail("cannot continue %s: %s", path, strerror(errno));
     return file;

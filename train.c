@@ -811,15 +811,18 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     dpo_context context;
     dpo_json json = {0};
     const char *path = run_file(directory, "config.json");
-    if (!path && run_file(directory, "reference.bin"))
-        fail("%s cannot be resumed: it has no config.json; begin anew with another -o (its "
-             "reference.bin serves as --reference-cache)", directory);
+    for (size_t i = 0; i < N_RUN_FILES && !path; i++)
+        if (run_file(directory, run_files[i]))
+            fail("%s cannot be resumed: it has no config.json; put it back, or begin anew with "
+                 "another -o%s", directory, run_file(directory, "reference.bin")
+                 ? " (its reference.bin serves as --reference-cache)" : "");
     if (!path)
         fail("%s cannot be resumed: it has no config.json; begin it without --resume (the same -o "
              "will do)", directory);
     char *text = read_text(path);
     check(&context, dpo_context_init(&context, 1));
-    check(&context, dpo_json_parse(&context, &json, text, strlen(text), path));
+    if (dpo_json_parse(&context, &json, text, strlen(text), path))
+        fail("%s; put back the file as the run wrote it", context.error);
     const dpo_json_value *command = dpo_json_member(&json, json.values, "command");
     const dpo_json_value *all = dpo_json_member(&json, json.values, "options");
     const char *name = bit == DPO ? "dpo" : "sft";
@@ -845,6 +848,18 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     dpo_json_free(&context, &json);
     dpo_context_free(&context);
     free(text);
+}
+
+/* What config.json names may have moved since. */
+static void check_inputs(const settings *s)
+{
+    const struct { const char *option, *path; } inputs[] = {
+        {"model", s->model}, {"adapter", s->adapter}, {"data", s->data},
+        {"eval-data", s->eval_data}, {"reference", s->reference_known ? NULL : s->reference}};
+    for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
+        if (inputs[i].path && !path_exists(inputs[i].path))
+            fail("%s (--%s) is not there; give the place it has now by --%s", inputs[i].path,
+                 inputs[i].option, inputs[i].option);
 }
 
 static csv create_log(const run *r, const char *name, const char *before, const char *prefix,
@@ -904,13 +919,14 @@ static void save_state(run *r)
     r->saved_step = r->at.step;
 }
 
-/* Of a model or adapter; 0 if there is none. */
-static uint64_t file_identity(dpo_context *context, const char *path)
+/* Of a model or adapter; 0 if there is none. `verify`: it must be whole. */
+static uint64_t file_identity(dpo_context *context, const char *path, int verify)
 {
     dpo_file file;
     if (!path_exists(path)) return 0;
-    check(context, dpo_file_open(context, &file, path, is_adapter(path) ? DPO_FILE_ADAPTER
-                                                                        : DPO_FILE_MODEL, 0));
+    if (dpo_file_open(context, &file, path, is_adapter(path) ? DPO_FILE_ADAPTER : DPO_FILE_MODEL,
+                      verify))
+        fail("%s; or move it away: the run goes on without it", context->error);
     uint64_t identity = file.identity;
     dpo_file_close(context, &file);
     return identity;
@@ -918,15 +934,16 @@ static uint64_t file_identity(dpo_context *context, const char *path)
 
 /* best.bin and what state.bin says of it change together: the new file waits under another name
    until a state that knows it is saved. Whenever the run is killed, here the two agree again. */
-static void settle_best(run *r)
+static void settle_best(run *r, int verify)
 {
     position *at = &r->at;
     if (path_exists(r->next_best_path)) {
-        const int known = file_identity(r->context, r->next_best_path) == at->best_identity;
+        const int known = file_identity(r->context, r->next_best_path, verify) ==
+                          at->best_identity;
         if (known ? rename(r->next_best_path, r->best_path) : remove(r->next_best_path))
             fail("cannot change %s: %s", r->next_best_path, strerror(errno));
     }
-    const uint64_t identity = file_identity(r->context, r->best_path);
+    const uint64_t identity = file_identity(r->context, r->best_path, verify);
     if (identity == at->best_identity) return;
     if (identity)
         fail("%s is not the model that the run's state.bin knows as its best; put that one back, "
@@ -974,8 +991,7 @@ static void load_state(run *r)
              r->state_path);
     memcpy(&r->at, notes.bytes, sizeof r->at);
     dpo_string_free(r->context, &notes);
-    settle_best(r);
-    say("resumed after update %zu of %zu", r->at.step, r->steps);
+    settle_best(r, !r->s->no_verify);
 }
 
 /* The model or adapter as it is now. */
@@ -1167,8 +1183,10 @@ static void read_reference(run *r)
         fail("%s cannot be resumed: its reference.bin is missing; put it back (a --reference-cache "
              "that it was given is the same), or begin another run", r->s->output);
     if (!r->reference_cached) return;
-    check(r->context, dpo_reference_load(r->context, cache, &key, r->reference,
-                                         2 * (r->data.n + r->eval.n)));
+    if (dpo_reference_load(r->context, cache, &key, r->reference, 2 * (r->data.n + r->eval.n)))
+        fail("%s%s", r->context->error, r->s->resume
+             ? " (a --reference-cache that the run was given is the same), or begin another run"
+             : "");
     say("reference log-probabilities read from %s", cache);
 }
 
@@ -1298,9 +1316,9 @@ static void keep_best(run *r)
     at->best = at->last_eval;
     at->best_step = at->step;
     save_result(r, r->next_best_path);
-    at->best_identity = file_identity(r->context, r->next_best_path);
+    at->best_identity = file_identity(r->context, r->next_best_path, 0);
     save_state(r);
-    settle_best(r);
+    settle_best(r, 0);
 }
 
 static int out_of_patience(const run *r)
@@ -1656,6 +1674,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     r.optimizer.weight_decay = s->weight_decay;
     if (s->resume) load_state(&r);
     create_logs(&r);
+    if (s->resume) say("resumed after update %zu of %zu", r.at.step, r.steps);
     train(&r);
     const int stopped = interrupted;    // a signal from here on finds the run complete
     save_result(&r, r.result_path);
@@ -1723,6 +1742,7 @@ int main(int argc, char **argv)
         s.reference_known = s.reference && !given_value(argc, argv, "reference", 0);
     }
     parse_options(argc, argv, c, bit, options, n_options);
+    if (resumes) check_inputs(&s);
     if (bit & TRAIN) check_lora_options(argc, argv, &s);
     if (bit & TRAIN) note_busy_machine(s.threads);
 

@@ -78,6 +78,7 @@ def refused(words, *say, status=1):
     for part in say:
         check(part in last, f"{' '.join(map(str, words[:3]))}: the message does not say {part!r}: "
                             f"{last}")
+    return text
 
 
 def rows(path):
@@ -288,8 +289,9 @@ def replaced(path, content, words, *say):
     """What is refused while a file has another content."""
     before = path.read_bytes()
     path.write_bytes(content)
-    refused(words, *say)
+    text = refused(words, *say)
     path.write_bytes(before)
+    return text
 
 
 def test_resume_refusals(data, base):
@@ -298,7 +300,9 @@ def test_resume_refusals(data, base):
     refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
     cut.mkdir()
     (cut / "reference.bin").write_text("")
-    refused(resume, "no config.json", "another -o", "--reference-cache")
+    refused(resume, "no config.json", "put it back", "another -o", "--reference-cache")
+    (cut / "reference.bin").rename(cut / "log.csv")
+    check("--reference-cache" not in run(*resume, status=1), "there is no reference.bin")
     shutil.rmtree(cut)
     begun = ["--max-steps", "500", "--adapter", data / "adapter", "--reference", data / "ref.bin"]
     run(*begin(base, data, data / "adapter", "--max-steps", "1", "--lora"))
@@ -320,7 +324,18 @@ def test_resume_refusals(data, base):
         edited = {**config, "options": {**config["options"], option: value}}
         replaced(cut / "config.json", json.dumps(edited).encode(), resume, f"--{option} ",
                  str(cut / "config.json"), "as the run wrote it")
+    replaced(cut / "config.json", b'{"command": "dpo"', resume, "config.json",
+             "as the run wrote it")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
+    held = (data / "held.jsonl").rename(data / "moved.jsonl")
+    refused(resume, "held.jsonl (--eval-data) is not there; give", "by --eval-data")
+    held.rename(data / "held.jsonl")
+    log = (cut / "log.csv").read_bytes()
+    text = replaced(cut / "log.csv", log[:-1], resume, "log.csv", "shorter than", "put it back")
+    check("resumed" not in text, f"before it is certain: {text}")
+    cached = (cut / "reference.bin").read_bytes()
+    replaced(cut / "reference.bin", cached[:-1], resume, "reference.bin", "whole copy",
+             "--reference-cache that the run was given", "begin another run")
     for words in ([], ["-o"], ["-o", ""], ["--output="]):
         refused(["./train", "dpo", "--resume", *words], "--resume needs -o DIR", status=2)
     text = run(*resume, "--max-memory", "5M", status=1)     # what could not change is no advice
@@ -720,8 +735,12 @@ def test_best_and_state(data, base):
             shutil.rmtree(cut)
     killed(begin(base, data, cut, *words), environment, "best.bin", 2)
     (cut / "best.bin").write_bytes((whole / "model.bin").read_bytes())
-    (cut / "next_best.bin").unlink()
+    (cut / "next_best.bin").rename(cut / "hidden")
     refused(["./train", "dpo", "--resume", "-o", cut], "is not the model that", "best.bin")
+    damaged = bytearray((cut / "hidden").read_bytes())
+    damaged[-100] ^= 1
+    (cut / "best.bin").write_bytes(damaged)
+    refused(["./train", "dpo", "--resume", "-o", cut], "best.bin", "checksum", "or move it away")
     (cut / "best.bin").unlink()
     text = run("./train", "dpo", "--resume", "-o", cut)
     check("best.bin is not there any more" in text, text)
