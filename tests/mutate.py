@@ -867,8 +867,8 @@ def find_function(source, name):
 
 
 def make_mutants(source, word, macros):
-    """The mutants' descriptions, dpo.h with all of them, and what is wrong with the list. Those marked
-    PAIRED, AMX and the like depend on the compiler's `macros`."""
+    """The mutants' descriptions, dpo.h with all of them, what is wrong with the list, and how many are
+    left out: those marked PAIRED, AMX and the like depend on the compiler's `macros`."""
     mutants, errors, additions, left_out = [], [], [], 0
     for name, pairs in MUTANTS.items():
         if word not in name:
@@ -893,13 +893,11 @@ def make_mutants(source, word, macros):
                 choice = "dpoi_mutant == %d ? %s : %s" % (len(mutants), copy, choice)
         # Within its own macro a name stands for itself: the function as it is.
         additions.append((extent[1], "%s\n#define %s (%s)\n" % (copies, name, choice)))
-    if left_out:
-        print("%d mutants of products of bf16 left out: not on this CPU" % left_out)
     for place, text in sorted(additions, reverse=True):
         source = source[:place] + text + source[place:]
     # A function that is chosen while the program runs cannot be inlined always.
     source = source.replace("__attribute__((always_inline))", "")
-    return mutants, CHOICE + source, errors
+    return mutants, CHOICE + source, errors, left_out
 
 
 def compiler():
@@ -938,8 +936,10 @@ def main():
     with open("dpo.h") as header:
         source = header.read()
     command = compiler()
-    mutants, text, errors = make_mutants(source, sys.argv[1] if len(sys.argv) > 1 else "",
-                                         macros_of(command))
+    mutants, text, errors, left_out = make_mutants(
+        source, sys.argv[1] if len(sys.argv) > 1 else "", macros_of(command))
+    if left_out:
+        print("%d mutants of products of bf16 left out: not on this CPU" % left_out)
     for error in errors:
         print("error:", error)
     with tempfile.TemporaryDirectory(prefix="dpo-mutants-") as directory, \
