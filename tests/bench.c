@@ -447,6 +447,8 @@ static void print_profile(const dpo_profile *p, double flops_peak, double bytes_
         "other" };
     double total = 0;
     for (int i = 0; i < DPO_N_OPERATIONS; i++) total += p->seconds[i];
+    printf("    its time goes to                (peaks: %.0f GFLOP/s, %.1f GB/s)\n", flops_peak,
+           bytes_peak);
     for (int i = 0; i < DPO_N_OPERATIONS; i++) {
         double work = 1e-9 * (p->flops[i] + p->bytes[i]) / p->seconds[i];
         double peak = p->flops[i] > 0 ? flops_peak : bytes_peak;
@@ -540,8 +542,8 @@ static int run_updates(int threads, double bandwidth)
     peaks peak = { 0 };
     int wrong = 0;
     printf("\nan update of Pythia-160m's size, %d pairs; %d threads, and 1 thread in turns\n"
-           "%-20s %7s %7s %7s s %8s GFLOP/s %6s of fp32 peak %9s with 1 thread, x threads %s\n",
-           PAIRS, threads, "setting", "min", "median", "max", "needed", "%", "%", "(median)");
+           "%-20s %7s %7s %7s s  needed GFLOP/s  %% of fp32 peak  with 1 thread  x 1 thread\n",
+           PAIRS, threads, "setting", "min", "median", "max");
     for (size_t i = 0; i < sizeof SETTINGS / sizeof *SETTINGS; i++) {
         const setting *s = &SETTINGS[i];
         if (quick && strcmp(s->name, "DPO fp32")) continue;
@@ -568,7 +570,7 @@ static int run_updates(int threads, double bandwidth)
         const int above = (flops / seconds[0] > ceiling(&peak, 0, s->options.dtype)) +
                           (flops / alone[0] > ceiling(&peak, 1, s->options.dtype));
         wrong += above;
-        printf("%-20s %7.3f %7.3f %7.3f   %8.1f         %6.1f              %9.1f  %.2f%s\n",
+        printf("%-20s %7.3f %7.3f %7.3f   %14.1f  %14.1f  %13.1f  %10.2f%s\n",
                s->name, seconds[0], seconds[middle], seconds[STEP_ROUNDS - 1],
                flops / seconds[middle], share[middle], alone_share[middle], ratio[middle],
                above ? "  WRONG" : "");
