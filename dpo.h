@@ -1256,9 +1256,10 @@ static float dpoi_max(const float *x, size_t n)
    most BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6
    KB, 8 with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of
    b, and is done with. Meanwhile the rows of a that come next are fetched into the second cache, so
-   that packing them does not wait for memory. (Where a lies across k, some of its panels are packed
-   at once, since a line of memory has numbers for several. AMX's tiles take two panels of a, and
-   are too fast to fetch beside them.)
+   that packing them does not wait for memory; b's are fetched while those before them are packed,
+   since beside the tiles, which read the second cache, that would cost as much as it saves. (Where
+   a lies across k, some of its panels are packed at once, since a line of memory has numbers for
+   several. AMX's tiles take two panels of a, and are too fast to fetch beside them.)
 
    Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
    for itself: a again for each strip, b again for each piece. That is 1 / (columns of a strip) +
@@ -1573,11 +1574,13 @@ DPOI_NOINLINE void dpoi_tile(float *c, size_t ldc, const float *a, const float *
 /* Whether a product `as` that type has units of two bf16. */
 static inline int dpoi_paired(dpo_dtype as) { return DPOI_UNIT_BF16 == 2 && as == DPO_BF16; }
 
+static inline size_t dpoi_divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
+
 /* Units that k numbers take in a panel; AMX wants whole lines of them. */
 static inline size_t dpoi_count_units(size_t k, dpo_dtype as)
 {
     if (!dpoi_paired(as)) return k;
-    return dpoi_amx ? (k + 2 * DPOI_LINE - 1) / (2 * DPOI_LINE) * DPOI_LINE : (k + 1) / 2;
+    return dpoi_amx ? dpoi_divide_up(k, 2 * DPOI_LINE) * DPOI_LINE : dpoi_divide_up(k, 2);
 }
 
 /* Bits of element i as a float, rounded to bf16 if the product asks for it. */
@@ -1668,8 +1671,6 @@ static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
     }
 }
 
-static inline size_t dpoi_divide_up(size_t a, size_t b) { return (a + b - 1) / b; }
-
 /* Rows of an operand, as it is stored, that are still to be fetched into the second cache. The
    next begins at data[place], no pointer of its own: past the last there may be nothing to point
    to. */
@@ -1698,14 +1699,16 @@ static inline void dpoi_fetch_rows(dpoi_fetch *fetch, size_t rows)
 DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t count, size_t k,
                            dpo_dtype as)
 {
-    const size_t per_unit = dpoi_paired(as) ? 2 : 1, units = (k + per_unit - 1) / per_unit;
+    const size_t per_unit = dpoi_paired(as) ? 2 : 1, units = dpoi_divide_up(k, per_unit);
     const size_t whole = count - count % width, room = dpoi_count_units(k, as);
     const size_t panel = dpoi_panel_floats(width, room);
     const int turned = dpoi_amx && per_unit == 2 && width == DPOI_TILE_ROWS;
+    if (!k) return;
     // The CPU does not guess rows that lie far apart, so they are fetched before they are packed:
-    // those across k AHEAD steps before, those along k two panels before, a share with each line.
+    // those across k AHEAD steps before; those along k, which are b's, since a's are but a panel or
+    // two, two panels before, a share of the rows with each line.
     enum { AHEAD = 8 };
-    const size_t share = dpoi_divide_up(width * DPOI_LINE, DPOI_BLOCK_K);
+    const size_t share = dpoi_divide_up(width * DPOI_LINE, units);
     dpoi_fetch fetch = { 0 };
     if (whole < count) memset(panels + whole / width * panel, 0, width * room * sizeof *panels);
     for (size_t i = 0; i < whole && units < room; i += width)
@@ -3169,7 +3172,7 @@ static int dpoi_build_table(dpo_model *model)
 
 static size_t dpoi_aligned(size_t bytes)
 {
-    return (bytes + DPOI_ALIGN - 1) / DPOI_ALIGN * DPOI_ALIGN;
+    return dpoi_divide_up(bytes, DPOI_ALIGN) * DPOI_ALIGN;
 }
 
 /* Bytes of n elements, made whole floats: one may follow. */
@@ -5237,7 +5240,7 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
                         "--eval-examples)"
                       : values->shape[0] != n ? "another number of answers" : NULL;
     if (wrong)
-        dpoi_fail(context, "%s: was made for %s; give another --reference-cache", path, wrong);
+        dpoi_fail(context, "%s: was made for %s", path, wrong);
     else
         memcpy(logp, values->data, values->bytes);
     dpo_file_close(context, &file);

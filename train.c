@@ -804,6 +804,8 @@ static int is_possible(const option *o, const dpo_json_value *value, const char 
     }
 }
 
+static const char put_back[] = "put back the file as the run wrote it, or begin another run";
+
 /* Gives every option the value that config.json says a run had. */
 static void read_config(const char *directory, unsigned bit, const option *options,
                         size_t n_options, settings *s)
@@ -811,22 +813,26 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     dpo_context context;
     dpo_json json = {0};
     const char *path = run_file(directory, "config.json");
+    const char *reference = run_file(directory, "reference.bin");
+    int begun = 0;      // reference.bin is made before config.json
     for (size_t i = 0; i < N_RUN_FILES && !path; i++)
-        if (run_file(directory, run_files[i]))
-            fail("%s cannot be resumed: it has no config.json; put it back, or begin anew with "
-                 "another -o%s", directory, run_file(directory, "reference.bin")
-                 ? " (its reference.bin serves as --reference-cache)" : "");
+        begun |= strcmp(run_files[i], "reference.bin") && run_file(directory, run_files[i]);
     if (!path)
-        fail("%s cannot be resumed: it has no config.json; begin it without --resume (the same -o "
-             "will do)", directory);
+        fail("%s cannot be resumed: it has no config.json; %s%s", directory,
+             begun ? "put it back, or begin anew with another -o"
+             : reference ? "begin anew with another -o"
+             : "begin it without --resume (the same -o will do)",
+             bit == DPO && reference ? " (its reference.bin serves as --reference-cache)" : "");
     char *text = read_text(path);
     check(&context, dpo_context_init(&context, 1));
     if (dpo_json_parse(&context, &json, text, strlen(text), path))
-        fail("%s; put back the file as the run wrote it", context.error);
+        fail("%s; %s", context.error, put_back);
     const dpo_json_value *command = dpo_json_member(&json, json.values, "command");
     const dpo_json_value *all = dpo_json_member(&json, json.values, "options");
     const char *name = bit == DPO ? "dpo" : "sft";
-    if (!all || !command || command->kind != DPO_JSON_STRING || command->n_string != 3 ||
+    if (!all || !command)
+        fail("%s names no command or no options; %s", path, put_back);
+    if (command->kind != DPO_JSON_STRING || command->n_string != 3 ||
         memcmp(json.text.bytes + command->string, name, 3))
         fail("%s is no run of ./train %s", directory, name);
     for (const option *o = options; o < options + n_options; o++) {
@@ -836,8 +842,7 @@ static void read_config(const char *directory, unsigned bit, const option *optio
         if (value->kind == DPO_JSON_STRING)
             memcpy(copy, json.text.bytes + value->string, value->n_string);
         if (!is_possible(o, value, copy))
-            fail("%s: --%s cannot have the value that stands there; put back the file as the run "
-                 "wrote it", path, o->name);
+            fail("%s: --%s cannot have the value that stands there; %s", path, o->name, put_back);
         if (o->kind == OPTION_FLAG) *(int *)o->value = value->number != 0;
         else if (o->kind == OPTION_REAL) *(double *)o->value = value->number;
         else if (value->kind == DPO_JSON_STRING) parse_value(o, copy);
@@ -855,11 +860,11 @@ static void check_inputs(const settings *s)
 {
     const struct { const char *option, *path; } inputs[] = {
         {"model", s->model}, {"adapter", s->adapter}, {"data", s->data},
-        {"eval-data", s->eval_data}, {"reference", s->reference_known ? NULL : s->reference}};
+        {"eval-data", s->eval_data}};
     for (size_t i = 0; i < sizeof inputs / sizeof *inputs; i++)
         if (inputs[i].path && !path_exists(inputs[i].path))
-            fail("%s (--%s) is not there; give the place it has now by --%s", inputs[i].path,
-                 inputs[i].option, inputs[i].option);
+            fail("%s (--%s): %s; give the place it has now by --%s", inputs[i].path,
+                 inputs[i].option, strerror(errno), inputs[i].option);
 }
 
 static csv create_log(const run *r, const char *name, const char *before, const char *prefix,
@@ -919,16 +924,16 @@ static void save_state(run *r)
     r->saved_step = r->at.step;
 }
 
-/* Of a model or adapter; 0 if there is none. `verify`: it must be whole. */
-static uint64_t file_identity(dpo_context *context, const char *path, int verify)
+/* Of a model or adapter; 0 if there is none that can be read, `verify`: all of it. */
+static uint64_t file_identity(const run *r, const char *path, int verify)
 {
     dpo_file file;
-    if (!path_exists(path)) return 0;
-    if (dpo_file_open(context, &file, path, is_adapter(path) ? DPO_FILE_ADAPTER : DPO_FILE_MODEL,
+    if (!path_exists(path) ||
+        dpo_file_open(r->context, &file, path, r->lora.r ? DPO_FILE_ADAPTER : DPO_FILE_MODEL,
                       verify))
-        fail("%s; or move it away: the run goes on without it", context->error);
+        return 0;
     uint64_t identity = file.identity;
-    dpo_file_close(context, &file);
+    dpo_file_close(r->context, &file);
     return identity;
 }
 
@@ -938,16 +943,18 @@ static void settle_best(run *r, int verify)
 {
     position *at = &r->at;
     if (path_exists(r->next_best_path)) {
-        const int known = file_identity(r->context, r->next_best_path, verify) ==
-                          at->best_identity;
+        const int known = at->best_identity &&
+                          file_identity(r, r->next_best_path, verify) == at->best_identity;
         if (known ? rename(r->next_best_path, r->best_path) : remove(r->next_best_path))
             fail("cannot change %s: %s", r->next_best_path, strerror(errno));
     }
-    const uint64_t identity = file_identity(r->context, r->best_path, verify);
-    if (identity == at->best_identity) return;
-    if (identity)
-        fail("%s is not the model that the run's state.bin knows as its best; put that one back, "
-             "or move this one away", r->best_path);
+    if (path_exists(r->best_path)) {
+        if (at->best_identity && file_identity(r, r->best_path, verify) == at->best_identity)
+            return;
+        fail("%s is not the model that the run's state.bin knows as its best, or is damaged; put "
+             "that one back, or move this one away", r->best_path);
+    }
+    if (!at->best_identity) return;
     say("note    %s is not there any more: the best of the evaluations from here on will be",
         r->best_path);
     at->best = (dpo_metrics){0};
@@ -991,7 +998,7 @@ static void load_state(run *r)
              r->state_path);
     memcpy(&r->at, notes.bytes, sizeof r->at);
     dpo_string_free(r->context, &notes);
-    settle_best(r, !r->s->no_verify);
+    settle_best(r, 1);
 }
 
 /* The model or adapter as it is now. */
@@ -1184,9 +1191,9 @@ static void read_reference(run *r)
              "that it was given is the same), or begin another run", r->s->output);
     if (!r->reference_cached) return;
     if (dpo_reference_load(r->context, cache, &key, r->reference, 2 * (r->data.n + r->eval.n)))
-        fail("%s%s", r->context->error, r->s->resume
-             ? " (a --reference-cache that the run was given is the same), or begin another run"
-             : "");
+        fail(r->s->resume ? "%s; put back the run's own (a --reference-cache that it was given is "
+                            "the same), or begin another run"
+                          : "%s; another --reference-cache will do, or none", r->context->error);
     say("reference log-probabilities read from %s", cache);
 }
 
@@ -1316,7 +1323,7 @@ static void keep_best(run *r)
     at->best = at->last_eval;
     at->best_step = at->step;
     save_result(r, r->next_best_path);
-    at->best_identity = file_identity(r->context, r->next_best_path, 0);
+    at->best_identity = file_identity(r, r->next_best_path, 0);
     save_state(r);
     settle_best(r, 0);
 }

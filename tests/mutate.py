@@ -123,8 +123,8 @@ MUTANTS = {
         ("if (bias) x += ((const dpoi_vec_at *)bias)[j];", "", AMX),
     ],
     "dpoi_count_units": [
-        ("k + 2 * DPOI_LINE - 1", "k", AMX),
-        ("(k + 1) / 2", "k / 2", PAIRED),
+        ("dpoi_divide_up(k, 2 * DPOI_LINE)", "k / (2 * DPOI_LINE)", AMX),
+        ("dpoi_divide_up(k, 2)", "k / 2", PAIRED),
     ],
     "dpoi_turn_units": [
         ("copy + u * DPOI_TILE_ROWS + i", "copy + u * DPOI_TILE_ROWS", AMX),
@@ -135,7 +135,7 @@ MUTANTS = {
     ],
     "dpoi_pack": [
         ("DPOI_MIN(r, rows - 4)", "r - r % 8"),
-        ("(k + per_unit - 1) / per_unit", "k / per_unit", PAIRED),
+        ("dpoi_divide_up(k, per_unit)", "k / per_unit", PAIRED),
         ("whole && units < room", "0", AMX),
         ("u % DPOI_LINE == DPOI_LINE - 1 || u == units - 1", "u % DPOI_LINE == DPOI_LINE - 1", AMX),
         ("per_unit == 2 && l + 1 < k", "per_unit == 2", PAIRED),

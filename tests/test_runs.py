@@ -300,9 +300,11 @@ def test_resume_refusals(data, base):
     refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
     cut.mkdir()
     (cut / "reference.bin").write_text("")
-    refused(resume, "no config.json", "put it back", "another -o", "--reference-cache")
+    text = refused(resume, "no config.json; begin anew with another -o", "--reference-cache")
+    refused(["./train", "sft", *resume[2:]], "no config.json; begin anew with another -o")
     (cut / "reference.bin").rename(cut / "log.csv")
-    check("--reference-cache" not in run(*resume, status=1), "there is no reference.bin")
+    text = refused(resume, "no config.json", "put it back", "another -o")
+    check("--reference-cache" not in text and "same -o" not in text, text)
     shutil.rmtree(cut)
     begun = ["--max-steps", "500", "--adapter", data / "adapter", "--reference", data / "ref.bin"]
     run(*begin(base, data, data / "adapter", "--max-steps", "1", "--lora"))
@@ -324,18 +326,23 @@ def test_resume_refusals(data, base):
         edited = {**config, "options": {**config["options"], option: value}}
         replaced(cut / "config.json", json.dumps(edited).encode(), resume, f"--{option} ",
                  str(cut / "config.json"), "as the run wrote it")
-    replaced(cut / "config.json", b'{"command": "dpo"', resume, "config.json",
-             "as the run wrote it")
+    for text in (b'{"command": "dpo"', b'{"command": "dpo"}', b"[1]"):
+        replaced(cut / "config.json", text, resume, "config.json", "as the run wrote it")
     refused(["./train", "sft", "--resume", "-o", cut], "no run of ./train sft")
-    held = (data / "held.jsonl").rename(data / "moved.jsonl")
-    refused(resume, "held.jsonl (--eval-data) is not there; give", "by --eval-data")
-    held.rename(data / "held.jsonl")
+    for path, option in ((data / "held.jsonl", "--eval-data"), (data / "pairs.jsonl", "--data"),
+                         (pathlib.Path(base), "--model"), (data / "adapter", "--adapter")):
+        moved = path.rename(data / "moved")
+        refused(resume, f"{path.name} ({option}): No such file", f"by {option}")
+        run(*resume, option, moved, "--dry-run")
+        moved.rename(path)
     log = (cut / "log.csv").read_bytes()
     text = replaced(cut / "log.csv", log[:-1], resume, "log.csv", "shorter than", "put it back")
     check("resumed" not in text, f"before it is certain: {text}")
     cached = (cut / "reference.bin").read_bytes()
-    replaced(cut / "reference.bin", cached[:-1], resume, "reference.bin", "whole copy",
-             "--reference-cache that the run was given", "begin another run")
+    for content, say in ((cached[:-1], "whole copy"), (b"", "is empty"),
+                         ((other / "reference.bin").read_bytes(), "was made for another reference model")):
+        replaced(cut / "reference.bin", content, resume, "reference.bin", say,
+                 "put back the run's own", "begin another run")
     for words in ([], ["-o"], ["-o", ""], ["--output="]):
         refused(["./train", "dpo", "--resume", *words], "--resume needs -o DIR", status=2)
     text = run(*resume, "--max-memory", "5M", status=1)     # what could not change is no advice
@@ -740,7 +747,7 @@ def test_best_and_state(data, base):
     damaged = bytearray((cut / "hidden").read_bytes())
     damaged[-100] ^= 1
     (cut / "best.bin").write_bytes(damaged)
-    refused(["./train", "dpo", "--resume", "-o", cut], "best.bin", "checksum", "or move it away")
+    refused(["./train", "dpo", "--resume", "-o", cut], "best.bin", "or is damaged", "move this one")
     (cut / "best.bin").unlink()
     text = run("./train", "dpo", "--resume", "-o", cut)
     check("best.bin is not there any more" in text, text)
