@@ -1705,8 +1705,8 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
     const int turned = dpoi_amx && per_unit == 2 && width == DPOI_TILE_ROWS;
     if (!k) return;
     // The CPU does not guess rows that lie far apart, so they are fetched before they are packed:
-    // those across k AHEAD steps before; those along k, which are b's, since a's are but a panel or
-    // two, two panels before, a share of the rows with each line.
+    // those across k AHEAD steps before; those along k two panels before, a share of them with each
+    // line. (Of a, there are never more than two panels along k at once.)
     enum { AHEAD = 8 };
     const size_t share = dpoi_divide_up(width * DPOI_LINE, units);
     dpoi_fetch fetch = { 0 };

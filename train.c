@@ -804,14 +804,13 @@ static int is_possible(const option *o, const dpo_json_value *value, const char 
     }
 }
 
-static const char put_back[] = "put back the file as the run wrote it, or begin another run";
-
 /* Gives every option the value that config.json says a run had. */
 static void read_config(const char *directory, unsigned bit, const option *options,
                         size_t n_options, settings *s)
 {
     dpo_context context;
     dpo_json json = {0};
+    static const char put_back[] = "put back the file as the run wrote it, or begin another run";
     const char *path = run_file(directory, "config.json");
     const char *reference = run_file(directory, "reference.bin");
     int begun = 0;      // reference.bin is made before config.json
@@ -924,14 +923,15 @@ static void save_state(run *r)
     r->saved_step = r->at.step;
 }
 
-/* Of a model or adapter; 0 if there is none that can be read, `verify`: all of it. */
+/* Of a model or adapter of the run's own, all of which is read if `verify`; 0 if there is none. */
 static uint64_t file_identity(const run *r, const char *path, int verify)
 {
     dpo_file file;
-    if (!path_exists(path) ||
-        dpo_file_open(r->context, &file, path, r->lora.r ? DPO_FILE_ADAPTER : DPO_FILE_MODEL,
+    if (!path_exists(path)) return 0;
+    if (dpo_file_open(r->context, &file, path, r->lora.r ? DPO_FILE_ADAPTER : DPO_FILE_MODEL,
                       verify))
-        return 0;
+        fail("%s is damaged or cannot be read; put back the file as the run wrote it, or move it "
+             "away", path);
     uint64_t identity = file.identity;
     dpo_file_close(r->context, &file);
     return identity;
@@ -943,18 +943,15 @@ static void settle_best(run *r, int verify)
 {
     position *at = &r->at;
     if (path_exists(r->next_best_path)) {
-        const int known = at->best_identity &&
-                          file_identity(r, r->next_best_path, verify) == at->best_identity;
+        const int known = file_identity(r, r->next_best_path, verify) == at->best_identity;
         if (known ? rename(r->next_best_path, r->best_path) : remove(r->next_best_path))
             fail("cannot change %s: %s", r->next_best_path, strerror(errno));
     }
-    if (path_exists(r->best_path)) {
-        if (at->best_identity && file_identity(r, r->best_path, verify) == at->best_identity)
-            return;
-        fail("%s is not the model that the run's state.bin knows as its best, or is damaged; put "
-             "that one back, or move this one away", r->best_path);
-    }
-    if (!at->best_identity) return;
+    const uint64_t identity = file_identity(r, r->best_path, verify);
+    if (identity == at->best_identity) return;
+    if (identity)
+        fail("%s is not the model that the run's state.bin knows as its best; put that one back, "
+             "or move this one away", r->best_path);
     say("note    %s is not there any more: the best of the evaluations from here on will be",
         r->best_path);
     at->best = (dpo_metrics){0};
@@ -1183,17 +1180,17 @@ static dpo_reference_key reference_key(const run *r)
 /* Gets the reference's log-probabilities from a cache, if there is one. */
 static void read_reference(run *r)
 {
+    static const char put_back[] = "put back the run's own (a --reference-cache that it was given "
+                                   "is the same), or begin another run";
     const char *cache = r->s->resume ? r->reference_path : r->s->reference_cache;
     const dpo_reference_key key = reference_key(r);
     r->reference_cached = cache && path_exists(cache);
     if (!r->reference_cached && r->s->resume)
-        fail("%s cannot be resumed: its reference.bin is missing; put it back (a --reference-cache "
-             "that it was given is the same), or begin another run", r->s->output);
+        fail("%s cannot be resumed: its reference.bin is missing; %s", r->s->output, put_back);
     if (!r->reference_cached) return;
     if (dpo_reference_load(r->context, cache, &key, r->reference, 2 * (r->data.n + r->eval.n)))
-        fail(r->s->resume ? "%s; put back the run's own (a --reference-cache that it was given is "
-                            "the same), or begin another run"
-                          : "%s; another --reference-cache will do, or none", r->context->error);
+        fail("%s; %s", r->context->error, r->s->resume ? put_back
+             : "another --reference-cache will do, or none");
     say("reference log-probabilities read from %s", cache);
 }
 

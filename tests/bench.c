@@ -447,8 +447,8 @@ static void print_profile(const dpo_profile *p, double flops_peak, double bytes_
         "other" };
     double total = 0;
     for (int i = 0; i < DPO_N_OPERATIONS; i++) total += p->seconds[i];
-    printf("    its time goes to                (peaks: %.0f GFLOP/s, %.1f GB/s)\n", flops_peak,
-           bytes_peak);
+    printf("    its time goes to                (peaks: %.0f GFLOP/s, updating memory %.1f GB/s)\n",
+           flops_peak, bytes_peak);
     for (int i = 0; i < DPO_N_OPERATIONS; i++) {
         double work = 1e-9 * (p->flops[i] + p->bytes[i]) / p->seconds[i];
         double peak = p->flops[i] > 0 ? flops_peak : bytes_peak;

@@ -300,7 +300,7 @@ def test_resume_refusals(data, base):
     refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
     cut.mkdir()
     (cut / "reference.bin").write_text("")
-    text = refused(resume, "no config.json; begin anew with another -o", "--reference-cache")
+    refused(resume, "no config.json; begin anew with another -o", "--reference-cache")
     refused(["./train", "sft", *resume[2:]], "no config.json; begin anew with another -o")
     (cut / "reference.bin").rename(cut / "log.csv")
     text = refused(resume, "no config.json", "put it back", "another -o")
@@ -340,7 +340,8 @@ def test_resume_refusals(data, base):
     check("resumed" not in text, f"before it is certain: {text}")
     cached = (cut / "reference.bin").read_bytes()
     for content, say in ((cached[:-1], "whole copy"), (b"", "is empty"),
-                         ((other / "reference.bin").read_bytes(), "was made for another reference model")):
+                         ((other / "reference.bin").read_bytes(),
+                          "was made for another reference model")):
         replaced(cut / "reference.bin", content, resume, "reference.bin", say,
                  "put back the run's own", "begin another run")
     for words in ([], ["-o"], ["-o", ""], ["--output="]):
@@ -377,7 +378,7 @@ def test_resume_refusals(data, base):
     replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum",
              "cut short; put a whole copy", "begin another run")
     hidden = (cut / "reference.bin").rename(cut / "hidden")
-    refused(resume, "reference.bin is missing; put it back", "begin another run")
+    refused(resume, "reference.bin is missing; put back the run's own", "begin another run")
     (cut / "state.bin").unlink()
     text = run(*resume, status=1)
     check("no state.bin; begin anew" in text and "reference.bin" not in text, text)
@@ -747,8 +748,10 @@ def test_best_and_state(data, base):
     damaged = bytearray((cut / "hidden").read_bytes())
     damaged[-100] ^= 1
     (cut / "best.bin").write_bytes(damaged)
-    refused(["./train", "dpo", "--resume", "-o", cut], "best.bin", "or is damaged", "move this one")
-    (cut / "best.bin").unlink()
+    refused(["./train", "dpo", "--resume", "-o", cut], "/best.bin is damaged", "or move it away")
+    (cut / "best.bin").rename(cut / "next_best.bin")
+    refused(["./train", "dpo", "--resume", "-o", cut], "next_best.bin is damaged", "or move it away")
+    (cut / "next_best.bin").unlink()    # which nobody but the user may do
     text = run("./train", "dpo", "--resume", "-o", cut)
     check("best.bin is not there any more" in text, text)
     for path in (whole, cut, models):
