@@ -137,10 +137,28 @@ def shim(data):
     return {**os.environ, "LD_PRELOAD": str(library)}
 
 
+def forget_killed():
+    """LLVM's OpenMP registers each process in memory, in a file of its number. A process that is
+    killed leaves that behind, empty if it had just begun, and then the next process that happens to
+    get its number dies of SIGBUS."""
+    for path in pathlib.Path("/dev/shm").glob(f"__KMP_REGISTERED_LIB_*_{os.getuid()}"):
+        if not pathlib.Path("/proc", path.name.split("_")[-2]).exists():
+            path.unlink(missing_ok=True)
+
+
+def kill(process):
+    """Returns what it said on stderr."""
+    process.kill()
+    _, err = process.communicate()
+    forget_killed()
+    return err
+
+
 def killed(words, environment, name, n):
     """Runs a program that is killed when it is about to give a file its name for the n-th time."""
     process = start(*words, env={**environment, "KILL_BEFORE": name, "KILL_AT": str(n)})
     _, err = process.communicate(timeout=120)
+    forget_killed()
     return check(process.returncode == -signal.SIGKILL, f"not killed at {name} {n}: {err}")
 
 
@@ -191,8 +209,7 @@ def test_resume(data, base):
         process = start(*words, "-o", cut, "--save-steps", "5", "--threads", "1")
         while not (cut / "state.bin").exists() and process.poll() is None:
             time.sleep(0.002)
-        process.kill()
-        process.communicate()
+        kill(process)
         with (cut / "log.csv").open("a") as file:   # what a crash may leave
             file.write("11,1,1,half a row")
         (cut / "state.bin.tmp-123").write_text("half a file")
@@ -239,8 +256,7 @@ def test_killed(data, base, *options):
             finished = check(process.returncode == 0, f"after {kills} kills: {err}")
             break
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
+            kill(process)
             kills += 1
     check(finished and kills > 1, f"{kills} kills, finished: {finished}")
     files = ["model.bin", "adapter.bin", "best.bin", "eval.csv"]
@@ -266,8 +282,7 @@ def leave(words, out):
     process = start(*words, "--save-steps", "1")
     while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
-    process.kill()
-    _, err = process.communicate()
+    err = kill(process)
     check((out / "state.bin").exists(), f"no state was left: {err}")
 
 
@@ -442,8 +457,7 @@ def test_save_minutes(data, base):
     process = start(*words, "--save-minutes", "1e-4", "--epochs", "10000")
     while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
-    process.kill()
-    process.communicate()
+    kill(process)
     check((out / "state.bin").exists(), "no state after 6 milliseconds")
     shutil.rmtree(out)
     environment = shim(data)
@@ -465,8 +479,7 @@ def test_one_process(data, base):
     refused(["./train", "dpo", "--resume", "-o", out], "another process is training in", "deep/run")
     refused(begin(base, data, out), "another process is training in")
     check(temporary.exists(), "a process that has no business there cleans up")
-    process.kill()
-    process.communicate()
+    kill(process)
     shutil.rmtree(data / "deep")
     (data / "used").mkdir()
     for path in (data / "used", data / "deep" / "run"):
@@ -691,8 +704,7 @@ def test_reference_model(data, base):
                            "300"))
     while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
-    process.kill()
-    _, err = process.communicate()
+    err = kill(process)
     check((out / "state.bin").exists(), f"a cache that spares the model: {err}")
     hidden = other.rename(data / "hidden.bin")
     cache.unlink()
@@ -1000,6 +1012,7 @@ def test_memory(data):
 
 
 def main():
+    forget_killed()     # of an earlier test that was interrupted
     with tempfile.TemporaryDirectory() as directory:
         data = pathlib.Path(directory)
         base = data / "base.bin"
