@@ -129,7 +129,8 @@ test: all $(C_TESTS)
 	    set -- $${counts:-$$((status == 0)) $$((status != 0))}; \
 	    if [ $$status -ne 0 ] && [ $$2 -eq 0 ]; then set -- $$1 1; fi; \
 	    passed=$$((passed + $$1)); failed=$$((failed + $$2)); \
-	    if [ $$2 -eq 0 ]; then echo "✓ $$test: $$1 passed"; \
+	    if [ $$1 -eq 0 ] && [ $$2 -eq 0 ]; then echo "- $$test: $$(head -n 1 build/test.log)"; \
+	    elif [ $$2 -eq 0 ]; then echo "✓ $$test: $$1 passed"; \
 	    else cat build/test.log; echo "✗ $$test: $$1 passed, $$2 failed (exit status $$status)"; fi; \
 	done; \
 	echo "$$passed passed, $$failed failed"; [ $$failed -eq 0 ] && [ $$passed -gt 0 ]

@@ -357,7 +357,7 @@ typedef struct run {
     dpo_optimizer optimizer;
     dpo_loss_options loss;
     dpo_data data, eval;        // eval.n is 0 without --eval-data
-    dpo_data_options cut;       // the lengths that they were cut to in the end
+    dpo_data_options cut;       // how they are cut; lengths beyond the context are lowered
     size_t n_branches;          // of every example: 2 for dpo, 1 for sft
     double *reference;          // [2 data.n, then 2 eval.n] reference log-probabilities; dpo only
     int reference_cached;       // they were read from a file
@@ -414,10 +414,7 @@ static size_t count_scored(const dpo_example *e)
 
 static void load_examples(run *r, dpo_data *data, const char *path, size_t limit)
 {
-    const settings *s = r->s;
-    r->cut = (dpo_data_options){
-        .use = r->bit == DPO ? DPO_USE_PAIRS : DPO_USE_SFT, .max_length = s->max_length,
-        .max_prompt_length = s->max_prompt_length, .keep_start = s->truncation, .limit = limit};
+    r->cut.limit = limit;
     load_data(r->context, data, path, &r->source.tokenizer, &r->source.config, &r->cut);
 }
 
@@ -1639,6 +1636,9 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
 {
     static run r;   // lives as long as the program
     r = (run){.s = s, .bit = bit, .context = context, .order_of = SIZE_MAX,
+              .cut = {.use = bit == DPO ? DPO_USE_PAIRS : DPO_USE_SFT,
+                      .max_length = s->max_length, .max_prompt_length = s->max_prompt_length,
+                      .keep_start = s->truncation},
               .n_branches = bit == DPO ? 2 : 1, .n_metrics = bit == DPO ? N_METRICS : 1,
               .loss = {(dpo_loss_kind)s->loss_type, s->beta, s->label_smoothing}};
     check_options(s);

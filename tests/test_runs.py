@@ -978,6 +978,7 @@ def test_reference_cache(data, base):
     text = run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long,
                       "--max-length", "700", "--max-prompt-length", "800"))
     check("read from" in text, f"a cache of the same tokens: {text}")
+    check(text.count("--max-length becomes 128") == 1, f"said for each data file: {text}")
     shutil.rmtree(data / "long")
     words = begin(base, data, data / "c", *with_cache)
     refused(words + ["--dtype", "bf16"], "another precision")
