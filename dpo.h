@@ -2932,13 +2932,17 @@ DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, doub
    A decoder-only transformer: embed the tokens, pass the residual stream x [R, C] through L blocks,
    normalise, and ask the head. One block function serves both architectures:
 
-       parallel (GPT-NeoX):      x + attention(norm1(x)) + mlp(norm2(x))
-       sequential (BTLM, GPT-2): y = x + attention(norm1(x)),   y + mlp(norm2(y))
+       parallel (GPT-NeoX):      out = x + attention(norm1(x)) + mlp(norm2(x))
+       sequential (BTLM, GPT-2): out = middle + mlp(norm2(middle)), middle = x + attention(norm1(x))
+
+       attention(z) = heads(z W_qkv^T + b_qkv) W_out^T + b_out      (the heads are part 4.5)
+       mlp(z)       = act(up) W_down^T + b_down,                    up = z W_up^T + b_up,
+                      with up * silu(gate) for act(up) in SwiGLU,   gate = z W_gate^T + b_gate
 
    A forward that keeps its activations stores for each layer what the backward cannot cheaply
-   recompute: the block's input, q k v, the attention's output and its log-sums, and the MLP's
-   pre-activation. Norms and activations are computed again. One that does not keep runs every layer
-   in the same buffers.
+   recompute: the block's input, q k v, the output of the heads and their log-sum-exp, the middle of
+   a sequential block, up and gate. The outputs of norms and of act are computed again. A forward
+   that does not keep runs every layer in the same buffers.
    ============================================================================================= */
 
 /* ---- 6.1 config ------------------------------------------------------------------------------ */
@@ -2948,8 +2952,9 @@ typedef enum { DPOI_SIZE, DPOI_REAL, DPOI_FLAG, DPOI_ID, DPOI_CHOICE, DPOI_CHARS
 typedef struct dpoi_field {
     const char *name;
     dpoi_field_kind kind;
-    size_t offset, most;        // in the struct; of a size, 0: any; of chars, their number
-    const char *const *choices; // of an enum, NULL at the end
+    size_t offset;              // in the struct
+    size_t most;                // the largest value of a size, 0: any; the bytes of a char array
+    const char *const *choices; // an enum's names, NULL at the end
 } dpoi_field;
 
 static const char *const dpoi_architecture_names[] = { "gpt_neox", "btlm", NULL };
@@ -3175,17 +3180,20 @@ static size_t dpoi_aligned(size_t bytes)
     return dpoi_divide_up(bytes, DPOI_ALIGN) * DPOI_ALIGN;
 }
 
-/* Bytes of n elements, made whole floats: one may follow. */
+/* Bytes of n elements, rounded up to whole floats, so that floats may follow them. */
 static size_t dpoi_whole_floats(size_t n, dpo_dtype dtype)
 {
     return (n * dpoi_dtype_bytes(dtype) + 3) / 4 * 4;
 }
 
-typedef struct dpoi_storage { size_t params, masters, largest, state; } dpoi_storage;
+typedef struct dpoi_storage {   // bytes
+    size_t params, masters;     // weights outside the file; fp32 masters
+    size_t largest;             // the file's largest tensor
+    size_t state;               // trainable weights in a training state
+} dpoi_storage;
 
-/* Bytes for weights in memory, for fp32 masters, of the largest tensor of the file, and of what a
-   training state says of weights. Called a first time to add these up, and again once params and
-   masters are allocated, to give each tensor its place there (those in the file get it at once). */
+/* Called a first time to add up the storage, and again once params and masters are allocated, to
+   point each tensor into them (tensors used in the mapped file point there at once). */
 static dpoi_storage dpoi_place_weights(dpo_model *model, const dpo_file *file)
 {
     dpoi_storage storage = { 0 };
@@ -3212,7 +3220,7 @@ static dpoi_storage dpoi_place_weights(dpo_model *model, const dpo_file *file)
     return storage;
 }
 
-/* Allocates what is not mapped, and points the table at it. `file` NULL: nothing is. */
+/* Allocates the weights that are not mapped, all without a file, and points the table at them. */
 static int dpoi_allocate_weights(dpo_model *model, const dpo_file *file)
 {
     dpoi_storage storage = dpoi_place_weights(model, file);
@@ -3223,8 +3231,8 @@ static int dpoi_allocate_weights(dpo_model *model, const dpo_file *file)
     return 0;
 }
 
-/* Elements [first, first + n) of a tensor from floats. A bf16 weight that is in training has a
-   master, and is the master's rounding. */
+/* Sets elements [first, first + n) of a tensor. Of a tensor with a master, the master takes the
+   floats and the bf16 data their rounding. */
 static void dpoi_tensor_set(dpo_tensor *tensor, size_t first, const float *x, size_t n)
 {
     char *data = tensor->data;
@@ -3232,7 +3240,7 @@ static void dpoi_tensor_set(dpo_tensor *tensor, size_t first, const float *x, si
     dpoi_narrow(data + first * dpoi_dtype_bytes(tensor->dtype), tensor->dtype, x, n);
 }
 
-/* The same as floats: the master's if there is one. */
+/* Gets elements [first, first + n) as floats, from the master if there is one. */
 static void dpoi_tensor_get(const dpo_tensor *tensor, size_t first, float *x, size_t n)
 {
     const char *data = tensor->data;
@@ -3242,10 +3250,10 @@ static void dpoi_tensor_get(const dpo_tensor *tensor, size_t first, float *x, si
 
 /* ---- 6.4 LoRA -------------------------------------------------------------------------------- */
 
-/* A trained matrix differs from the one before by something of low rank, to good accuracy (Hu et
-   al. 2021, equation 3). So the layer's own weights are left alone, and what is learned is
+/* What fine-tuning adds to a matrix is close to a matrix of low rank (Hu et al. 2021, equation 3).
+   So W itself stays frozen, and A and B are learned in
        y = x W^T + b + scale * (x A^T) B^T,   A[r, in], B[out, r], scale = alpha / r:
-   r (in + out) numbers instead of in x out. B begins as zero, so training begins at the model
+   r (in + out) parameters instead of in x out. B starts as zero, so training starts at the model
    itself. A and B stay fp32, and so do their products, whatever W is. */
 enum { DPOI_MAX_RANK = 1 << 20 };
 
@@ -3254,8 +3262,8 @@ static float dpoi_lora_scale(const dpo_lora *lora)
     return (float)(lora->alpha / (lora->rslora ? sqrt((double)lora->r) : (double)lora->r));
 }
 
-/* Whether PEFT would adapt this weight, if it is a linear layer's: a target is a module's path or
-   the end of one from a dot on. The head takes no adapter. */
+/* Whether a tensor is the weight of a linear layer that PEFT would adapt: a target is a module's
+   path, or what follows a dot in it up to its end. The head takes no adapter. */
 static int dpoi_is_target(const dpo_model *model, const char *targets, const dpo_tensor *tensor)
 {
     const char *weight = tensor->name;
@@ -3283,7 +3291,7 @@ static int dpoi_check_targets(dpo_model *model, const char *targets)
         snprintf(one, sizeof one, "%.*s", (int)n, name);
         for (size_t i = 0; i < model->n_tensors; i++) {
             const dpo_tensor *tensor = &model->tensors[i];
-            const char *path = strstr(tensor->name, ".0."); // the first layer's show the names
+            const char *path = strstr(tensor->name, ".0."); // the names of the first layer will do
             found += strcmp(one, "all-linear") && dpoi_is_target(model, one, tensor);
             if (!path || !dpoi_is_target(model, "all-linear", tensor)) continue;
             used += (size_t)snprintf(known + used, sizeof known - used, "%s%.*s", used ? ", " : "",
@@ -3298,8 +3306,8 @@ static int dpoi_check_targets(dpo_model *model, const char *targets)
     }
 }
 
-/* Adds A and B for every target to the table; a `file`, if there is one, must have them. r may
-   exceed a layer's sizes, where it buys nothing, as PEFT allows it. */
+/* Adds A and B of every target to the table; a `file`, if there is one, must hold them. As in PEFT,
+   r may exceed a layer's sizes, though that buys nothing. */
 static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
 {
     const size_t n_tensors = model->n_tensors;
@@ -3309,7 +3317,7 @@ static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_f
                          "alpha positive, dropout from 0 to below 1", lora->r, lora->alpha,
                          lora->dropout, DPOI_MAX_RANK);
     if (dpoi_check_targets(model, lora->targets)) return 1;
-    model->lora = *lora;    // from here on there is one, if only a part
+    model->lora = *lora;    // which dpoi_remove_adapter undoes, also when half is done
     for (size_t i = 0; i < n_tensors; i++) {
         dpo_tensor *W = &model->tensors[i];
         char name[DPO_NAME_BYTES]; // the module's path with another end
@@ -3327,7 +3335,7 @@ static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_f
     return 0;
 }
 
-/* Takes an adapter away again, of which only a part could be had; `first` is its first tensor. */
+/* Removes an adapter that could not be made whole; `first` is the index of its first tensor. */
 static void dpoi_remove_adapter(dpo_model *model, size_t first)
 {
     for (size_t i = 0; i < first; i++) model->tensors[i].lora_a = model->tensors[i].lora_b = NULL;
@@ -3343,46 +3351,46 @@ static void dpoi_remove_adapter(dpo_model *model, size_t first)
 
 typedef struct dpoi_workspace {
     size_t max_rows, max_scored;            // what the buffers can hold in any pass ...
-    size_t kept_rows;                       // ... and in one that keeps; 0: none has room to
-    int keeps;                              // whether the pass laid out last does
+    size_t kept_rows;                       // ... and in one that keeps activations
+    int keeps;                              // whether the pass laid out last keeps them
 
     // The batch as rows. R rows, S of them scored, n_targets tokens to score.
     size_t R, S, n_targets, n_spans, n_branches, n_examples;
-    double pairs;                           // of a query and a key that it sees
+    double pairs;                           // of a query and a key it attends to
     uint32_t *token, *position;             // [R]
     dpoi_span *spans;                       // [n_spans] prompt and branches of each example in turn
     size_t *first_span;                     // [n_examples + 1]
-    size_t *scored_row;                     // [S] their rows
-    size_t *first_target;                   // [S + 1] the targets of each
+    size_t *scored_row;                     // [S] row of each scored row among the R
+    size_t *first_target;                   // [S + 1] where its targets begin
     dpoi_target *targets;                   // [n_targets]
 
-    // What a block computes and its backward needs: a set a layer, or one that all layers share
-    // (see dpoi_activations). x has one more: the last block's output.
+    // What a block computes and its backward needs: one set per layer, or one that all layers
+    // share (see dpoi_activations). x has one more: the last block's output.
     float *x, *attended, *middle;           // [R, C]
     float *qkv;                             // [R, 3C]
     float *lse;                             // [R, H]
     float *up, *gate;                       // [R, F]
     char *slab;                             // [L] what is kept of layers that share a set
-    float *normed, *branch;                 // [R, C] passing through a block
+    float *normed, *branch;                 // [R, C] output of a norm; of a branch
     float *activated;                       // [R, F]
-    float *stats;                           // [R, 2]
+    float *stats;                           // [R, 2] mean and 1 / deviation, of the norm
     float *dx, *dattended, *dnormed, *dqkv, *dactivated, *dgate;    // gradients of the same
-    float *u, *du;                          // [R, r] inside an adapter
-    float *dropped;                         // [R, the widest input of an adapter]
+    float *u, *du;                          // [R, r] scale * drop(x) A^T of an adapter
+    float *dropped;                         // [R, C or F] drop(x)
     float *logits;                          // [S, DPOI_CHUNK]
-    float *head_in, *head_normed, *dhead;   // [S, C]
+    float *head_in, *head_normed, *dhead;   // [S, C] dhead: first a frozen head's mean
     float *head_stats;                      // [S, 2]
-    float *most;                            // [S]
+    float *most;                            // [S] the largest logit so far
     float *target_logit;                    // [n_targets]
-    double *log_sum;                        // [S]
+    double *log_sum;                        // [S] log of the softmax's denominator
     uint32_t *argmax;                       // [S]
     float *rotary;                          // [T, rotary_dims] cosines and sines
     float *slopes;                          // [H], divided by the interpolation factor
 } dpoi_workspace;
 
-/* In fp32 every layer has its own set of activations, which the backward finds again. In bf16, and
+/* In fp32 every layer has its own set of activations, where the backward finds them. In bf16, and
    when blocks are recomputed, all layers share one fp32 set, and a slab of memory holds what is
-   kept of each: in bf16 half as much; with recomputation the block's input alone. */
+   kept of each: all of it as bf16, half the size, or with recomputation the block's input alone. */
 static int dpoi_shares_set(const dpo_model *model, int keep)
 {
     return !keep || model->options.dtype == DPO_BF16 || model->options.recompute;
@@ -3446,7 +3454,7 @@ static size_t dpoi_list_buffers(dpoi_buffer *list, dpoi_workspace *w, const dpo_
     return sizeof all / sizeof *all;
 }
 
-/* Scratch for a piece of a weight gradient that is rounded to bf16: some rows of the widest. */
+/* Floats of scratch for a weight gradient that is rounded to bf16: 512 rows of the widest. */
 static size_t dpoi_piece_size(const dpo_model *model)
 {
     const dpo_config *config = &model->config;
@@ -3472,7 +3480,7 @@ static void dpoi_workspace_free(dpo_model *model)
     model->workspace = NULL;
 }
 
-/* Makes room for a pass of that size: only the largest so far allocates. */
+/* Makes room for a pass of that size, if none so far was as large. */
 static int dpoi_model_reserve(dpo_model *model, const dpo_plan_options *size)
 {
     dpo_context *context = model->context;
@@ -3568,14 +3576,14 @@ DPO_API int dpo_memory_plan(dpo_context *context, dpo_memory *memory, const dpo_
     memory->scratch = sizeof(float) * (dpoi_piece_size(&model) +
                       (size_t)options->n_threads *
                       (DPOI_PACK_FLOATS + dpoi_strip_size(options->max_span)));
-    // Every position's keys and values, and its share in every head; a logit and a rank per token.
+    // Keys, values and a score per head of every position; a logit and a dpoi_choice per token.
     if (options->max_positions)
         memory->cache = options->max_positions * sizeof(float) *
                         (2 * config->n_layers * config->d_model + config->n_heads) +
                         12 * config->vocab_size;
     memory->heap = memory->weights + memory->gradients + memory->optimizer + memory->activations +
                    memory->head + memory->cache + memory->scratch;
-    // A frozen model's file is used as it lies; another's is read tensor by tensor.
+    // A frozen model's file stays in use; any other is read tensor by tensor.
     if (options->file)
         memory->mapped = options->model.frozen ? options->file->bytes : storage.largest;
     memory->total = memory->heap + memory->mapped;
@@ -3618,7 +3626,8 @@ static int dpoi_check_example(dpo_context *context, const dpo_config *config,
     return dpoi_check_tokens(context, config, index, "prompt", example->prompt, example->n_prompt);
 }
 
-/* Appends rows for tokens[0 .. n) of a span; row i stands at position n_prefix + i. */
+/* Appends a span of n rows, the first at position n_prefix, behind the n_prefix rows from `prefix`
+   on: the prompt's, which it attends to as well. */
 static void dpoi_add_rows(dpoi_workspace *w, const uint32_t *tokens, size_t n, size_t prefix,
                           size_t n_prefix)
 {
@@ -3630,7 +3639,7 @@ static void dpoi_add_rows(dpoi_workspace *w, const uint32_t *tokens, size_t n, s
     }
 }
 
-/* Notes that `row` predicts `token`. Rows come in ascending order, targets of one row together. */
+/* Notes that `row` is to predict `token`. Calls come in ascending order of rows. */
 static void dpoi_add_target(dpoi_workspace *w, size_t row, uint32_t token, size_t branch)
 {
     if (w->S == 0 || w->scored_row[w->S - 1] != row) {
@@ -3666,7 +3675,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
         size_t prompt = w->R;
         w->first_span[e] = w->n_spans;
         if (example->n_prompt) dpoi_add_rows(w, example->prompt, example->n_prompt, prompt, 0);
-        // The prompt's last row first, so that all of its targets stand together.
+        // The prompt's last row predicts the first token of every branch.
         for (size_t b = 0; b < example->n_branches && example->n_prompt; b++)
             if (example->branches[b].first_scored == 0)
                 dpoi_add_target(w, w->R - 1, example->branches[b].tokens[0], w->n_branches + b);
@@ -3686,9 +3695,10 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
 
 /* ---- 6.7 the block --------------------------------------------------------------------------- */
 
-/* One layer's. Without keeping, the residual stream runs in place: `out` and `middle` are x. */
+/* One layer's. Layers that share a set write the residual stream in place, so `out` is x; `middle`
+   is x too in a parallel block, where norm2 takes x, and in a pass that does not keep. */
 typedef struct dpoi_activations {
-    float *x, *attended, *middle, *out;     // [R, C] out: the block's output, the next one's x
+    float *x, *attended, *middle, *out;     // [R, C] out: the next block's x
     float *qkv;                             // [R, 3C]
     float *lse;                             // [R, H]
     float *up, *gate;                       // [R, F] gate NULL but for SwiGLU
@@ -3708,8 +3718,8 @@ static dpoi_activations dpoi_activations_of(const dpo_model *model, size_t layer
         .up = w->up + set * F, .gate = w->gate ? w->gate + set * F : NULL };
 }
 
-/* Moves parts `first` .. `end` - 1 of a layer's activations into the slab, or back with `load`:
-   part 0 is the input, which goes before the block overwrites it. */
+/* Copies parts `first` .. `end` - 1 of a layer's activations into the slab, or back with `load`.
+   Part 0, the block's input, has to be copied before the block overwrites it. */
 static void dpoi_slab_move(dpo_model *model, size_t layer, const dpoi_activations *a, size_t first,
                            size_t end, int load)
 {
@@ -3754,9 +3764,9 @@ static dpoi_attention dpoi_attention_of(const dpo_model *model, size_t layer)
                              w->first_span, w->n_examples, w->pairs, model->options.dtype };
 }
 
-/* y[n] = drop(x), or with `accumulate` y += drop(x). Dropout zeroes numbers by chance and enlarges
-   the others, so that the mean stays. Which ones depends on pass, layer and place, so the backward
-   and a repeated forward of the block draw the same. */
+/* y[n] = drop(x), or with `accumulate` y += drop(x): each element is 0 with probability `dropout`,
+   else x / (1 - dropout), so its expectation is x. The mask depends on pass, adapter and element
+   only: the backward and a recomputed block draw the same one. */
 static void dpoi_drop(const dpo_context *context, float *y, const float *x, const dpo_tensor *A,
                       double dropout, size_t n, int accumulate)
 {
@@ -3788,7 +3798,7 @@ static const float *dpoi_lora_down(dpo_model *model, dpoi_linear *linear,
     return x;
 }
 
-/* y = x W^T + b, with the adapter of W if it has one: + u B^T. */
+/* y = x W^T + b, and + u B^T if W has an adapter; with `accumulate`, added to what y holds. */
 static void dpoi_project(dpo_model *model, dpoi_linear *linear, float *y /* [R, out] */,
                          const float *x /* [R, in] */, const dpo_tensor *W, const dpo_tensor *b,
                          size_t R, int accumulate)
@@ -3804,7 +3814,7 @@ static void dpoi_project(dpo_model *model, dpoi_linear *linear, float *y /* [R, 
 
 /* Forward: y += u B^T with u = scale * drop(x) A^T. So
        dB += dy^T u,   du = scale * dy B,   dA += du^T drop(x),   dx += drop(du A),
-   as drop is linear once it is drawn. */
+   as drop is linear once its mask is drawn. */
 static void dpoi_adapter_backward(dpo_model *model, float *dx /* [R, in] or NULL */,
                                   const float *dy /* [R, out] */, const float *x /* [R, in] */,
                                   const dpo_tensor *W, size_t R)
@@ -3827,7 +3837,7 @@ static void dpoi_adapter_backward(dpo_model *model, float *dx /* [R, in] or NULL
     dpoi_drop(context, dx, w->dropped, A, model->lora.dropout, R * A->shape[1], 1);
 }
 
-/* Forward: y = x W^T + b, with W's adapter on top. dx NULL: nothing below needs it. */
+/* Forward: y = x W^T + b, and + u B^T if W has an adapter. dx NULL: nothing below needs it. */
 static void dpoi_project_backward(dpo_model *model, float *dx /* [R, in] */,
                                   const float *dy /* [R, out] */, const float *x /* [R, in] */,
                                   const dpo_tensor *W, const dpo_tensor *b, size_t R,
@@ -3842,7 +3852,8 @@ static void dpoi_project_backward(dpo_model *model, float *dx /* [R, in] */,
              2.0 * (double)(R * (W->lora_a->n * (dx ? 3 : 2) + W->lora_b->n * 2)), 0);
 }
 
-/* With a cache (part 10) there is one row, whose keys and values join those before it. */
+/* The two branches of the block, as at the head of this part. With a cache (part 10) there is one
+   row, and its key and value join those of earlier positions. */
 static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activations *a,
                                dpoi_cache *cache)
 {
@@ -3869,7 +3880,7 @@ static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activa
     dpoi_project(model, linear, w->branch, a->attended, block->out_w, block->out_b, R, 0);
     if (!config->parallel_residual) dpoi_add(context, a->middle, a->x, w->branch, R * C);
 
-    // mlp(norm2(x)), or of the middle of the block when it is sequential
+    // mlp(norm2(middle)), where a parallel block's middle is x
     dpoi_norm_forward(context, w->normed, w->stats, a->middle, block->norm2_w->data,
                       block->norm2_b->data, epsilon, R, C);
     dpoi_project(model, linear, a->up, w->normed, block->up_w, block->up_b, R, 0);
@@ -3877,19 +3888,19 @@ static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activa
         dpoi_project(model, linear, a->gate, w->normed, block->gate_w, block->gate_b, R, 0);
     dpoi_activation_forward(context, w->activated, a->up, a->gate, config->activation, R, F);
     dpoi_project(model, linear, w->branch, w->activated, block->down_w, block->down_b, R,
-                 config->parallel_residual); // in parallel, on top of the attention's output
+                 config->parallel_residual); // then added to attention's output
     dpoi_add(context, a->out, a->middle, w->branch, R * C);
 }
 
-/* Whether a layer or norm of these parts trains anything. */
+/* Whether a linear layer or a norm with this weight and bias trains anything. */
 static int dpoi_trains(const dpo_tensor *w, const dpo_tensor *b)
 {
     return (w && (w->grad || w->lora_a)) || (b && b->grad);
 }
 
-/* Gradient through the MLP branch, from w->dx, the gradient of the block's output, which is also
-   the gradient of what the branch was added to. Adds the way through the norm to w->dx if `below`
-   says that somebody further down trains. */
+/* Forward: out = middle + mlp(norm2(middle)), where a parallel block's middle is x. w->dx holds the
+   gradient of out, which the residual stream hands on to middle as it is; the branch's share is
+   added to it, unless nothing `below` this branch trains. */
 static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block,
                               const dpoi_activations *a, int below)
 {
@@ -3901,15 +3912,15 @@ static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block,
     const int up = norm || dpoi_trains(block->up_w, block->up_b) ||
                    dpoi_trains(block->gate_w, block->gate_b);
     if (!up && !dpoi_trains(block->down_w, block->down_b)) return;
-    // out = middle + activated W_down + b
+    // out = middle + activated W_down^T + b
     dpoi_activation_forward(context, w->activated, a->up, a->gate, config->activation, R, F);
     dpoi_project_backward(model, up ? w->dactivated : NULL, w->dx, w->activated, block->down_w,
                           block->down_b, R, 0);
     if (!up) return;
-    // activated = act(up), or up * silu(gate); the gradient of up replaces that of activated
+    // activated = act(up), or up * silu(gate); w->dactivated becomes the gradient of up
     dpoi_activation_backward(context, w->dactivated, w->dgate, w->dactivated, a->up, a->gate,
                              config->activation, R, F);
-    // up = norm2(middle) W_up + b, gate likewise
+    // up = norm2(middle) W_up^T + b, gate likewise
     dpoi_norm_forward(context, w->normed, w->stats, a->middle, block->norm2_w->data,
                       block->norm2_b->data, (float)config->norm_epsilon, R, C);
     float *dnormed = norm ? w->dnormed : NULL;
@@ -3922,7 +3933,8 @@ static void dpoi_mlp_backward(dpo_model *model, const dpoi_block_weights *block,
                        w->stats, a->middle, block->norm2_w->data, R, C);
 }
 
-/* The same through the attention branch; its output's gradient is w->dattended already. */
+/* Forward: attended = heads(norm1(x) W_qkv^T + b). w->dattended holds the gradient of attended; the
+   branch's share of that of x is added to w->dx, unless nothing `below` trains. */
 static void dpoi_heads_backward(dpo_model *model, size_t layer, const dpoi_activations *a,
                                 int below)
 {
@@ -3937,7 +3949,7 @@ static void dpoi_heads_backward(dpo_model *model, size_t layer, const dpoi_activ
     if (w->rotary)
         dpoi_rotary(context, w->dqkv, w->position, w->rotary, config->rotary_dims, attention.heads,
                     -1.0f, R);
-    // qkv = norm1(x) W_qkv + b
+    // qkv = norm1(x) W_qkv^T + b
     dpoi_norm_forward(context, w->normed, w->stats, a->x, block->norm1_w->data,
                       block->norm1_b->data, (float)config->norm_epsilon, R, C);
     dpoi_project_backward(model, below ? w->dnormed : NULL, w->dqkv, w->normed, block->qkv_w,
@@ -3948,10 +3960,10 @@ static void dpoi_heads_backward(dpo_model *model, size_t layer, const dpoi_activ
 }
 
 /* Turns w->dx from the gradient of the block's output into that of its input. The residual stream
-   passes dx on unchanged; each branch adds what comes through its norm. The branches are undone in
-   reverse order. In the parallel block both start from the output's gradient, so attention's output
-   layer takes it before the MLP has added to it. Without `below` nothing under this block trains,
-   and the way down ends where the last trained layer has its gradient. */
+   passes dx on unchanged, and each branch adds its share; a sequential block's MLP comes first, as
+   it was last forward. In a parallel block both branches start from the gradient of the output, so
+   attention's output layer reads it before the MLP adds to it. Without `below` nothing under this
+   block trains, and the backward stops at the lowest layer here that does. */
 static void dpoi_block_backward(dpo_model *model, size_t layer, int below)
 {
     const dpoi_block_weights *block = &model->weights->blocks[layer];
@@ -3967,7 +3979,7 @@ static void dpoi_block_backward(dpo_model *model, size_t layer, int below)
     const int heads = norm || dpoi_trains(block->qkv_w, block->qkv_b);
     const int attention = heads || dpoi_trains(block->out_w, block->out_b);
     if (!parallel) dpoi_mlp_backward(model, block, &a, attention);
-    // middle = x + attended W_out + b
+    // middle = x + attended W_out^T + b
     if (attention)
         dpoi_project_backward(model, heads ? w->dattended : NULL, w->dx, a.attended, block->out_w,
                               block->out_b, w->R, 0);
@@ -4064,7 +4076,7 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     else
         dpoi_head_backward_frozen(context, w->dhead, dlogp, weights->head,
                                   (float)config->logit_scale, w->targets, w->first_target, w->S);
-    // dhead becomes the gradient of the gathered rows, which then go back to their places
+    // head_normed = norm(head_in), and head_in was gathered from the scored rows of x
     memset(w->dx, 0, w->R * C * sizeof *w->dx);
     memset(w->dnormed, 0, w->S * C * sizeof *w->dnormed);
     dpoi_norm_backward(context, w->dnormed, weights->norm_w->grad, weights->norm_b->grad, w->dhead,
@@ -4082,8 +4094,8 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     return 0;
 }
 
-/* Gradients are larger than the caches as a rule. A plain store first reads the line that it is to
-   change; streaming ones write past the caches, half of the traffic if all is to be overwritten. */
+/* An ordinary store first reads the cache line it is about to change. Streaming stores write past
+   the caches without reading, half the traffic for gradients, which rarely fit a cache anyway. */
 static void dpoi_zero(const dpo_context *context, void *bytes /* [n], aligned to 16 */, size_t n)
 {
     DPOI_PARALLEL_PIECES(dpoi_threads(context, n))
@@ -4128,8 +4140,8 @@ DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_ex
     return 0;
 }
 
-/* Lays out one text of which every token becomes a row: as the prompt of a single token more, which
-   has no row. */
+/* Lays out one text so that every token has a row: as a prompt that one more token follows, since
+   that token has none. */
 static int dpoi_lay_out_text(dpo_model *model, const uint32_t *tokens, size_t n)
 {
     const uint32_t last = 0;

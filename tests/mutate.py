@@ -601,7 +601,7 @@ MUTANTS = {
         ("block->norm2_w->data", "block->norm1_w->data"),
         ("a->middle, a->x, w->branch", "a->middle, w->branch, w->branch"),
         ("a->middle, block->norm2_w->data", "a->x, block->norm2_w->data"),
-        ("config->parallel_residual); // in parallel", "0); // in parallel"),
+        ("config->parallel_residual); //", "0); //"),
         ("a->out, a->middle, w->branch", "a->out, a->x, w->branch"),
         ("1.0f, R", "-1.0f, R"),
         ("w->normed, block->gate_w, block->gate_b", "w->normed, block->up_w, block->up_b"),
