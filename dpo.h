@@ -4171,9 +4171,9 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
 /* ================================================================================================
    7. OPTIMIZER
 
-   Gradients and the optimizer's averages lie in flat arrays, in the table's order, so several
-   machines are one sum over model->grads away (n_trainable floats, unless `stochastic` makes those
-   of linear layers bf16: then tensor by tensor, by grad_dtype).
+   Gradients and the optimizer's running averages lie in flat arrays, in the table's order. So to
+   train on several machines, sum model->grads over them before dpo_grad_norm: n_trainable floats,
+   unless `stochastic` makes those of linear layers bf16 (then tensor by tensor, by grad_dtype).
    ============================================================================================= */
 
 DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_optimizer_kind kind)
@@ -4206,7 +4206,7 @@ DPO_API int dpo_grad_norm(dpo_model *model, double *norm)
 {
     dpo_context *context = model->context;
     size_t most = model->n_trainable / DPOI_PIECE + 1;
-    double *squares, total = 0.0; // of each piece, so that the order of the sum is fixed
+    double *squares, total = 0.0; // sums of each piece, so that the order of the sum is fixed
     if (!model->grads) return dpoi_fail(context, "dpo_grad_norm: there are no gradients yet");
     if (dpoi_alloc(context, &squares, most, sizeof *squares)) return 1;
     for (size_t t = 0; t < model->n_tensors; t++) {
@@ -4250,19 +4250,20 @@ DPO_API double dpo_clip_scale(double norm, double max_norm)
     return max_norm > 0 && scale < 1 ? scale : 1.0;
 }
 
-/* What an update needs besides the arrays. */
+/* The constants of one tensor's update, with the names of the formulas below. */
 typedef struct dpoi_rule {
-    float b1, b2, rest1, rest2;     // beta, 1 - beta
-    float epsilon, root2, scale;    // root2 = sqrt(1 - beta2^t); scale multiplies gradients
-    float keep, rate;               // 1 - lr decay; lr / (1 - beta1^t)
+    float b1, b2, rest1, rest2;     // b2 is RMSprop's alpha; rest1 = 1 - b1, rest2 = 1 - b2
+    float epsilon, root2, scale;    // root2 = sqrt(1 - b2^t)
+    float keep, rate;               // keep = 1 - lr decay; rate = lr / (1 - b1^t), RMSprop's lr
 } dpoi_rule;
 
-/* AdamW (Loshchilov, Hutter 2019), as torch computes it; t counts updates from 1:
+/* With g = scale * gradient (the scale clips), AdamW (Loshchilov, Hutter 2019), as torch computes
+   it; t counts updates from 1:
        p -= lr decay p,   m = b1 m + (1 - b1) g,   v = b2 v + (1 - b2) g^2,
        p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + epsilon).
-   RMSprop (Hinton 2012), which the DPO paper used, as torch computes it but for weight decay, which
-   is AdamW's here too:
-       v = alpha v + (1 - alpha) g^2,   p -= lr g / (sqrt(v) + epsilon). */
+   RMSprop (Hinton 2012), which the DPO paper used, as torch computes it, but with AdamW's weight
+   decay:
+       p -= lr decay p,   v = alpha v + (1 - alpha) g^2,   p -= lr g / (sqrt(v) + epsilon). */
 static void dpoi_update(float *p, const float *grad, float *m /* RMSprop: NULL */,
                         float *v /* [n] */, size_t n, dpoi_rule rule)
 {
@@ -4281,8 +4282,8 @@ static void dpoi_update(float *p, const float *grad, float *m /* RMSprop: NULL *
         }
 }
 
-/* Weights are updated in fp32: where they lie, or in their master, of which the bf16 is then the
-   rounding; without a master in a copy, which is rounded by chance. */
+/* Weights are updated in fp32: fp32 weights in place; bf16 weights through their master, which is
+   then rounded, or without a master through a copy, which is rounded stochastically. */
 static void dpoi_update_tensor(const dpo_model *model, const dpo_optimizer *optimizer,
                                const dpo_tensor *tensor, dpoi_rule rule)
 {
@@ -4332,8 +4333,8 @@ DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, doubl
     return 0;
 }
 
-/* Warmup rises as (step + 1) / (warmup + 1), the DPO reference code's form: the first update is not
-   wasted on a rate of zero. Then constant, or falling to zero in a line or half a cosine. */
+/* Warmup rises as (step + 1) / (warmup + 1), as in the DPO paper's code: the first update is not
+   wasted on a rate of zero. Then constant, or a decay to zero, linear or by half a cosine. */
 DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t steps, size_t warmup)
 {
     if (step < warmup) return (double)(step + 1) / (double)(warmup + 1);
@@ -4355,25 +4356,25 @@ DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t st
 
    A model file holds "config" (JSON), the tensors under their Hugging Face names in the
    checkpoint's own type and row order, "tokenizer/..." tables (part 9) and "file/..." with the
-   original files, so that exporting gives back what was imported. It is laid out to be mapped:
-   opening one and reading its config or tokenizer costs only the pages that are touched.
+   original files, so that exporting gives back what was imported. It is laid out for mmap: without
+   `verify`, opening one and reading its config or tokenizer costs only the pages that are touched.
 
-   A reader trusts nothing: each number is checked against the file's true size before it is used,
-   and the first thing wrong is named. Writers make a temporary file beside the target, sync it and
-   rename it, so a file with the right name is always complete.
+   A reader trusts nothing: every number is checked before it is used, places and lengths against
+   the file's true size, and the first thing wrong is named. A writer makes a temporary file beside
+   the target, syncs it and renames it, so a file with the right name is always complete.
    ============================================================================================= */
 
 /* ---- 8.1 CRC-32 ------------------------------------------------------------------------------ */
 
-/* The checksum of zip and PNG (polynomial 0xEDB88320), eight bytes a step: table[j][b] is what byte
-   b does to the remainder from j bytes further on. */
+/* The checksum of zip and PNG (polynomial 0xEDB88320), eight bytes per step: at[j][b] is the
+   remainder of byte b followed by j zero bytes. */
 typedef struct dpoi_crc_table { uint32_t at[8][256]; } dpoi_crc_table;
 
 static void dpoi_crc_fill(dpoi_crc_table *table)
 {
     for (uint32_t b = 0; b < 256; b++) {
         uint32_t remainder = b;
-        for (size_t j = 0; j < 8; j++) { // each byte further on divides by eight more bits
+        for (size_t j = 0; j < 8; j++) {
             for (int bit = 0; bit < 8; bit++)
                 remainder = (remainder >> 1) ^ (remainder & 1 ? 0xEDB88320u : 0);
             table->at[j][b] = remainder;
@@ -4381,7 +4382,7 @@ static void dpoi_crc_fill(dpoi_crc_table *table)
     }
 }
 
-/* The CRC of what `before` is the CRC of, 0 at the start, followed by these bytes. */
+/* Extends `before`, the CRC of all bytes so far (0 at the start), by n more. */
 static uint32_t dpoi_crc(const dpoi_crc_table *table, uint32_t before, const void *data,
                          size_t n_bytes)
 {
@@ -4438,8 +4439,9 @@ DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
     return NULL;
 }
 
-/* Takes n entries from the table, checking each against `place`, the end of the one before it. Here
-   and below, messages leave the file's path to dpo_file_open. */
+/* Reads the n records of the table into file->entries. The data of the first follows `place`, that
+   of each other one the data of the one before. Here and below, dpo_file_open puts the path in
+   front of messages. */
 static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, size_t place)
 {
     const dpoi_file_header *header = file->map;
@@ -4473,8 +4475,8 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, 
          : dpoi_fail(context, "%zu bytes follow the last entry" DPOI_BROKEN, file->bytes - place);
 }
 
-/* Lets the machine drop the pages of part of an entry, which come back when they are read again.
-   What was read once should not count as memory that the program holds. */
+/* Lets the system drop the pages of part of an entry, so that what is read only once does not count
+   as the program's memory. Reading them again brings them back. */
 static void dpoi_file_release(const dpo_entry *entry, size_t first, size_t n_bytes)
 {
     char *start = (char *)(uintptr_t)entry->data + first;
@@ -4511,7 +4513,7 @@ static int dpoi_file_verify(dpo_context *context, dpo_file *file, const dpoi_crc
     DPOI_PARALLEL_FOR(dpoi_threads(context, file->bytes))
     for (size_t i = 0; i < file->n_entries; i++)
         if (dpoi_entry_crc(crc, &file->entries[i]) != header->table[i].crc)
-            file->entries[i].data = NULL; // a mark
+            file->entries[i].data = NULL; // marks it for the loop below
     for (size_t i = 0; i < file->n_entries; i++)
         if (!file->entries[i].data)
             return dpoi_fail(context, "the checksum of %s is wrong" DPOI_BROKEN,
@@ -4589,13 +4591,14 @@ DPO_API void dpo_file_close(dpo_context *context, dpo_file *file)
 
 /* ---- 8.3 writing ----------------------------------------------------------------------------- */
 
-/* Rows [first, first + n) of an entry that has no data of its own, until the next are asked for;
-   NULL with a message if that fails. So a file is made by pieces, and saving needs no memory. */
+/* Makes rows [first, first + n) of an entry whose data is NULL, valid until the next call; NULL
+   with a message if it fails. Files are written piece by piece this way, so that saving needs no
+   second copy of the weights. */
 typedef const void *dpoi_fill(void *user, const dpo_entry *entry, size_t first, size_t n);
-#define DPOI_FILL 65536     // elements of such a piece, if a row is not more
+#define DPOI_FILL 65536     // elements of a piece, or one row if that is longer
 
-/* A rename is on the disk when the directory is. What cannot be synced is not worth a failure. */
-static void dpoi_sync_directory(char *path /* of a file in it, cut behind its last slash */)
+/* A rename is safe once the directory is synced. Some file systems cannot, which is no failure. */
+static void dpoi_sync_directory(char *path /* of a file in it; cut behind its last slash */)
 {
     char *slash = strrchr(path, '/');
     if (slash) slash[1] = 0;
@@ -4610,8 +4613,8 @@ static int dpoi_write_at(FILE *stream, size_t place, const void *data, size_t n_
     return fseeko(stream, (off_t)place, SEEK_SET) || fwrite(data, 1, n_bytes, stream) != n_bytes;
 }
 
-/* Writes each entry's data, then its record into the table, and the header last; the gaps between
-   are never written, and so are zeros. 0 if all of it was written, -1 if `fill` failed. */
+/* Writes each entry's data, then its record into the table, and the header last; gaps that are not
+   written read as zeros. Returns 0 on success, 1 with errno, or -1 if `fill` failed. */
 static int dpoi_file_write_stream(FILE *stream, dpo_file_kind kind, const dpo_entry *entries,
                                   size_t n_entries, dpoi_fill *fill, void *user)
 {
@@ -4624,7 +4627,6 @@ static int dpoi_file_write_stream(FILE *stream, dpo_file_kind kind, const dpo_en
     for (size_t i = 0; i < n_entries; i++) {
         const dpo_entry *entry = &entries[i];
         const size_t rows = entry->shape[0], row_bytes = entry->bytes / DPOI_MAX(rows, (size_t)1);
-        // Data of its own goes at once.
         const size_t step = entry->data ? rows : DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
         dpoi_file_record record = { .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
             .layout = entry->layout, .shape = { entry->shape[0], entry->shape[1] },
@@ -4677,7 +4679,6 @@ DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind
     return dpoi_file_write(context, path, kind, entries, n_entries, NULL, NULL);
 }
 
-/* An entry of a vector; its name is at most DPO_NAME_BYTES - 1 long. */
 static dpo_entry dpoi_vector(const char *name, dpo_dtype dtype, const void *data, size_t n)
 {
     dpo_entry entry = { .dtype = dtype, .n_dims = 1, .shape = { n, 1 }, .data = data,
@@ -4686,7 +4687,7 @@ static dpo_entry dpoi_vector(const char *name, dpo_dtype dtype, const void *data
     return entry;
 }
 
-/* An entry for a tensor, its data given or NULL, to be filled. */
+/* The entry of a tensor; with `data` NULL, dpoi_fill_tensor makes it. */
 static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype, const void *data)
 {
     dpo_entry entry = dpoi_vector(tensor->name, dtype, data, tensor->n);
@@ -4698,7 +4699,7 @@ static dpo_entry dpoi_tensor_entry(const dpo_tensor *tensor, dpo_dtype dtype, co
 
 /* ---- 8.4 models ------------------------------------------------------------------------------ */
 
-/* Puts a JSON value of the field's kind into it; 0 if it does not fit. */
+/* Stores a JSON value of the field's kind at `at`; returns 0 if it does not fit. */
 static int dpoi_field_read(const dpoi_field *field, void *at, const dpo_json_value *value,
                            const char *text)
 {
@@ -4720,8 +4721,8 @@ static int dpoi_field_read(const dpoi_field *field, void *at, const dpo_json_val
     return fits;
 }
 
-/* Fills a struct from the entry "config" of a file, JSON text. Here and below, what reads a file
-   leaves its path in messages to the function that opened it. */
+/* Fills a struct from the JSON text in a file's entry "config". Here and below, whoever opened the
+   file puts its path in front of messages. */
 static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field *fields,
                             const dpo_file *file)
 {
@@ -4750,14 +4751,14 @@ static int dpoi_fields_read(dpo_context *context, void *object, const dpoi_field
     return failed;
 }
 
-/* Appends a struct as such a text. */
+/* Appends a struct as JSON text that dpoi_fields_read can read. */
 static int dpoi_fields_write(dpo_context *context, dpo_string *out, const void *object,
                              const dpoi_field *fields)
 {
     for (const dpoi_field *field = fields; field->name; field++) {
         const void *at = (const char *)object + field->offset;
         const char *string = NULL;
-        char name[80], text[80] = "", *point; // unless it is a string
+        char name[80], text[80] = "", *point; // text: of what is no string
         snprintf(name, sizeof name, "%s\"%s\": ", field == fields ? "{" : ", ", field->name);
         switch (field->kind) {
         case DPOI_SIZE: snprintf(text, sizeof text, "%zu", *(const size_t *)at); break;
@@ -4787,7 +4788,7 @@ DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_
     return failed && dpoi_fail_at(context, file->path);
 }
 
-/* How many of n numbers are infinite or NaN. */
+/* How many of x[n] are infinite or NaN. */
 static size_t dpoi_count_bad(const float *x, size_t n)
 {
     size_t bad = 0;
@@ -4795,8 +4796,8 @@ static size_t dpoi_count_bad(const float *x, size_t n)
     return bad;
 }
 
-/* Makes sure that all of an entry's elements are finite, and puts them into the tensor, unless that
-   is mapped. */
+/* Checks that all of an entry's elements are finite, and copies them into the tensor unless it uses
+   them in the mapped file. */
 static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_entry *entry)
 {
     const size_t n_pieces = tensor->n / DPOI_PIECE + 1;
@@ -4819,9 +4820,9 @@ static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_
                      "damaged or its training diverged", entry->name, total);
 }
 
-/* ALiBi's slopes for H heads, when the checkpoint has none: a geometric sequence from 2^(-8/n) for
-   a power of two n; otherwise those of the next smaller power, then every other one of the next
-   larger (Press et al. 2021, and the code that all of its users share). */
+/* ALiBi's slopes for H heads, when the checkpoint has none: 2^(-8 h / n), h = 1 .. n, if H = n is a
+   power of two; otherwise those of the next smaller power n, then every other slope of 2n, from the
+   first on (Press et al. 2021, and the code that all of its users share). */
 static void dpoi_alibi_slopes(float *slopes, size_t H)
 {
     size_t n = 1;
@@ -4831,15 +4832,14 @@ static void dpoi_alibi_slopes(float *slopes, size_t H)
         slopes[h] = (float)pow(2.0, -4.0 * (double)(2 * (h - n) + 1) / (double)n);
 }
 
-/* What a model file holds besides tensors. A model made by dpo_model_init on another model's
-   tokenizer does not inherit the files that describe the other model. */
+/* What a model file holds besides its config and tensors. */
 static int dpoi_is_extra(const char *name)
 {
     return !strncmp(name, "tokenizer/", 10) || !strncmp(name, "file/", 5);
 }
 
-/* The tensors from `first` on must have entries of their shape, and what else looks like weights
-   does not belong here. Checked before memory is allocated, a hostile shape costs nothing. */
+/* Checks that the file has an entry of the right shape for each tensor from `first` on, and no
+   tensor besides. This comes before anything of that shape is allocated. */
 static int dpoi_match_entries(const dpo_model *model, const dpo_file *file, size_t first)
 {
     dpo_context *context = model->context;
@@ -4921,9 +4921,10 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
     return failed;
 }
 
-/* Standard deviations as the architectures were trained with: 0.02, or BTLM's 0.073 with muP's
-   sqrt(width scale) inside the blocks; what feeds the residual stream is divided by sqrt(2 L) so
-   that its size does not grow with depth (Radford et al. 2019). */
+/* Standard deviations that the architectures were trained with: 0.02, or BTLM's 0.073, with muP's
+   factor sqrt(mup_width_scale) inside the blocks; the two matrices of a block that write to the
+   residual stream have theirs divided by sqrt(2 L), so that the stream does not grow with depth
+   (Radford et al. 2019). */
 static void dpoi_init_weights(dpo_model *model, uint64_t seed)
 {
     const dpo_config *config = &model->config;
@@ -4988,7 +4989,7 @@ DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_con
     return 0;
 }
 
-/* The byte tokenizer as the entries of a file: token i is byte i, and token 256 <|endoftext|>. */
+/* The byte tokenizer as a model file would hold it: token i is byte i, token 256 <|endoftext|>. */
 #define DPOI_4(i) i, i + 1, i + 2, i + 3
 #define DPOI_16(i) DPOI_4(i), DPOI_4(i + 4), DPOI_4(i + 8), DPOI_4(i + 12)
 #define DPOI_64(i) DPOI_16(i), DPOI_16(i + 16), DPOI_16(i + 32), DPOI_16(i + 48)
@@ -5010,13 +5011,12 @@ static const dpo_file dpoi_byte_file = {
     .entries = (dpo_entry *)dpoi_byte_entries,
     .n_entries = sizeof dpoi_byte_entries / sizeof *dpoi_byte_entries };
 
-/* Makes rows of a tensor for a file: its weights, with the adapter's product added, in the entry's
-   type. */
 typedef struct dpoi_saving {
     dpo_model *model;
-    float *rows; size_t capacity;   // three of [n, columns]: weights, B A, and what is written
+    float *rows; size_t capacity;   // three times [n, columns]: weights, B A, and what is written
 } dpoi_saving;
 
+/* The dpoi_fill of tensors: rows of W, or of W + scale * B A if it has an adapter. */
 static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t first, size_t n)
 {
     dpoi_saving *saving = user;
@@ -5026,7 +5026,7 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
     if (dpoi_reserve(model->context, &saving->rows, &saving->capacity, 3 * size, sizeof(float)))
         return NULL;
     float *x = saving->rows, *product = x + size;
-    void *out = product + size; // in the entry's type
+    void *out = product + size; // in the entry's dtype
     dpoi_tensor_get(W, first * columns, x, size);
     if (A) { // B A is [out, in]; Conv1D wants its transpose A^T B^T, as dpoi_weight gives them
         const float scale = dpoi_lora_scale(&model->lora);
@@ -5046,7 +5046,8 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
 
 #define DPOI_PEFT_CONFIG "file/adapter_config.json"
 
-/* The entries behind the config, of a model's file or of an adapter's. The tensors have no data. */
+/* Lists the entries of a model file or an adapter file, but for the config, and returns their
+   number. Those of tensors have no data. */
 static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries, dpo_file_kind kind,
                                 dpo_dtype matrices)
 {
@@ -5067,6 +5068,7 @@ static size_t dpoi_list_entries(const dpo_model *model, dpo_entry *entries, dpo_
     }
     for (size_t i = 0; i < file->n_entries; i++) {
         const char *name = file->entries[i].name;
+        // A new model on another's tokenizer does not inherit the files that describe the other.
         int describes_other = !model->identity && (!strcmp(name, "file/config.json") ||
                                                    !strcmp(name, "file/generation_config.json"));
         if (dpoi_is_extra(name) && !describes_other) entries[n++] = file->entries[i];
@@ -5128,8 +5130,8 @@ DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *n
 /* ---- 8.5 adapters ---------------------------------------------------------------------------- */
 
 /* An adapter file holds "config" (JSON), "base" (the identity of the model it belongs to), A and B
-   of every adapted layer under PEFT's names, and of an imported one PEFT's own config, also when it
-   was trained further: the export sees whether that is still true. */
+   of every adapted layer under PEFT's names, and, if the adapter was imported, PEFT's own config.
+   Further training keeps that, and the export checks whether it still holds. */
 
 static const dpoi_field dpoi_lora_fields[] = {
     { "r", DPOI_SIZE, offsetof(dpo_lora, r), 0, NULL },
@@ -5151,8 +5153,8 @@ DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *
            dpoi_fail_at(context, file->path);
 }
 
-/* Adds the adapter's tensors to the table, with memory for them, and reads them if there is a file;
-   leaves nothing if that fails. */
+/* Adds the adapter's tensors to the table, allocates them, and reads them if there is a file. On
+   failure the model is left without an adapter. */
 static int dpoi_lora_add(dpo_model *model, const dpo_lora *lora, const dpo_file *file)
 {
     dpo_context *context = model->context;
@@ -5225,6 +5227,9 @@ DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_p
 
 /* ---- 8.6 the reference cache ----------------------------------------------------------------- */
 
+/* The reference model never changes, so its log-probabilities of a data set are computed once and
+   kept: "key" says what they were computed from, "logp" [branches] what they are. */
+
 DPO_API int dpo_reference_save(dpo_context *context, const char *path, const dpo_reference_key *key,
                                const double *logp, size_t n)
 {
@@ -5261,14 +5266,15 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
 
 /* ---- 8.7 the state of a training run --------------------------------------------------------- */
 
-/* A state file holds "run" (whose it is), "counters", "notes" (the program's own), every trainable
-   tensor as training keeps it, and the optimizer's averages. Random numbers need no state: they
-   depend on seed, counters and place alone. */
+/* A state file holds every trainable tensor (its master if it has one), the optimizer's averages,
+   "run" (which run it belongs to), "counters" (updates, passes) and "notes" (the program's own).
+   Random numbers need no state: they depend on seed, counters and place alone. */
 
-/* All entries but the last, the notes, for which there is room: for data to be written from or read
-   into. NULL if there is no memory. */
+/* The entries of a state, whose data is written from, or read into, where it lies. The array has
+   room for the last one, the notes. NULL, with a message, if there is no memory. */
 static dpo_entry *dpoi_state_entries(const dpo_model *model, const dpo_optimizer *optimizer,
-                                     const uint64_t numbers[3], size_t *n_entries)
+                                     const uint64_t numbers[3] /* run, counters */,
+                                     size_t *n_entries)
 {
     const size_t most = model->n_tensors + 5; // averages, run, counters, notes
     dpo_entry *entries;
@@ -5327,7 +5333,7 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     size_t n = 0;
     if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
     dpo_entry *entries = dpoi_state_entries(model, optimizer, numbers, &n);
-    // All of it is checked before anything is changed.
+    // Everything is checked before anything is changed.
     int failed = !entries ||
                  (dpoi_state_check(context, &file, entries, n, run) &&
                   dpoi_fail_at(context, path)) ||
