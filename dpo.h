@@ -5366,9 +5366,9 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
 
 #define DPOI_NONE UINT32_MAX    // no code point, no token, no merge, no neighbour
 
-/* Takes one character off text[0 .. n), n > 0: returns its code point, and its bytes in *length.
-   If there is none, returns DPOI_NONE and the length of the longest beginning of a character,
-   which Unicode advises to show as one U+FFFD. */
+/* Reads the character that text[0 .. n), n > 0, starts with: returns its code point, and sets
+   *length to its number of bytes. Without a valid one, returns DPOI_NONE and the length of the
+   longest prefix of a valid one (at least 1), which Unicode advises to show as one U+FFFD. */
 static uint32_t dpoi_utf8_read(const char *text, size_t n, size_t *length)
 {
     const unsigned char *bytes = (const unsigned char *)text;
@@ -5378,7 +5378,7 @@ static uint32_t dpoi_utf8_read(const char *text, size_t n, size_t *length)
     if (lead < 0xC2 || lead > 0xF4) return DPOI_NONE;
     size_t wanted = lead < 0xE0 ? 2 : lead < 0xF0 ? 3 : 4;
     uint32_t code = lead & (0x7Fu >> wanted);
-    // The second byte's limits exclude longer forms than needed, surrogates, and above U+10FFFF.
+    // The second byte's limits exclude overlong forms, surrogates, and what is above U+10FFFF.
     uint32_t low = lead == 0xE0 ? 0xA0 : lead == 0xF0 ? 0x90 : 0x80;
     uint32_t high = lead == 0xED ? 0x9F : lead == 0xF4 ? 0x8F : 0xBF;
     while (*length < wanted) {
@@ -5405,7 +5405,7 @@ static int dpoi_utf8_append(dpo_context *context, dpo_string *out, uint32_t code
     return dpoi_string_append(context, out, bytes, dpoi_utf8_write(bytes, code));
 }
 
-/* Where the first byte that is not UTF-8 stands; n if there is none. */
+/* The index of the first byte that is not valid UTF-8; n if there is none. */
 static size_t dpoi_utf8_check(const char *text, size_t n)
 {
     size_t length;
@@ -5430,20 +5430,21 @@ DPO_API int dpo_string_make_valid(dpo_context *context, dpo_string *string)
 
 /* ---- 9.2 tokenizer: tables ------------------------------------------------------------------- */
 
-/* A byte-level tokenizer knows a token for every byte, and a list of merges: pairs of tokens that
-   may become one, the most useful first. Encoding starts from the text's bytes and carries out, as
-   long as there is one, the possible merge that stands first in the list. Around this core lie
-   three habits of GPT-2 and GPT-NeoX, which must be met exactly, or a model sees tokens it never
-   saw in training: text is normalised (9.3), added tokens such as <|endoftext|> are cut out, and
-   what is left is cut into words that merges do not cross (9.4).
+/* Byte-pair encoding (Sennrich et al. 2016) over bytes has a token for every byte, and a list of
+   merges: pairs of tokens that may become one, the most frequent in training first. Encoding starts
+   from the text's bytes and, as long as any merge applies, carries out the one that stands first in
+   the list. Three rules of GPT-2 and GPT-NeoX surround this core and must be met exactly, or a
+   model sees tokens it never saw in training: text is normalised (9.3), added tokens such as
+   <|endoftext|> are cut out, and what is left is cut into words that merges do not cross (9.4).
 
-   All tables come with the model file; Unicode's are in it too, so results do not depend on the
-   machine. A row of a table is found by bisection, a merge through a hash table built here. */
+   All tables come with the model file, Unicode's too, so results do not depend on the machine. A
+   row of a table is found by binary search, a merge through a hash table built here. */
 
 enum { DPOI_ADDED_SPECIAL = 1, DPOI_ADDED_NORMALIZED = 2 };    // flags in tokenizer->added
 #define DPOI_DAMAGED "%s is missing or damaged: import the model again"
 
-/* The last row whose first two numbers are at most (a, b), or NULL; rows ascend. */
+/* The last row whose first two numbers are at most (a, b), compared in this order, or NULL. Rows
+   ascend. */
 static const uint32_t *dpoi_row(const dpo_table *table, uint32_t a, uint32_t b)
 {
     size_t low = 0, n = table->n;   // rows before low are at most (a, b), those from n on greater
@@ -5456,8 +5457,8 @@ static const uint32_t *dpoi_row(const dpo_table *table, uint32_t a, uint32_t b)
     return low ? table->rows + (low - 1) * table->width : NULL;
 }
 
-/* Where the rank of a merge of two tokens stands in merge_slots: the rank is its row in merges, or
-   DPOI_NONE if they do not merge. */
+/* The slot of a pair of tokens in the hash table: merge_slots holds the rank of their merge, which
+   is its row in merges, or DPOI_NONE if they do not merge. */
 static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t right)
 {
     size_t mask = t->n_merge_slots - 1;
@@ -5470,7 +5471,7 @@ static size_t dpoi_merge_slot(const dpo_tokenizer *t, uint32_t left, uint32_t ri
     }
 }
 
-/* Bytes that belong to somebody else. */
+/* A view of bytes that are owned elsewhere. */
 typedef struct dpoi_text { const char *bytes; size_t n; } dpoi_text;
 
 /* A token's bytes. Embeddings are padded to round sizes, so a model can produce ids that its
@@ -5493,8 +5494,8 @@ static int dpoi_merge_fits(const dpo_tokenizer *t, const uint32_t *merge)
            !memcmp(merged.bytes + left.n, right.bytes, right.n);
 }
 
-/* Checks all that encoding and decoding rely on, so that they need not. A merge that is listed
-   twice has its last rank, as in `tokenizers`. */
+/* Checks everything that encoding and decoding rely on, so that they need no checks. A merge that
+   is listed twice has its last rank, as in `tokenizers`. */
 static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo_file *file,
                                const dpo_json *info)
 {
@@ -5506,7 +5507,7 @@ static int dpoi_tokenizer_read(dpo_context *context, dpo_tokenizer *t, const dpo
     const struct {
         const char *name;
         dpo_table *table;
-        size_t width, least;        // columns, least number of rows
+        size_t width, least;        // columns; fewest rows allowed
         int ascending;
     } tables[] = {
         { "tokenizer/token_ends", &t->token_ends, 1, 1, 1 },
@@ -5582,22 +5583,23 @@ DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer)
 
 /* ---- 9.3 tokenizer: normalisation ------------------------------------------------------------ */
 
-/* Many characters can be written in two ways: as U+00E9, or as e and U+0301, an accent that joins
-   the letter before it. Normalisation form C makes them one (Unicode Standard Annex 15):
+/* Many characters can be written in two ways: an accented e as U+00E9, or as e and U+0301, an
+   accent that joins the letter before it. Normalisation form C (NFC) prefers the single character
+   (Unicode Standard Annex 15):
 
        decompose   each character into letter and marks, again and again
-       reorder     the marks of a letter by their class, those of one class staying in order
+       reorder     the marks of a letter by combining class, those of one class staying in order
        compose     letter and mark into one character where one exists, unless a mark of the same
                    or a higher class stands between them
 
-   Letters and other starters have class 0. Hangul syllables compose by arithmetic; taking them
-   apart first would change nothing, as they compose the same whether whole or in pieces. Nothing
-   below U+0300 joins what stands before it, so text is handled in runs that begin at such a
-   character, and text without anything else is in form C already. */
+   Letters and other starters have class 0. Hangul syllables compose by arithmetic, and need not be
+   decomposed first: whole or in pieces, they compose to the same. Nothing below U+0300 joins what
+   stands before it, so text is handled in runs that begin at such a character, and text that has
+   no others is in NFC already. */
 
 #define DPOI_FIRST_MARK 0x300
 
-/* Two numbers that are sorted by the first, then by the second. */
+/* A pair of numbers, sorted by the first, then by the second. */
 typedef struct dpoi_key { uint64_t first, second; } dpoi_key;
 
 static int dpoi_compare_keys(const void *a, const void *b)
@@ -5617,8 +5619,8 @@ typedef struct dpoi_encoder {
     uint64_t *tree; size_t tree_capacity;
 } dpoi_encoder;
 
-/* Appends a character's full decomposition to the run. Real tables are 3 steps deep; the limit is
-   for damaged ones, which could go in circles. */
+/* Appends a character's full decomposition to the run. Real tables are 3 steps deep; the limit of 8
+   is for damaged ones, which could go in circles. */
 static int dpoi_decompose(dpoi_encoder *e, uint32_t code, int depth)
 {
     const dpo_tokenizer *t = e->tokenizer;
@@ -5674,7 +5676,7 @@ static int dpoi_flush_run(dpoi_encoder *e)
     return 0;
 }
 
-/* Replaces text by its form C, which lies in e->normal, unless it is in that form for certain. */
+/* Replaces text by its NFC, which lies in e->normal, unless it certainly is in NFC already. */
 static int dpoi_normalise(dpoi_encoder *e, dpoi_text *text)
 {
     int above = 0;
@@ -5724,8 +5726,9 @@ static size_t dpoi_match_added(const dpo_tokenizer *t, uint32_t *id, dpoi_text t
 
 typedef enum { DPOI_OTHER, DPOI_LETTER, DPOI_NUMBER, DPOI_SPACE } dpoi_class;
 
-/* The kind of the character that text begins with, and its length in bytes. Space is Unicode's
-   White_Space, letters are the general categories L*, numbers N*; marks are neither. */
+/* The class of the character that text begins with, and its length in bytes. Spaces are Unicode's
+   White_Space, letters the general categories L*, numbers N*; everything else, marks included, is
+   DPOI_OTHER. */
 static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t n, size_t *length)
 {
     uint32_t code = dpoi_utf8_read(text, n, length);
@@ -5745,9 +5748,9 @@ static dpoi_class dpoi_classify(const dpo_tokenizer *t, const char *text, size_t
 
 /* The length of the word that text begins with, as GPT-2's pattern cuts it:
        's|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+
-   White space before something else leaves its last character to that: a space then begins the
-   next word, anything else stands alone. Without merges every byte is a token, wherever the text is
-   cut. */
+   White space of two characters or more, if something follows, does not take its last one: if that
+   is a space, it begins the next word, otherwise it is a word of its own. Without merges every byte
+   becomes a token, wherever the text is cut. */
 static size_t dpoi_word(const dpo_tokenizer *t, const char *text, size_t n)
 {
     static const char endings[][3] = { "s", "t", "re", "ve", "m", "ll", "d" };
@@ -5763,14 +5766,14 @@ static size_t dpoi_word(const dpo_tokenizer *t, const char *text, size_t n)
     return class == DPOI_SPACE && i < n && last > 0 ? last : i;
 }
 
-/* The tokens of a word are a linked list over its bytes; a merge keeps the left one's place. Which
-   merge comes next is decided by a knockout tournament: each place holds the rank of the merge of
-   its token with the one after it, and each node of a binary tree the lower of the two below it.
-   Node 1 is then the merge with the lowest rank, the leftmost of several. A change plays only the
-   matches on its way up, so a word of n bytes costs n log n, however long. */
+/* The tokens of a word are a linked list over the places of its bytes; a merged token takes the
+   left one's place. A tournament tree finds the next merge: leaf n + i holds the rank of the merge
+   of the token at place i with the one after it, and the place; every node k above holds the lower
+   of its children, 2k and 2k + 1. So node 1 is the merge with the lowest rank, the leftmost of
+   several. A change updates only the path up from its leaf: n bytes cost O(n log n). */
 typedef struct dpoi_symbol { uint32_t id, before, after; } dpoi_symbol;
 
-/* Enters place i of n, which is node n + i; the other side of node k is k ^ 1. */
+/* Updates the tree after a change at place i of n; the sibling of node k is k ^ 1. */
 static void dpoi_enter_merge(dpoi_encoder *e, uint32_t i, size_t n)
 {
     const dpo_tokenizer *t = e->tokenizer;
@@ -5818,7 +5821,8 @@ static int dpoi_encode_word(dpoi_encoder *e, const char *text, size_t n)
     return 0;
 }
 
-/* Cuts the added tokens of a stage out of text; the gaps go on to the next stage or to words. */
+/* Cuts the added tokens of a stage (0: raw text, 1: normalised text) out of text; the gaps between
+   them go on to the next stage, or are cut into words. */
 static int dpoi_encode_stage(dpoi_encoder *e, dpoi_text text, int stage)
 {
     const dpo_tokenizer *t = e->tokenizer;
@@ -5871,14 +5875,14 @@ DPO_API int dpo_tokenizer_decode(dpo_context *context, dpo_string *out,
 
 /* ---- 9.5 JSON -------------------------------------------------------------------------------- */
 
-/* A strict reader of RFC 8259, by recursive descent over checked UTF-8: no comments, no trailing
+/* A strict parser of RFC 8259, by recursive descent over checked UTF-8: no comments, no trailing
    commas, no second value, no key twice in one object. Values lie in one array and refer to each
    other by index, because the array moves as it grows. The text is copied once, with a 0 behind it
-   that no rule accepts, so nothing can run over the end; strings are unescaped where they stand in
-   the copy, as no escape is shorter than what it means. */
+   that no rule accepts, so nothing can run over the end; strings are unescaped in place, as no
+   escape is shorter than what it stands for. */
 
 #define DPOI_JSON_DEPTH 64
-#define DPOI_JSON_KEYS 1000     // in one object: makes the slow search for double ones harmless
+#define DPOI_JSON_KEYS 1000     // in one object: bounds the linear search for duplicates
 
 typedef struct dpoi_parser {
     dpo_context *context;
@@ -5893,7 +5897,7 @@ static int dpoi_json_fail(const dpoi_parser *p, const char *what)
                      (size_t)(p->at - p->json->text.bytes) + 1, what);
 }
 
-/* Steps over white space, and over the character c if it follows. */
+/* Skips white space, then the character c if it follows; returns whether it did. */
 static int dpoi_json_take(dpoi_parser *p, char c)
 {
     p->at += strspn(p->at, " \t\r\n");
@@ -5906,7 +5910,7 @@ static int dpoi_json_number(dpoi_parser *p, double *number)
 {
     static const char digits[] = "0123456789";
     char *start = p->at, *end = start + (*start == '-'), *read;
-    size_t n = *end == '0' ? 1 : strspn(end, digits);       // of digits, where some must be
+    size_t n = *end == '0' ? 1 : strspn(end, digits);       // digits where at least one must be
     end += n;
     if (n && *end == '.') end += 1 + (n = strspn(end + 1, digits));
     if (n && (*end == 'e' || *end == 'E')) {
@@ -5915,7 +5919,7 @@ static int dpoi_json_number(dpoi_parser *p, double *number)
     }
     p->at = end;
     if (!n) return dpoi_json_fail(p, "a digit is expected here");
-    // strtod wants the host's decimal point, and must see nothing of what follows.
+    // strtod expects the locale's decimal point, and must not see what follows the number.
     char after = *end, *point = memchr(start, '.', (size_t)(end - start));
     if (point) *point = *localeconv()->decimal_point;
     *end = 0;
@@ -5925,7 +5929,7 @@ static int dpoi_json_number(dpoi_parser *p, double *number)
            dpoi_json_fail(p, "the number before here cannot be represented");
 }
 
-/* The number that four hexadecimal digits mean, or DPOI_NONE. */
+/* The value of the four hexadecimal digits at `at`, or DPOI_NONE. */
 static uint32_t dpoi_json_hex(const char *at)
 {
     char digits[5] = { 0 };
@@ -5934,7 +5938,8 @@ static uint32_t dpoi_json_hex(const char *at)
     return (uint32_t)strtoul(digits, NULL, 16);
 }
 
-/* What follows a backslash. A surrogate without its other half becomes U+FFFD. */
+/* Appends what the escape at p->at, behind its backslash, stands for. A surrogate without its other
+   half becomes U+FFFD. */
 static int dpoi_json_escape(dpoi_parser *p, char **out)
 {
     static const char names[] = "\"\\/bfnrt", meanings[] = "\"\\/\b\f\n\r\t";
@@ -5957,7 +5962,7 @@ static int dpoi_json_escape(dpoi_parser *p, char **out)
     return 0;
 }
 
-/* Unescapes a string, and puts a 0 behind it; keys are compared as far as their first 0. */
+/* Unescapes a string and puts a 0 behind it (a key therefore counts only up to its first 0). */
 static int dpoi_json_string(dpoi_parser *p, size_t *start, size_t *n)
 {
     const dpo_string *text = &p->json->text;
@@ -6083,7 +6088,7 @@ DPO_API int dpo_jsonl_open(dpo_context *context, dpo_jsonl *reader, const char *
     return dpoi_fail(context, "%s: cannot be opened: %s", path, strerror(errno));
 }
 
-/* Reads on to the character `stop` into the buffer, with EOF to the end of the file. */
+/* Reads up to the character `stop`, or with EOF to the end of the file, into the buffer. */
 static int dpoi_jsonl_read(dpo_context *context, dpo_jsonl *reader, int stop, int *found)
 {
     dpo_string *text = &reader->buffer;
@@ -6139,23 +6144,23 @@ DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader)
 
 /* From records to examples:
 
-       split       transcripts at the last "\n\nAssistant:" of the chosen one: what is up to there
-                   is the prompt of both
+       split       transcripts at the last "\n\nAssistant:" of the chosen one: everything up to and
+                   including it is the prompt of both
        tokenise    prompt and answers separately, and an end token after each answer
        group       examples whose whole prompts are equal: they are shuffled together, their
                    errors are not independent, and SFT takes the last chosen answer only
        cut         if prompt + longest answer > max_length, first the prompt to max_prompt_length,
                    keeping its end (or start), then each answer to what is left
 
-   Text is the concatenation of documents, an end token after each, seen through windows of
-   max_length scored tokens; neighbours share one token, so that each token but the very first is
+   Text is the concatenation of documents, an end token after each, cut into windows of max_length
+   scored tokens; neighbouring windows share one token, so that each token but the very first is
    predicted once. An example with an empty prompt is scored from its second token on.
 
    All tokens lie in one array, each example's together: the whole prompt, then the whole answers.
-   Until the array has stopped growing, and so moving, examples are drafts of places in it. */
+   While that array grows, and therefore moves, examples are drafts, which refer to it by index. */
 
 typedef struct dpoi_draft {
-    size_t start, n[3];         // where its tokens begin; how many prompt and answers have
+    size_t start, n[3];         // index of its first token; numbers of tokens of prompt and answers
     size_t group, line;
 } dpoi_draft;
 
@@ -6175,7 +6180,7 @@ typedef struct dpoi_loader {
     dpoi_draft *drafts; size_t draft_capacity;  // [data->n]
 } dpoi_loader;
 
-/* Finds the first kind, from *kind to last, of which the record has all fields. */
+/* Sets *kind to the first kind, from *kind to last, all of whose fields the record has. */
 static int dpoi_read_record(dpo_context *context, dpoi_text *fields, int *kind, int last,
                             const dpo_jsonl *reader)
 {
@@ -6203,7 +6208,7 @@ static int dpoi_read_record(dpo_context *context, dpoi_text *fields, int *kind, 
                      reader->where);
 }
 
-/* Splits HH's transcripts into prompt and answers, or counts why that cannot be done. */
+/* Splits HH's transcripts into prompt and answers. Returns 1, or counts why not and returns 0. */
 static int dpoi_split_transcripts(dpo_data_counts *counts, dpoi_text *fields)
 {
     static const char turn[] = "\n\nAssistant:";
@@ -6218,8 +6223,8 @@ static int dpoi_split_transcripts(dpo_data_counts *counts, dpoi_text *fields)
     return 1;
 }
 
-/* Makes a draft of a record's prompt and answers, or drops and counts it. Of text only the tokens
-   are added: its drafts are windows, and it may spell the end token. */
+/* Adds a record's tokens and its draft, or drops and counts it. A text gets no draft here (its
+   windows will), and may spell the end token. */
 static int dpoi_add_record(dpoi_loader *l, const dpoi_text *fields, size_t line)
 {
     dpo_data_counts *counts = &l->data->counts;
@@ -6263,7 +6268,7 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
                   : dpo_jsonl_next(l->context, reader, &found)) return 1;
         if (!found) break;
         if (!plain && dpoi_read_record(l->context, fields, &kind, last, reader)) return 1;
-        // Under another name, JSON lines would be trained on as they are written, brackets and all.
+        // Taken as plain text, JSON lines would be trained on as they are, brackets and all.
         if (plain && dpoi_first_character(&reader->buffer) == '{')
             return dpoi_fail(l->context, "%s: looks like JSON lines; give it a name that ends in "
                              ".jsonl (plain text that begins with { can be the {\"text\"} of one)",
@@ -6280,13 +6285,13 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
     return 0;
 }
 
-/* Makes the drafts of text. If `limit` cuts it short, the bytes behind the last are not counted. */
+/* Makes the drafts of text. Bytes behind the last window that `limit` allows are not counted. */
 static int dpoi_add_windows(dpoi_loader *l)
 {
     dpo_data *data = l->data;
     const uint32_t *ids = data->tokens.ids;
     const size_t length = l->options->max_length, n_tokens = data->tokens.n;
-    data->n = (n_tokens + length - 2) / length;     // the first token is predicted by none
+    data->n = (n_tokens + length - 2) / length;     // the first token is not scored: round up n - 1
     if (l->options->limit) data->n = DPOI_MIN(data->n, l->options->limit);
     if (dpoi_alloc(l->context, &l->drafts, data->n, sizeof *l->drafts)) return 1;
     for (size_t i = 0; i < data->n; i++)
@@ -6299,9 +6304,9 @@ static int dpoi_add_windows(dpoi_loader *l)
     return 0;
 }
 
-/* Numbers the distinct prompts in the order of the file; a hash table leads from the 64-bit hash of
-   a prompt, which stands for it, to its number. SFT on pairs keeps one draft per prompt, in the
-   first one's place, with the last one's answer. Drafts without a prompt are all distinct. */
+/* Numbers the distinct prompts in the order of the file, by a hash table from 64-bit hashes to
+   numbers; prompts of equal hash count as equal. SFT on pairs keeps one draft per prompt, in the
+   place of its first, with the answer of its last. Drafts without a prompt are all distinct. */
 static int dpoi_group_drafts(dpoi_loader *l)
 {
     dpo_data *data = l->data;
@@ -6328,7 +6333,7 @@ static int dpoi_group_drafts(dpoi_loader *l)
     return 0;
 }
 
-/* Makes examples of the drafts: cuts them, counts what was cut, and hashes it all. */
+/* Makes the examples from the drafts: cuts them, counts what was cut, and hashes the result. */
 static int dpoi_finish_data(dpoi_loader *l, const char *path)
 {
     dpo_data *data = l->data;
@@ -6395,7 +6400,7 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
         .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
     const char *dot = strrchr(path, '.');
     int is_jsonl = dot && (!strcasecmp(dot, ".jsonl") || !strcasecmp(dot, ".ndjson") ||
-                           !strcasecmp(dot, ".json"));    // some call them that
+                           !strcasecmp(dot, ".json"));    // which many JSON lines are named
     int plain = options->use != DPO_USE_PAIRS && !is_jsonl;
     dpo_jsonl reader;
     int failed = dpo_jsonl_open(context, &reader, path) ||
@@ -6415,7 +6420,7 @@ DPO_API void dpo_data_free(dpo_context *context, dpo_data *data)
     *data = (dpo_data){ 0 };
 }
 
-/* Each group draws a random number, and examples are sorted by it, equal ones in file order. */
+/* Sorts the examples by a random number per group, those of a group in file order. */
 DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data,
                              uint64_t seed)
 {
@@ -6447,11 +6452,11 @@ DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max
 /* ================================================================================================
    10. GENERATION
 
-   A transformer writes one token at a time, and each new row needs of the old ones only their keys
-   and values. So these are kept, [layer][position][2C], and a step costs one row: every weight is
-   read once and used once, which makes generation a test of memory bandwidth, not arithmetic.
-   The prompt goes through the batch path of part 6 in one pass; the steps have their own product,
-   a row times a matrix, and may therefore differ from the batch path by rounding.
+   A transformer writes one token at a time, and all that a new row needs of earlier ones is their
+   keys and values. So these are kept, and a step costs one row: every weight is read and used once,
+   so memory bandwidth limits generation, not arithmetic. The prompt goes through the batch path of
+   part 6 in one pass; the steps have their own product, a row times a matrix, and may therefore
+   differ from the batch path by rounding.
    ============================================================================================= */
 
 /* ---- 10.1 the next token's logits ------------------------------------------------------------ */
@@ -6474,7 +6479,7 @@ static int dpoi_cache_init(dpoi_cache *cache, const dpo_model *model, size_t cap
            dpoi_alloc(context, &cache->logits, config->vocab_size, sizeof(float));
 }
 
-/* The head for one row of the last block's output. */
+/* Final norm and head of one row of the last block's output. */
 static void dpoi_next_logits(dpo_model *model, dpoi_cache *cache, const float *x /* [C] */)
 {
     const dpo_config *config = &model->config;
@@ -6488,8 +6493,8 @@ static void dpoi_next_logits(dpo_model *model, dpoi_cache *cache, const float *x
     for (size_t v = 0; v < config->vocab_size; v++) cache->logits[v] *= (float)config->logit_scale;
 }
 
-/* Takes all of the prompt in one pass. The layers share their buffers without `keep`, so the keys
-   and values are copied after each. */
+/* Takes all of the prompt in one pass. Layers share their buffers in a pass that keeps nothing, so
+   keys and values are copied to the cache after each layer. */
 static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tokens, size_t n)
 {
     if (dpoi_lay_out_text(model, tokens, n)) return 1;
@@ -6507,7 +6512,7 @@ static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tok
     return 0;
 }
 
-/* One more token; its row goes where the prompt's first one was. */
+/* Takes one more token, as the only row of the workspace. */
 static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
 {
     dpoi_workspace *w = model->workspace;
@@ -6529,11 +6534,12 @@ static int dpoi_by_probability(const void *a, const void *b)
 {
     const dpoi_choice *x = a, *y = b;
     if (x->p != y->p) return x->p < y->p ? 1 : -1;
-    return x->token < y->token ? -1 : x->token > y->token; // so that the order is never chance
+    return x->token < y->token ? -1 : x->token > y->token; // qsort is not stable
 }
 
-/* Greedy at temperature 0. Otherwise softmax(logits / temperature), of which top_k keeps the k most
-   probable tokens, and top_p (Holtzman et al. 2020) the fewest whose probabilities reach p. */
+/* Greedy at temperature 0. Otherwise a sample from softmax(logits / temperature), restricted by
+   top_k to the k most probable tokens, and by top_p (Holtzman et al. 2020) to the fewest of these
+   that hold a share p of their probability. */
 static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float *logits, size_t V,
                             const dpo_sampling *sampling, uint64_t index)
 {
@@ -6567,7 +6573,7 @@ static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float 
 
 /* ---- 10.3 generating text -------------------------------------------------------------------- */
 
-/* Looks for the first stop string in text[from .. n): its place, or n. Up to *final the text is no
+/* The index of the first stop string in text[from .. n), or n. What comes before *final cannot be
    part of one, whatever follows, and may be shown. */
 static size_t dpoi_find_stop(const dpo_sampling *sampling, const char *text, size_t from, size_t n,
                              size_t *final)
@@ -6592,7 +6598,7 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
     if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0))
         return dpoi_fail(context, "generation needs a prompt of at least one token, at least one "
                          "new token, and top_p above 0");
-    // A long prompt keeps its end, where the question is, and leaves room for a token if it can.
+    // A long prompt keeps its end, where the question is, and leaves a position to write to.
     const size_t kept = DPOI_MIN(n_prompt, DPOI_MAX(config->context_length - 1, (size_t)1));
     const size_t room = config->context_length - kept;
     const size_t capacity = kept + DPOI_MIN(sampling->max_new_tokens, room);
