@@ -3655,7 +3655,7 @@ static int dpoi_lay_out(dpo_model *model, const dpo_batch *batch, int keep)
 {
     dpo_context *context = model->context;
     dpo_plan_options size = { 0 };
-    if (!batch->n) return dpoi_fail(context, "the batch has no branches to score");
+    if (!batch->n) return dpoi_fail(context, "the batch has no examples");
     if (model->options.stored)
         return dpoi_fail(context, "the model was loaded as `stored`, which is for saving it only");
     for (size_t e = 0; e < batch->n; e++)
@@ -3826,12 +3826,8 @@ static void dpoi_adapter_backward(dpo_model *model, float *dx /* [R, in] or NULL
     const float *in = dpoi_lora_down(model, dpoi_linear_forward, x, A, R);
     dpoi_linear_backward(context, w->du, dy, w->u, W->lora_b, NULL, R, 0);
     for (size_t i = 0; i < R * A->shape[0]; i++) w->du[i] *= scale;
-    if (in == x) {
-        dpoi_linear_backward(context, dx, w->du, x, A, NULL, R, 1);
-        return;
-    }
-    dpoi_linear_backward(context, NULL, w->du, in, A, NULL, R, 0);
-    if (!dx) return;
+    dpoi_linear_backward(context, in == x ? dx : NULL, w->du, in, A, NULL, R, 1);
+    if (in == x || !dx) return;
     dpoi_matmul(context, w->dropped, A->shape[1], dpoi_rows(w->du, A->shape[0]),
                 dpoi_transposed(dpoi_weight(A)), R, A->shape[1], A->shape[0], 0, DPO_F32);
     dpoi_drop(context, dx, w->dropped, A, model->lora.dropout, R * A->shape[1], 1);
@@ -3998,8 +3994,8 @@ static void dpoi_embed_rows(dpo_model *model)
                            model->config.d_model);
 }
 
-/* Embedding and blocks; returns the last block's output. */
-static const float *dpoi_blocks_forward(dpo_model *model, int keep)
+/* Embedding and blocks; returns the last block's output. For the cache see dpoi_block_forward. */
+static const float *dpoi_blocks_forward(dpo_model *model, int keep, dpoi_cache *cache)
 {
     const int slab = keep && dpoi_shares_set(model, keep);
     dpoi_activations a = { 0 };
@@ -4007,7 +4003,7 @@ static const float *dpoi_blocks_forward(dpo_model *model, int keep)
     for (size_t l = 0; l < model->config.n_layers; l++) {
         a = dpoi_activations_of(model, l, keep);
         if (slab) dpoi_slab_move(model, l, &a, 0, 1, 0);
-        dpoi_block_forward(model, l, &a, NULL);
+        dpoi_block_forward(model, l, &a, cache);
         if (slab) dpoi_slab_move(model, l, &a, 1, 6, 0);
     }
     return a.out;
@@ -4024,7 +4020,7 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model;
-    const float *x = dpoi_blocks_forward(model, keep);
+    const float *x = dpoi_blocks_forward(model, keep, NULL);
     for (size_t s = 0; s < w->S; s++)
         memcpy(w->head_in + s * C, x + w->scored_row[s] * C, C * sizeof *x);
     dpoi_norm_forward(context, w->head_normed, w->head_stats, w->head_in, weights->norm_w->data,
@@ -4159,7 +4155,7 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model, V = config->vocab_size;
-    const float *x = dpoi_blocks_forward(model, 0);
+    const float *x = dpoi_blocks_forward(model, 0, NULL);
     dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
                       (float)config->norm_epsilon, n, C);
     dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n,
@@ -5146,8 +5142,8 @@ DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *
 {
     const dpo_entry *base = dpo_file_find(file, "base");
     *lora = (dpo_lora){ 0 };
-    if (!dpo_file_find(file, "config") || !base || base->dtype != DPO_U64 || base->bytes != 8)
-        return dpoi_fail(context, "%s: has no config or base: make the adapter again", file->path);
+    if (!base || base->dtype != DPO_U64 || base->bytes != 8)
+        return dpoi_fail(context, "%s: has no base: make the adapter again", file->path);
     memcpy(&lora->base_identity, base->data, sizeof lora->base_identity);
     return dpoi_fields_read(context, lora, dpoi_lora_fields, file) &&
            dpoi_fail_at(context, file->path);
@@ -6166,7 +6162,7 @@ typedef struct dpoi_draft {
 
 /* The kinds of records, by the names of their fields: prompt, then answers or text. */
 enum { DPOI_PAIR, DPOI_TRANSCRIPTS, DPOI_COMPLETION, DPOI_TEXT };
-static const char *const dpoi_fields[][3] = { { "prompt", "chosen", "rejected" },
+static const char *const dpoi_record_fields[][3] = { { "prompt", "chosen", "rejected" },
     { NULL, "chosen", "rejected" }, { "prompt", "completion", NULL }, { NULL, "text", NULL } };
 
 typedef struct dpoi_loader {
@@ -6186,7 +6182,7 @@ static int dpoi_read_record(dpo_context *context, dpoi_text *fields, int *kind, 
 {
     const dpo_json *json = &reader->json;
     for (; *kind <= last; ++*kind) {
-        const char *const *names = dpoi_fields[*kind], *odd = NULL;
+        const char *const *names = dpoi_record_fields[*kind], *odd = NULL;
         size_t i;
         for (i = 0; i < 3; i++) {
             fields[i] = (dpoi_text){ NULL, 0 };
@@ -6519,11 +6515,9 @@ static void dpoi_step(dpo_model *model, dpoi_cache *cache, uint32_t token)
     w->R = 1;
     w->token[0] = token;
     w->position[0] = (uint32_t)cache->n;
-    dpoi_embed_rows(model);
-    const dpoi_activations a = dpoi_activations_of(model, 0, 0);
-    for (size_t l = 0; l < model->config.n_layers; l++) dpoi_block_forward(model, l, &a, cache);
+    const float *x = dpoi_blocks_forward(model, 0, cache);
     cache->n++;
-    dpoi_next_logits(model, cache, w->x);
+    dpoi_next_logits(model, cache, x);
 }
 
 /* ---- 10.2 choosing a token ------------------------------------------------------------------- */
@@ -6538,8 +6532,8 @@ static int dpoi_by_probability(const void *a, const void *b)
 }
 
 /* Greedy at temperature 0. Otherwise a sample from softmax(logits / temperature), restricted by
-   top_k to the k most probable tokens, and by top_p (Holtzman et al. 2020) to the fewest of these
-   that hold a share p of their probability. */
+   top_k to the k most probable tokens, and by top_p (nucleus sampling, Holtzman et al. 2020) to the
+   fewest of these that hold a share p of their probability. */
 static uint32_t dpoi_choose(dpoi_choice *choices /* [V] scratch */, const float *logits, size_t V,
                             const dpo_sampling *sampling, uint64_t index)
 {

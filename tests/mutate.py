@@ -577,12 +577,12 @@ MUTANTS = {
     ],
     "dpoi_adapter_backward": [
         ("w->du[i] *= scale", ""),
-        ("w->du, x, A, NULL, R, 1)", "w->du, x, A, NULL, R, 0)"),
+        ("w->du, in, A, NULL, R, 1)", "w->du, in, A, NULL, R, 0)"),
         ("dropout, R * A->shape[1], 1)", "dropout, R * A->shape[1], 0)"),
         ("w->du, in, A", "w->du, x, A"),
-        ("if (in == x)", "if (1)"),
+        ("if (in == x || !dx)", "if (1)"),
         ("w->u, W->lora_b", "w->du, W->lora_b"),
-        ("NULL, w->du, in, A, NULL, R, 0", "dx, w->du, in, A, NULL, R, 1"),
+        ("in == x ? dx : NULL", "dx"),
     ],
     "dpoi_trains": [
         ("w->grad || w->lora_a", "w->grad"),

@@ -1027,7 +1027,7 @@ static void test_errors(dpo_model *model, const check_batch *b)
     check_must(dpo_forward(model, before, &b->batch, 1), &context);
     fails(dpo_backward(model, &b->batch, dlogp), "dpo_model_zero_grad");
     check_must(dpo_model_zero_grad(model), &context);
-    fails(dpo_forward(model, score, &(dpo_batch){ &example, 0 }, 0), "no branches");
+    fails(dpo_forward(model, score, &(dpo_batch){ &example, 0 }, 0), "no examples");
 
     branch.tokens = wrong;
     branch.n = 4;

@@ -805,7 +805,7 @@ static void test_adapter_errors(void)
     for (int i = 0; i < 8; i++) { // entry 2 is the first A, 3 its B
         float numbers[4 * 96 + 1] = { 0 };
         const char *name = file.entries[2 + i % 2].name, *words[] = { name, name, name, name, name,
-            "0.attention.query_key_value.lora_A.weight is missing", "no config or base",
+            "0.attention.query_key_value.lora_A.weight is missing", "has no config",
             "0.attention.query_key_value.lora_A.weight is missing" };
         size_t from = 0, count = n;
         memcpy(entries, file.entries, bytes);
