@@ -3054,7 +3054,7 @@ typedef struct dpoi_weights {
     dpoi_block_weights *blocks;         // [L]
 } dpoi_weights;
 
-/* Adds a tensor to the table; a `columns` of 0 makes a vector. */
+/* Adds a tensor to the table; without `columns`, a vector. */
 static dpo_tensor *dpoi_add_tensor(dpo_model *model, dpo_layout layout, size_t rows, size_t columns,
                                    double lr_scale, const char *name)
 {
@@ -3068,7 +3068,7 @@ static dpo_tensor *dpoi_add_tensor(dpo_model *model, dpo_layout layout, size_t r
     return tensor;
 }
 
-/* Gives each trainable tensor its place in the optimizer's arrays. */
+/* Gives each trainable tensor its offset in the optimizer's arrays. */
 static void dpoi_number_trainable(dpo_model *model)
 {
     model->n_trainable = 0;
@@ -3078,7 +3078,7 @@ static void dpoi_number_trainable(dpo_model *model)
     }
 }
 
-/* Weight and bias of a linear layer or, with an `in` of 0, of a norm. A linear layer's weights are
+/* Adds weight and bias of a linear layer or, if `in` is 0, of a norm. A linear layer's weight is
    [out, in] in GPT-NeoX and [in, out] in BTLM. */
 static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, const char *path,
                           size_t in, size_t out, int bias)
@@ -3093,7 +3093,7 @@ static void dpoi_add_pair(dpo_model *model, dpo_tensor **w, dpo_tensor **b, cons
     *b = bias ? dpoi_add_tensor(model, DPO_PLAIN, out, 0, 1.0, name) : NULL;
 }
 
-/* norm1 comes first and down last: dpoi_lowest_trained goes by that. */
+/* norm1 comes first and down last, on which dpoi_lowest_trained relies. */
 static void dpoi_add_block(dpo_model *model, size_t layer)
 {
     const dpo_config *config = &model->config;
@@ -3124,7 +3124,7 @@ static void dpoi_add_block(dpo_model *model, size_t layer)
     }
 }
 
-/* Builds the table from the config, and makes options.dtype F32 or BF16: 0 stands for F32. */
+/* Builds the table from the config, and makes options.dtype DPO_F32 unless it is DPO_BF16. */
 static int dpoi_build_table(dpo_model *model)
 {
     dpo_context *context = model->context;
@@ -3172,8 +3172,8 @@ static int dpoi_build_table(dpo_model *model)
 
 /* Matrices are fp32 or bf16; vectors (biases, norms, slopes) are a thousandth of the numbers and
    always fp32. Weights that nothing will change and that have the right type already are used where
-   they lie, in the mapped file: they take page cache, which the machine can drop, instead of
-   memory, and need no reading. All others have a place in model->params. */
+   they lie, in the mapped file: they take page cache, which the system can drop, instead of memory,
+   and are read only when used. All others are in model->params. */
 
 static size_t dpoi_aligned(size_t bytes)
 {
@@ -3280,7 +3280,7 @@ static int dpoi_is_target(const dpo_model *model, const char *targets, const dpo
     return 0;
 }
 
-/* Every name among the targets must be one of this model's. */
+/* Every target must name a linear layer of this model. */
 static int dpoi_check_targets(dpo_model *model, const char *targets)
 {
     if (!*targets) return dpoi_fail(model->context, "LoRA: no target modules are named");
@@ -3317,7 +3317,7 @@ static int dpoi_add_adapters(dpo_model *model, const dpo_lora *lora, const dpo_f
                          "alpha positive, dropout from 0 to below 1", lora->r, lora->alpha,
                          lora->dropout, DPOI_MAX_RANK);
     if (dpoi_check_targets(model, lora->targets)) return 1;
-    model->lora = *lora;    // which dpoi_remove_adapter undoes, also when half is done
+    model->lora = *lora;    // if what follows fails, dpoi_remove_adapter takes it back
     for (size_t i = 0; i < n_tensors; i++) {
         dpo_tensor *W = &model->tensors[i];
         char name[DPO_NAME_BYTES]; // the module's path with another end
@@ -3968,7 +3968,7 @@ static void dpoi_block_backward(dpo_model *model, size_t layer, int below)
     dpoi_activations a = dpoi_activations_of(model, layer, 1);
     if (dpoi_shares_set(model, 1)) dpoi_slab_move(model, layer, &a, 0, 6, 1);
     if (model->options.recompute) {
-        a.out = w->branch; // x is needed as it is
+        a.out = w->branch; // not x, which the backward reads
         dpoi_block_forward(model, layer, &a, NULL);
     }
     const int norm = below || dpoi_trains(block->norm1_w, block->norm1_b);
@@ -4784,12 +4784,11 @@ DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_
     return failed && dpoi_fail_at(context, file->path);
 }
 
-/* How many of x[n] are infinite or NaN. */
-static size_t dpoi_count_bad(const float *x, size_t n)
+static size_t dpoi_count_nonfinite(const float *x, size_t n)
 {
-    size_t bad = 0;
-    for (size_t i = 0; i < n; i++) bad += !isfinite(x[i]);
-    return bad;
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) count += !isfinite(x[i]);
+    return count;
 }
 
 /* Checks that all of an entry's elements are finite, and copies them into the tensor unless it uses
@@ -4797,7 +4796,7 @@ static size_t dpoi_count_bad(const float *x, size_t n)
 static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_entry *entry)
 {
     const size_t n_pieces = tensor->n / DPOI_PIECE + 1;
-    size_t *bad, total = 0; // [n_pieces] elements that are not finite
+    size_t *bad, total = 0; // bad[n_pieces]: elements that are not finite
     if (dpoi_alloc(context, &bad, n_pieces, sizeof *bad)) return 1;
     DPOI_PARALLEL_PIECES(dpoi_threads(context, tensor->n))
     for (size_t p = 0; p < n_pieces; p++) {
@@ -4805,7 +4804,7 @@ static int dpoi_tensor_read(dpo_context *context, dpo_tensor *tensor, const dpo_
         const size_t first = p * DPOI_PIECE, n = DPOI_MIN(tensor->n - first, (size_t)DPOI_PIECE);
         dpoi_widen(x, (const char *)entry->data + first * dpoi_dtype_bytes(entry->dtype),
                    entry->dtype, n);
-        bad[p] = dpoi_count_bad(x, n);
+        bad[p] = dpoi_count_nonfinite(x, n);
         if (tensor->data != entry->data) dpoi_tensor_set(tensor, first, x, n);
     }
     for (size_t p = 0; p < n_pieces; p++) total += bad[p];
@@ -5034,7 +5033,7 @@ static const void *dpoi_fill_tensor(void *user, const dpo_entry *entry, size_t f
         for (size_t i = 0; i < size; i++) x[i] += scale * product[i];
     }
     dpoi_narrow(out, entry->dtype, x, size);
-    if (!dpoi_count_bad(x, size)) return out;
+    if (!dpoi_count_nonfinite(x, size)) return out;
     dpoi_fail(model->context, "%s is not finite, so nothing was saved; a lower --learning-rate may "
               "help", W->name);
     return NULL;
@@ -6074,8 +6073,8 @@ DPO_API int dpo_json_quote(dpo_context *context, dpo_string *out, const char *s,
 
 /* ---- 9.6 JSON lines -------------------------------------------------------------------------- */
 
-/* One object a line, of any length. Blank lines are skipped, and so is the byte order mark that
-   some editors put at the start of a file. */
+/* One JSON object per line, of any length. Blank lines are skipped, and so is the byte order mark
+   that some editors put at the start of a file. */
 
 DPO_API int dpo_jsonl_open(dpo_context *context, dpo_jsonl *reader, const char *path)
 {
@@ -6384,7 +6383,7 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
     const size_t length = options->max_length, prompt_length = options->max_prompt_length;
     *data = (dpo_data){ 0 };
     if (length < 2 || length > UINT32_MAX)
-        return dpoi_fail(context, "max-length %zu: at least 2 tokens are needed", length);
+        return dpoi_fail(context, "max-length %zu: it must be 2 to %u", length, UINT32_MAX);
     if (options->use != DPO_USE_TEXT && prompt_length >= length)
         return dpoi_fail(context, "max-prompt-length %zu must be less than max-length %zu, or no "
                          "room is left for answers", prompt_length, length);
