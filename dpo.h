@@ -3170,7 +3170,7 @@ static int dpoi_build_table(dpo_model *model)
 
 /* ---- 6.3 where the weights live -------------------------------------------------------------- */
 
-/* Matrices are fp32 or bf16; vectors (biases, norms, slopes) are a thousandth of the numbers and
+/* Matrices are fp32 or bf16; vectors (biases, norms, slopes) are a thousandth of the parameters and
    always fp32. Weights that nothing will change and that have the right type already are used where
    they lie, in the mapped file: they take page cache, which the system can drop, instead of memory,
    and are read only when used. All others are in model->params. */
@@ -4021,6 +4021,7 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
     dpoi_workspace *w = model->workspace;
     size_t C = config->d_model;
     const float *x = dpoi_blocks_forward(model, keep, NULL);
+    // Only scored rows go through the final norm and the head.
     for (size_t s = 0; s < w->S; s++)
         memcpy(w->head_in + s * C, x + w->scored_row[s] * C, C * sizeof *x);
     dpoi_norm_forward(context, w->head_normed, w->head_stats, w->head_in, weights->norm_w->data,
@@ -5263,7 +5264,7 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
 
 /* A state file holds every trainable tensor (its master if it has one), the optimizer's averages,
    "run" (which run it belongs to), "counters" (updates, passes) and "notes" (the program's own).
-   Random numbers need no state: they depend on seed, counters and place alone. */
+   Random numbers need no state: they depend on seed, counters and position alone. */
 
 /* The entries of a state, whose data is written from, or read into, where it lies. The array has
    room for the last one, the notes. NULL, with a message, if there is no memory. */
