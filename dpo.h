@@ -2514,14 +2514,13 @@ static void dpoi_cache_store(dpoi_cache *cache, const float *qkv /* [3C] */, dpo
     }
 }
 
-/* Attention of one more row, at position cache->n, against itself and all cached positions. */
-static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */, dpoi_cache *cache,
-                               const float *qkv /* [3C] */, size_t layer,
+/* Attention of one more row, at position cache->n, where its own key and value are already. */
+static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */,
+                               const dpoi_cache *cache, const float *qkv /* [3C] */, size_t layer,
                                const dpoi_attention *attention)
 {
     dpoi_heads heads = attention->heads;
     size_t D = heads.D, row = 2 * heads.H * D, n = cache->n + 1;
-    dpoi_cache_store(cache, qkv, heads, layer, cache->n);
     DPOI_PARALLEL_FOR(dpoi_threads(context, 2 * n * heads.H * D))
     for (size_t h = 0; h < heads.H; h++) {
         const float *q = qkv + h * heads.head_stride;
@@ -3848,8 +3847,8 @@ static void dpoi_project_backward(dpo_model *model, float *dx /* [R, in] */,
              2.0 * (double)(R * (W->lora_a->n * (dx ? 3 : 2) + W->lora_b->n * 2)), 0);
 }
 
-/* The two branches of the block, as at the head of this part. With a cache (part 10) there is one
-   row, and its key and value join those of earlier positions. */
+/* The two branches of the block, as at the head of this part. A cache (part 10), if not NULL, takes
+   the keys and values; if it held some before, there is one row, which attends to all of them. */
 static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activations *a,
                                dpoi_cache *cache)
 {
@@ -3860,7 +3859,8 @@ static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activa
     dpoi_attention attention = dpoi_attention_of(model, layer);
     size_t R = w->R, C = config->d_model, F = config->d_ff;
     float epsilon = (float)config->norm_epsilon;
-    dpoi_linear *linear = cache ? dpoi_linear_row : dpoi_linear_forward;
+    const int step = cache && cache->n > 0; // R is 1
+    dpoi_linear *linear = step ? dpoi_linear_row : dpoi_linear_forward;
 
     // attention(norm1(x))
     dpoi_norm_forward(context, w->normed, w->stats, a->x, block->norm1_w->data,
@@ -3869,7 +3869,9 @@ static void dpoi_block_forward(dpo_model *model, size_t layer, const dpoi_activa
     if (w->rotary)
         dpoi_rotary(context, a->qkv, w->position, w->rotary, config->rotary_dims, attention.heads,
                     1.0f, R);
-    if (cache)
+    for (size_t r = 0; cache && r < R; r++)
+        dpoi_cache_store(cache, a->qkv + r * 3 * C, attention.heads, layer, cache->n + r);
+    if (step)
         dpoi_attention_row(context, a->attended, cache, a->qkv, layer, &attention);
     else
         dpoi_attention_forward(context, a->attended, a->lse, a->qkv, &attention);
@@ -3985,22 +3987,18 @@ static void dpoi_block_backward(dpo_model *model, size_t layer, int below)
 
 /* ---- 6.8 forward and backward of the model --------------------------------------------------- */
 
-static void dpoi_embed_rows(dpo_model *model)
-{
-    const dpoi_weights *weights = model->weights;
-    dpoi_workspace *w = model->workspace;
-    dpoi_embedding_forward(model->context, w->x, w->token, w->position, weights->embedding,
-                           weights->positions, (float)model->config.embedding_scale, w->R,
-                           model->config.d_model);
-}
-
-/* Embedding and blocks; returns the last block's output. For the cache see dpoi_block_forward. */
+/* Embedding and blocks; returns the last block's output. The cache may be NULL. */
 static const float *dpoi_blocks_forward(dpo_model *model, int keep, dpoi_cache *cache)
 {
+    const dpo_config *config = &model->config;
+    const dpoi_weights *weights = model->weights;
+    const dpoi_workspace *w = model->workspace;
     const int slab = keep && dpoi_shares_set(model, keep);
     dpoi_activations a = { 0 };
-    dpoi_embed_rows(model);
-    for (size_t l = 0; l < model->config.n_layers; l++) {
+    dpoi_embedding_forward(model->context, w->x, w->token, w->position, weights->embedding,
+                           weights->positions, (float)config->embedding_scale, w->R,
+                           config->d_model);
+    for (size_t l = 0; l < config->n_layers; l++) {
         a = dpoi_activations_of(model, l, keep);
         if (slab) dpoi_slab_move(model, l, &a, 0, 1, 0);
         dpoi_block_forward(model, l, &a, cache);
@@ -6489,22 +6487,13 @@ static void dpoi_next_logits(dpo_model *model, dpoi_cache *cache, const float *x
     for (size_t v = 0; v < config->vocab_size; v++) cache->logits[v] *= (float)config->logit_scale;
 }
 
-/* Takes all of the prompt in one pass. Layers share their buffers in a pass that keeps nothing, so
-   keys and values are copied to the cache after each layer. */
+/* Takes all of the prompt in one pass; the cache is empty before. */
 static int dpoi_prefill(dpo_model *model, dpoi_cache *cache, const uint32_t *tokens, size_t n)
 {
     if (dpoi_lay_out_text(model, tokens, n)) return 1;
-    const dpoi_workspace *w = model->workspace;
-    const dpoi_activations a = dpoi_activations_of(model, 0, 0);
-    size_t C = model->config.d_model;
-    dpoi_embed_rows(model);
-    for (size_t l = 0; l < model->config.n_layers; l++) {
-        dpoi_block_forward(model, l, &a, NULL);
-        for (size_t p = 0; p < n; p++)
-            dpoi_cache_store(cache, w->qkv + p * 3 * C, dpoi_heads_of(&model->config), l, p);
-    }
+    const float *x = dpoi_blocks_forward(model, 0, cache);
     cache->n = n;
-    dpoi_next_logits(model, cache, w->x + (n - 1) * C);
+    dpoi_next_logits(model, cache, x + (n - 1) * model->config.d_model);
     return 0;
 }
 

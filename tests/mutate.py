@@ -640,16 +640,14 @@ MUTANTS = {
         ("&a, 0, 1, 0)", "&a, 0, 0, 0)"),
         ("&a, 1, 6, 0)", "&a, 0, 6, 0)"),
         ("&a, 1, 6, 0)", "&a, 1, 5, 0)"),
+        ("(float)config->embedding_scale", "1.0f"),
+        ("weights->positions, (float)", "NULL, (float)"),
     ],
     "dpoi_lowest_trained": [
         ("part = block->norm1_w", "part = block->out_w"),
         ("size_t l = 0;", "size_t l = 1;"),
         ("part <= block->down_b", "part < block->down_w"),
         ("part <= block->down_b", "part <= block->up_b"),
-    ],
-    "dpoi_embed_rows": [
-        ("(float)model->config.embedding_scale", "1.0f"),
-        ("weights->positions, (float)", "NULL, (float)"),
     ],
     "dpo_forward": [
         ("(float)config->logit_scale", "1.0f"),
@@ -834,7 +832,7 @@ MUTANTS = {
         ("cache->logits[v] *= (float)config->logit_scale", ""),
     ],
     "dpoi_prefill": [
-        ("(n - 1) * C", "0"),
+        ("(n - 1) * model->config.d_model", "0"),
     ],
     "dpoi_step": [
         ("(uint32_t)cache->n", "0"),
