@@ -120,8 +120,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "with --lora: the adapter counts alpha / r times"),
         FLAG(TRAIN, "use-rslora", &s->rslora,
             "with --lora: the adapter counts alpha / sqrt(r) times"),
-        REAL(TRAIN, "lora-dropout", &s->lora_dropout, 0, 0.99,
-            "with --lora: dropout of the adapter's inputs"),
+        REAL(SFT, "lora-dropout", &s->lora_dropout, 0, 0.99,
+            "with --lora: dropout of the adapter's inputs (dpo trains without)"),
         TEXT(TRAIN, 0, "lora-target-modules", &s->lora_targets, "NAMES", 0,
             "with --lora: layers to adapt, names with commas between, as PEFT matches them"),
         CHOICE(INIT, "preset", &s->preset, PRESETS, "sizes to start from"),
@@ -203,7 +203,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
             "print what the run will be and take, and stop before anything is made"),
         COUNT(INIT | TRAIN, "seed", &s->seed, 0, MAX_JSON_WHOLE,
             bit == INIT ? "of the random weights"
-            : "of the order of the data, of a new adapter, of dropout and of rounding"),
+            : bit == SFT ? "of the order of the data, of a new adapter, of dropout and of rounding"
+            : "of the order of the data, of a new adapter and of rounding"),
         COUNT(TRAIN | PLAN, "micro-tokens", &s->micro_tokens, 1, 1e7,
             "tokens computed at a time; decides about memory"),
         FLAG(FROM, "no-verify", &s->no_verify, "do not check the model's checksums"),
@@ -1159,8 +1160,10 @@ static void load_policy(run *r)
     dpo_model_options options = model_options(r);
     check(r->context, dpo_model_load(r->context, &r->model, r->source.path, &options));
     r->model.noise_seed = r->s->seed;
-    if (r->source.adapter) check(r->context, dpo_lora_load(&r->model, r->source.adapter));
-    else if (r->lora.r) check(r->context, dpo_lora_init(&r->model, &r->lora, r->s->seed));
+    if (r->source.adapter) {
+        check(r->context, dpo_lora_load(&r->model, r->source.adapter));
+        r->model.lora.dropout = r->lora.dropout;
+    } else if (r->lora.r) check(r->context, dpo_lora_init(&r->model, &r->lora, r->s->seed));
 }
 
 static dpo_reference_key reference_key(const run *r)
@@ -1647,6 +1650,12 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     if (r.source.adapter && s->lora)
         usage_fail("%s is an adapter, which is trained further without --lora; to put a new one "
                    "over it, merge it into its model first (./train merge)", r.source.adapter);
+    if (bit == DPO && r.source.lora.dropout > 0) {
+        // With dropout a policy that equals its reference would not have rewards of 0.
+        say("note    dpo trains without dropout: the adapter's %g becomes 0",
+            r.source.lora.dropout);
+        r.source.lora.dropout = 0;
+    }
     if (r.source.adapter) {     // config.json says what is trained
         s->lora_r = r.source.lora.r;
         s->lora_alpha = r.source.lora.alpha;
