@@ -56,7 +56,8 @@ static size_t list_options(option options[N_OPTIONS], settings *s, unsigned bit)
         REAL(PREFS, "label-smoothing", &s->label_smoothing, 0, 0.4999, "as in training"),
         COUNT(DATA | CHAT, "max-length", &s->max_length, 0, 1e7,
             bit == LOSS ? "tokens of a window; 0: the model's context"
-            : bit == CHAT ? "last tokens of the talk that are read; 0: the model's context"
+            : bit == CHAT ? "last tokens of the talk that are read; 0: what the answer leaves of "
+                            "the model's context"
             : "tokens of prompt and answer; 0: the model's context"),
         COUNT(PREFS, "max-prompt-length", &s->max_prompt_length, 1, 1e7,
             "tokens of a prompt when the two do not fit"),
@@ -321,6 +322,15 @@ static void read_prompts(dpo_context *context, const settings *s, prompts *p,
     dpo_jsonl_close(context, &reader);
 }
 
+/* The tokens of a prompt that are read, its last: what the answer leaves of the context, which may
+   take half of it. */
+static size_t most_read(const settings *s, size_t context_length)
+{
+    size_t half = context_length / 2;
+    size_t most = context_length - (s->max_new_tokens < half ? s->max_new_tokens : half);
+    return s->max_length && s->max_length < most ? s->max_length : most;
+}
+
 /* Reads the prompts (of chat, where p is NULL, any may come), sees whether the longest of them with
    its answer fits the memory, and loads the model. */
 static void load_speaker(dpo_context *context, const settings *s, dpo_model *model, prompts *p)
@@ -334,10 +344,8 @@ static void load_speaker(dpo_context *context, const settings *s, dpo_model *mod
         if (!p->all[i].tokens.n && config->eos_id < 0)
             fail("prompt %zu is empty, and needs an end token in its place, which the model does "
                  "not name", i + 1);
-    size_t context_length = config->context_length;
-    size_t longest = p ? p->longest : s->max_length ? s->max_length : context_length;
-    if (longest < 1) longest = 1;
-    if (longest > context_length) longest = context_length;
+    size_t context_length = config->context_length, longest = most_read(s, context_length);
+    if (p && p->longest < longest) longest = p->longest ? p->longest : 1;
     size_t positions = context_length - longest < s->max_new_tokens ? context_length
                                                                     : longest + s->max_new_tokens;
     dpo_plan_options plan = {.max_rows = longest, .max_scored = 1, .max_span = longest,
@@ -369,17 +377,19 @@ static const char *unescape(const char *text)
     return out;
 }
 
-static void answer_prompt(dpo_model *model, const dpo_sampling *sampling, const prompt *p)
+static void answer_prompt(dpo_model *model, const settings *s, const dpo_sampling *sampling,
+                          const prompt *p)
 {
     dpo_context *context = model->context;
     dpo_string answer = {0};
     const uint32_t end = (uint32_t)model->config.eos_id;     // a text begins where another ended
     const uint32_t *ids = p->tokens.n ? p->tokens.ids : &end;
-    if (p->tokens.n >= model->config.context_length)
-        say("note    a prompt of %zu tokens is longer than the context of %zu: its start is cut",
-            p->tokens.n, model->config.context_length);
-    check(context, dpo_generate(model, &answer, ids, p->tokens.n ? p->tokens.n : 1, sampling, NULL,
-                                NULL));
+    const size_t n = p->tokens.n ? p->tokens.n : 1;
+    const size_t most = most_read(s, model->config.context_length), cut = n > most ? n - most : 0;
+    if (cut)
+        say("note    of a prompt of %zu tokens the last %zu are read: the context is %zu, and the "
+            "answer needs room", n, most, model->config.context_length);
+    check(context, dpo_generate(model, &answer, ids + cut, n - cut, sampling, NULL, NULL));
     check(context, dpo_string_make_valid(context, &answer));
     fputs("{\"prompt\": ", stdout);
     write_quoted(context, stdout, p->text, p->n);
@@ -400,7 +410,7 @@ static void generate(dpo_context *context, const settings *s)
     for (size_t i = 0; i < p.n; i++) {
         // Every prompt of a file has its own numbers.
         if (!s->prompt) sampling.seed = dpo_random_u64(s->seed, i, 0);
-        answer_prompt(&model, &sampling, &p.all[i]);
+        answer_prompt(&model, s, &sampling, &p.all[i]);
         dpo_tokens_free(context, &p.all[i].tokens);
         free(p.all[i].text);
     }
@@ -423,8 +433,9 @@ static void chat(dpo_context *context, const settings *s)
     dpo_tokens tokens = {0};
     dpo_string answer = {0};
     char *line = NULL, *transcript = allocate(1, 1);
-    size_t capacity = 0, used = 0;
+    size_t capacity = 0, used = 0, cut = 0;
     load_speaker(context, s, &model, NULL);
+    const size_t most = most_read(s, model.config.context_length);
     dpo_sampling sampling = sampling_of(s);
     sampling.stops = stops;
     sampling.n_stops = 1;
@@ -449,7 +460,9 @@ static void chat(dpo_context *context, const settings *s)
             say("%s", context->error);  // the turn is dropped
             continue;
         }
-        size_t cut = s->max_length && tokens.n > s->max_length ? tokens.n - s->max_length : 0;
+        if (tokens.n > most && !cut)
+            say("note    the talk is longer than %zu tokens: its start is no longer read", most);
+        cut = tokens.n > most ? tokens.n - most : 0;
         check(context, dpo_generate(&model, &answer, tokens.ids + cut, tokens.n - cut, &sampling,
                                     print_piece, NULL));
         check(context, dpo_string_make_valid(context, &answer));
@@ -483,7 +496,7 @@ int main(int argc, char **argv)
     signal(SIGXFSZ, SIG_IGN);   // a file at ulimit -f is then an error as a full disk is
     const tool_command *c = find_command(argc, argv, commands, n_commands, &bit);
     tool_name = names[c - commands];
-    if (bit & (LOSS | CHAT)) s.max_length = 0;
+    if (bit != PREFS) s.max_length = 0;
     parse_options(argc, argv, c, bit, options, list_options(options, &s, bit));
     if (s.prompt) s.prompt = unescape(s.prompt);
     for (size_t i = 0; i < s.stops.n; i++) {

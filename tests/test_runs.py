@@ -586,6 +586,19 @@ def test_text_as_prompts(data, base):
     check("completion" in out and "reading" not in err, f"in a pipe: {out}{err}")
 
 
+def test_long_prompts(base):
+    """What does not fit into the context of 128 with its answer loses its start, not its answer."""
+    said = run("./eval", "generate", "-m", base, "-p", "word " * 60, "--max-new-tokens", "40",
+               "--temperature", "0")
+    answer = json.loads(next(line for line in said.splitlines() if line[0] == "{"))["completion"]
+    check("of 300 tokens the last 88 are read" in said and len(answer) > 20, f"generate: {said}")
+    process = start("./eval", "chat", "-m", base, "--max-new-tokens", "30", "--temperature", "0",
+                    stdin=subprocess.PIPE)
+    out, err = process.communicate("How are you, my friend?\n" * 6, timeout=60)
+    check(err.count("the talk is longer than 98 tokens") == 1 and len(out.split("> ")[6]) > 10,
+          f"chat: {out}{err}")
+
+
 def test_dry_run(data, base):
     """It says what a run would, and makes nothing; the run itself is as if it had not been."""
     out, there = data / "deep" / "run", data / "there"
@@ -1034,6 +1047,7 @@ def main():
         test_help()
         test_unknown_options()
         test_text_as_prompts(data, base)
+        test_long_prompts(base)
         test_dry_run(data, base)
         test_warmup(data, base)
         test_unwritable(data, base)
