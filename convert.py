@@ -72,6 +72,7 @@ import zlib
 
 CHUNK = 4 << 20                 # bytes copied at a time
 MAX_HEADER = 100_000_000        # bytes of a safetensors header, the format's own limit
+MAX_WEIGHT = 1000               # values in one tuple of data.pkl, with all inside it
 MAX_PICKLE = 64 << 20           # bytes of data.pkl; a model's is some hundred kilobytes
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1,
@@ -139,11 +140,20 @@ def atomic_file(path):
     """A binary file that appears under its name when it is complete, or not at all."""
     temporary = f"{path}.tmp-{os.getpid()}"
     try:
-        with open(temporary, "wb") as file:
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(temporary)    # what a killed process left, or a link to somebody's file
+        with open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.rename(temporary, path)
+        try:
+            os.link(temporary, path)        # never over a file that has appeared meanwhile
+            os.remove(temporary)
+        except FileExistsError:
+            raise
+        except OSError:                     # a file system without links
+            refuse_existing(path)
+            os.rename(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.remove(temporary)
@@ -452,12 +462,38 @@ def run_pickle(path, data):
                 raise ValueError("a storage is malformed")
             return Storage(dtype, key, numel)
 
+    # Python hashes a key of a dict by visiting all that it holds: tuples in tuples would exhaust
+    # the C stack, or take for ever. So each value's weight, the number of values to be visited, is
+    # known before anything is run. None stands for a mark.
+    stack, memo = [], {}
+
+    def weigh(instruction, argument):
+        name, before, weight = instruction.name, instruction.stack_before, 1
+        n_popped = len(before)
+        if pickletools.markobject in before:
+            n_popped = before.index(pickletools.markobject)
+            while (item := stack.pop()) is not None:
+                weight += item
+        for _ in range(n_popped):
+            weight += stack.pop()
+        if weight > MAX_WEIGHT and name.startswith(("TUPLE", "REDUCE", "BINPERSID", "BUILD")):
+            raise ValueError("values nested absurdly")
+        if name in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
+            weight = 1              # lists and dicts have no hash
+        if name in ("BINGET", "LONG_BINGET"):
+            weight = memo[argument]
+        if instruction.stack_after:
+            stack.append(None if name == "MARK" else weight)
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if name == "MEMOIZE" else argument] = stack[-1]
+
     try:
         for instruction, argument, _position in pickletools.genops(data):
             if instruction.name not in PICKLE_INSTRUCTIONS:
                 refuse(f"the instruction {instruction.name}")
             if instruction.name == "LONG_BINPUT" and argument > len(data):
                 raise ValueError("a memo of absurd size")       # it would be allocated at once
+            weigh(instruction, argument)
         return Unpickler(io.BytesIO(data)).load()
     except ConvertError:
         raise
@@ -1389,7 +1425,8 @@ def export_model(model, directory):
             if "tokenizer/info" in entries:
                 generated.update(hf_tokenizer(model, entries, config))
             files.update((name, json_text(value)) for name, value in generated.items())
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            struct.error) as error:
         fail(model, f"its config or tokenizer is malformed ({error!r}); make the file again")
     write_directory(directory, "model.safetensors", tensors, files)
     report(directory, config["arch"], tensors, started)
@@ -1411,7 +1448,8 @@ def export_adapter(adapter, directory):
         data = json_text(peft_config(config, modules))
         if original and still_describes(adapter, read_entry(original), config, modules):
             data = read_entry(original)
-    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError,
+            struct.error) as error:
         fail(adapter, f"its entries are malformed ({error!r}); make the file again")
     write_directory(directory, PEFT_TENSORS, tensors, {PEFT_CONFIG: data})
     report(directory, f"LoRA of rank {config['r']}", tensors, started)

@@ -961,6 +961,7 @@ def test_adapters(data, base):
     entries = convert.open_container(str(sft / "adapter.bin"), convert.ADAPTER)
     contents = {name: convert.read_entry(entry) for name, entry in entries.items()}
     contents["config"] = contents["config"].replace(b'"alpha": 32', b'"alpha": -2')
+    bad.unlink(missing_ok=True)
     convert.write_container(str(bad), convert.ADAPTER, [
         (name, entry.dtype, entry.shape, entry.layout, contents[name])
         for name, entry in entries.items()])
@@ -970,6 +971,7 @@ def test_adapters(data, base):
                   ["./train", "merge", "-m", bad, "-o", data / "x.bin"]):
         refused(words, "bad.bin: LoRA: r is 4, alpha -2")
     config = contents.pop("config").replace(b'"alpha": -2', b'"alpha": 32')
+    bad.unlink(missing_ok=True)
     convert.write_container(str(bad), convert.ADAPTER, [
         convert.blob("config", config.replace(b'"r": 4', b'"r": 1000000')),
         *((name, entries[name].dtype, entries[name].shape, entries[name].layout, content)
