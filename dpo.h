@@ -364,7 +364,7 @@ typedef struct dpo_data_counts {
     size_t ties;                // kept: chosen equals rejected, token for token
     size_t cut_prompts;         // kept: prompts cut to max_prompt_length
     size_t cut_answers;         // kept: answers cut to fit, which lose their end token
-    size_t bytes;               // UTF-8 bytes of the text behind text windows
+    size_t bytes;               // UTF-8 bytes of the text behind text windows, without end tokens
 } dpo_data_counts;
 
 typedef struct dpo_data {
@@ -529,7 +529,7 @@ typedef struct dpo_score {
    activations stay for dpo_backward. The whole batch is one pass: cut it by dpo_micro_batch. */
 DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep);
 /* Adds d(sum over branches of dlogp[b] * logp[b]) / d(parameter) to the gradients, for the batch
-   that dpo_forward kept last. */
+   that dpo_forward kept last; once, since it uses up what was kept. */
 DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double *dlogp);
 DPO_API int dpo_model_zero_grad(dpo_model *model);
 /* Scores any number of examples in micro-batches of max_rows. */
@@ -2053,8 +2053,9 @@ static inline float dpoi_weight_at(const dpo_tensor *W, size_t i)
 
 /* ---- 4.1 embedding --------------------------------------------------------------------------- */
 
-/* y[r] = scale * (E[token[r]] + P[position[r]]); P is NULL unless positions are learned. muP scales
-   the sum, so that a wide model's first layer sees entries of the same size as a narrow one's. */
+/* y[r] = scale * (E[token[r]] + P[position[r]]); P is NULL unless positions are learned. The scale,
+   one of muP's, is tuned once and the same for every width: BTLM's 14.6, times its embeddings'
+   standard deviation of 0.073, makes entries of size 1. */
 static void dpoi_embedding_forward(const dpo_context *context, float *y, // [R, C]
                                    const uint32_t *token, const uint32_t *position, // [R]
                                    const dpo_tensor *E, // [V, C]
@@ -2818,7 +2819,8 @@ static double dpoi_logistic(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(
          with eps: -(1 - eps) log sigma(beta h) - eps log sigma(-beta h)         Mitchell 2023, cDPO
        ipo       (r_w / n_w - r_l / n_l - 1 / (2 beta))^2        Azar et al. 2023, equation 17,
                  averaged over tokens as its authors do; ipo-sum is the same on h itself
-       hinge     max(0, 1 - beta h)                              Zhao et al. 2023, SLiC
+       hinge     max(0, 1 - beta h)                Liu et al. 2023, RSO: the hinge of SLiC
+                 (Zhao et al. 2023) on log-ratios to a reference
    Each reaches the model through two numbers, d loss / d logp of the two answers: backwards, DPO is
    SFT with one scalar an answer. */
 DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
@@ -3015,6 +3017,11 @@ DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config)
         if (!(real > 0 && real < 1e9))
             return dpoi_fail(context, "config: %s is %g; it must be a positive number", field->name,
                              real);
+        int n_choices = 0;
+        while (field->choices && field->choices[n_choices]) n_choices++;
+        if (n_choices && (*(const int *)at < 0 || *(const int *)at >= n_choices))
+            return dpoi_fail(context, "config: %s is %d; it must be 0 to %d", field->name,
+                             *(const int *)at, n_choices - 1);
     }
     if (config->d_model % config->n_heads)
         return dpoi_fail(context, "config: d_model %zu is not a multiple of n_heads %zu",
@@ -4082,6 +4089,7 @@ DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double 
     const size_t lowest = embeds ? 0 : dpoi_lowest_trained(model);
     for (size_t l = config->n_layers; l-- > lowest;)
         dpoi_block_backward(model, l, embeds || l > lowest);
+    w->keeps = 0;   // what was kept is used up
     if (!embeds) return 0;
     dpoi_embedding_backward(context, weights->embedding->grad,
                             weights->positions ? weights->positions->grad : NULL, w->dx, w->token,
@@ -4176,6 +4184,9 @@ DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_o
     *optimizer = (dpo_optimizer){ .beta1 = 0.9, .beta2 = kind == DPO_ADAMW ? 0.999 : 0.99,
                                   .epsilon = 1e-8 };
     const size_t n = model->n_trainable;
+    if (!n)
+        return dpoi_fail(model->context, "there is nothing to train: the model was loaded as "
+                         "frozen and has no adapter yet");
     return (kind == DPO_ADAMW &&
             dpoi_alloc_zeroed(model->context, &optimizer->m, n, sizeof *optimizer->m)) ||
            dpoi_alloc_zeroed(model->context, &optimizer->v, n, sizeof *optimizer->v);
@@ -4332,7 +4343,7 @@ DPO_API int dpo_optimizer_step(dpo_model *model, dpo_optimizer *optimizer, doubl
    wasted on a rate of zero. Then constant, or a decay to zero, linear or by half a cosine. */
 DPO_API double dpo_schedule_factor(dpo_schedule schedule, size_t step, size_t steps, size_t warmup)
 {
-    if (step < warmup) return (double)(step + 1) / (double)(warmup + 1);
+    if (step < warmup) return ((double)step + 1) / ((double)warmup + 1);
     if (schedule == DPO_CONSTANT || steps <= warmup) return 1.0;
     double progress = DPOI_MIN(1.0, (double)(step - warmup) / (double)(steps - warmup));
     if (schedule == DPO_LINEAR_DECAY) return 1.0 - progress;
@@ -4434,6 +4445,22 @@ DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name)
     return NULL;
 }
 
+static int dpoi_is_named(const char *name /* [DPO_NAME_BYTES] */)
+{
+    return *name && memchr(name, 0, DPO_NAME_BYTES);
+}
+
+/* Whether an entry's type, layout, dimensions, shape and length fit each other. */
+static int dpoi_entry_fits(const dpo_entry *entry)
+{
+    const size_t size = dpoi_dtype_bytes(entry->dtype);
+    size_t elements, bytes;
+    return size && (unsigned)entry->layout <= DPO_CONV1D &&
+           (entry->n_dims == 2 || (entry->n_dims == 1 && entry->shape[1] == 1)) &&
+           !dpoi_multiply(&elements, entry->shape[0], entry->shape[1]) &&
+           !dpoi_multiply(&bytes, elements, size) && bytes == entry->bytes;
+}
+
 /* Reads the n records of the table into file->entries. The data of the first follows `place`, that
    of each other one the data of the one before. Here and below, dpo_file_open puts the path in
    front of messages. */
@@ -4442,14 +4469,12 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, 
     const dpoi_file_header *header = file->map;
     while (file->n_entries < n) {
         const dpoi_file_record *record = &header->table[file->n_entries];
-        const size_t size = dpoi_dtype_bytes((dpo_dtype)record->dtype);
-        size_t elements, bytes;
-        if (!record->name[0] || !memchr(record->name, 0, sizeof record->name))
+        dpo_entry entry = { .dtype = (dpo_dtype)record->dtype, .n_dims = record->n_dims,
+                            .layout = (dpo_layout)record->layout, .bytes = record->bytes,
+                            .shape = { record->shape[0], record->shape[1] } };
+        if (!dpoi_is_named(record->name))
             return dpoi_fail(context, "entry %zu has no valid name" DPOI_BROKEN, file->n_entries);
-        if (record->n_dims < 1 || record->n_dims > 2 || record->layout > DPO_CONV1D || !size ||
-            (record->n_dims == 1 && record->shape[1] != 1) ||
-            dpoi_multiply(&elements, record->shape[0], record->shape[1]) ||
-            dpoi_multiply(&bytes, elements, size) || bytes != record->bytes)
+        if (!dpoi_entry_fits(&entry))
             return dpoi_fail(context, "entry %s: type, shape and length do not fit each other"
                              DPOI_BROKEN, record->name);
         if (record->offset != dpoi_aligned(place) || record->offset > file->bytes ||
@@ -4459,12 +4484,9 @@ static int dpoi_file_read_table(dpo_context *context, dpo_file *file, size_t n, 
         if (dpo_file_find(file, record->name))
             return dpoi_fail(context, "entry %s appears twice" DPOI_BROKEN, record->name);
         place = record->offset + record->bytes;
-        dpo_entry *entry = &file->entries[file->n_entries++];
-        *entry = (dpo_entry){ .dtype = (dpo_dtype)record->dtype, .n_dims = record->n_dims,
-                              .layout = (dpo_layout)record->layout, .bytes = record->bytes,
-                              .shape = { record->shape[0], record->shape[1] },
-                              .data = (const char *)file->map + record->offset };
-        memcpy(entry->name, record->name, sizeof entry->name);
+        entry.data = (const char *)file->map + record->offset;
+        memcpy(entry.name, record->name, sizeof entry.name);
+        file->entries[file->n_entries++] = entry;
     }
     return place == file->bytes ? 0
          : dpoi_fail(context, "%zu bytes follow the last entry" DPOI_BROKEN, file->bytes - place);
@@ -4557,7 +4579,7 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
     struct stat status;
     void *map;
     int failed = 1;
-    const int descriptor = open(path, O_RDONLY);
+    const int descriptor = open(path, O_RDONLY | O_NONBLOCK);   // a pipe would keep us waiting
     if (descriptor < 0 || fstat(descriptor, &status))
         dpoi_fail(context, "cannot be opened: %s", strerror(errno));
     else if (!S_ISREG(status.st_mode) || status.st_size == 0)
@@ -4621,8 +4643,10 @@ static int dpoi_file_write_stream(FILE *stream, dpo_file_kind kind, const dpo_en
     header.file_bytes = header.table_end = sizeof header + n_entries * sizeof(dpoi_file_record);
     for (size_t i = 0; i < n_entries; i++) {
         const dpo_entry *entry = &entries[i];
-        const size_t rows = entry->shape[0], row_bytes = entry->bytes / DPOI_MAX(rows, (size_t)1);
-        const size_t step = entry->data ? rows : DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
+        const size_t rows = entry->bytes ? entry->shape[0] : 0;
+        const size_t row_bytes = entry->bytes / DPOI_MAX(rows, (size_t)1);
+        const size_t step = entry->data || !rows ? rows
+                          : DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
         dpoi_file_record record = { .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,
             .layout = entry->layout, .shape = { entry->shape[0], entry->shape[1] },
             .offset = dpoi_aligned(header.file_bytes), .bytes = entry->bytes };
@@ -4650,10 +4674,14 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
     int length = snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
     if ((size_t)length >= sizeof temporary)
         return dpoi_fail(context, "%s: the path is too long; give a shorter one", path);
+    struct stat status;
+    if (!stat(path, &status) && !S_ISREG(status.st_mode))
+        return dpoi_fail(context, "%s: is there and is not a file; choose another name", path);
     if (n_entries > DPOI_MAX_ENTRIES)
         return dpoi_fail(context, "%s: a file holds at most %d entries, not %zu", path,
                          DPOI_MAX_ENTRIES, n_entries);
-    FILE *stream = fopen(temporary, "wb");
+    unlink(temporary);      // what a killed process left, or a link to somebody else's file
+    FILE *stream = fopen(temporary, "wbx");
     int failed = stream ? dpoi_file_write_stream(stream, kind, entries, n_entries, fill, user) : 1;
     int reason = errno;
     if (failed && stream) fclose(stream);
@@ -4671,6 +4699,13 @@ static int dpoi_file_write(dpo_context *context, const char *path, dpo_file_kind
 DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
                            const dpo_entry *entries, size_t n_entries)
 {
+    for (size_t i = 0; i < n_entries; i++) {
+        const dpo_entry *entry = &entries[i];
+        if (!dpoi_is_named(entry->name) || !dpoi_entry_fits(entry) ||
+            (entry->bytes && !entry->data))
+            return dpoi_fail(context, "%s: entry %zu: name, type, shape, length and data do not "
+                             "fit each other; nothing was changed", path, i);
+    }
     return dpoi_file_write(context, path, kind, entries, n_entries, NULL, NULL);
 }
 
@@ -4915,8 +4950,8 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
     return failed;
 }
 
-/* Standard deviations that the architectures were trained with: 0.02, or BTLM's 0.073, with muP's
-   factor sqrt(mup_width_scale) inside the blocks; the two matrices of a block that write to the
+/* Standard deviations: 0.02, Hugging Face's default (Pythia itself began with others, small_init and
+   wang_init), or BTLM's 0.073 with muP's factor sqrt(mup_width_scale) inside the blocks; the two matrices of a block that write to the
    residual stream have theirs divided by sqrt(2 L), so that the stream does not grow with depth
    (Radford et al. 2019). */
 static void dpoi_init_weights(dpo_model *model, uint64_t seed)
@@ -5094,6 +5129,9 @@ static int dpoi_save(dpo_model *model, const char *path, dpo_file_kind kind, con
 
 DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices)
 {
+    if (matrices != DPO_F32 && matrices != DPO_BF16)
+        return dpoi_fail(model->context, "%s: matrices are saved as DPO_F32 or DPO_BF16, not as "
+                         "type %d", path, (int)matrices);
     return dpoi_save(model, path, DPO_FILE_MODEL, &model->config, dpoi_config_fields, matrices);
 }
 
@@ -5294,6 +5332,8 @@ DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, con
 {
     const uint64_t numbers[] = { run, optimizer->step, model->passes };
     size_t n;
+    if (!optimizer->v)
+        return dpoi_fail(model->context, "%s: dpo_state_save needs dpo_optimizer_init", path);
     dpo_entry *entries = dpoi_state_entries(model, optimizer, numbers, &n);
     if (!entries) return 1;
     entries[n++] = dpoi_vector("notes", DPO_U8, notes, n_notes);
@@ -5325,6 +5365,8 @@ DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const cha
     dpo_file file;
     uint64_t numbers[3];
     size_t n = 0;
+    if (!optimizer->v)
+        return dpoi_fail(context, "%s: dpo_state_load needs dpo_optimizer_init", path);
     if (dpo_file_open(context, &file, path, DPO_FILE_STATE, 1)) return 1;
     dpo_entry *entries = dpoi_state_entries(model, optimizer, numbers, &n);
     // Everything is checked before anything is changed.
@@ -6239,7 +6281,11 @@ static int dpoi_add_record(dpoi_loader *l, const dpoi_text *fields, size_t line)
         tokens->n = draft.start;
         return 0;
     }
-    if (text) return counts->bytes += fields[1].n, 0;
+    if (text) {
+        const size_t spelled = (n_ends - 1) * dpoi_token_text(l->tokenizer, l->end_token).n;
+        counts->bytes += fields[1].n - DPOI_MIN(spelled, fields[1].n);
+        return 0;
+    }
     if (dpoi_reserve(l->context, &l->drafts, &l->draft_capacity, l->data->n + 1, sizeof draft))
         return 1;
     l->drafts[l->data->n++] = draft;
@@ -6279,7 +6325,8 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
     return 0;
 }
 
-/* Makes the drafts of text. Bytes behind the last window that `limit` allows are not counted. */
+/* Makes the drafts of text. If `limit` leaves tokens out, bytes are counted again, those of tokens
+   that are not: then they are those of the text as it is normalised. */
 static int dpoi_add_windows(dpoi_loader *l)
 {
     dpo_data *data = l->data;
@@ -6291,10 +6338,12 @@ static int dpoi_add_windows(dpoi_loader *l)
     for (size_t i = 0; i < data->n; i++)
         l->drafts[i] = (dpoi_draft){ .start = i * length,
                                      .n = { 0, DPOI_MIN(length + 1, n_tokens - i * length) } };
-    for (size_t i = data->n * length + 1; i < n_tokens; i++)
+    const size_t n_read = data->n * length + 1;     // a window's last token begins the next
+    if (n_read >= n_tokens) return 0;
+    data->counts.bytes = 0;
+    for (size_t i = 0; i < n_read; i++)
         if (ids[i] != l->end_token)
-            data->counts.bytes -= DPOI_MIN(dpoi_token_text(l->tokenizer, ids[i]).n,
-                                           data->counts.bytes);
+            data->counts.bytes += dpoi_token_text(l->tokenizer, ids[i]).n;
     return 0;
 }
 
@@ -6578,9 +6627,10 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
 {
     dpo_context *context = model->context;
     const dpo_config *config = &model->config;
-    if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0))
+    if (!n_prompt || !sampling->max_new_tokens || !(sampling->top_p > 0) ||
+        isnan(sampling->temperature))
         return dpoi_fail(context, "generation needs a prompt of at least one token, at least one "
-                         "new token, and top_p above 0");
+                         "new token, a temperature, and top_p above 0");
     // A long prompt keeps its end, where the question is, and leaves a position to write to.
     const size_t kept = DPOI_MIN(n_prompt, DPOI_MAX(config->context_length - 1, (size_t)1));
     const size_t room = config->context_length - kept;
@@ -6592,6 +6642,11 @@ DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prom
                  dpoi_alloc(context, &choices, config->vocab_size, sizeof *choices) ||
                  dpoi_prefill(model, &cache, prompt + (n_prompt - kept), kept);
     for (size_t i = 0; !failed && i < sampling->max_new_tokens; i++) {
+        if (dpoi_count_nonfinite(cache.logits, config->vocab_size)) {
+            failed = dpoi_fail(context, "the model's logits are not finite: it is damaged, or its "
+                               "training diverged");
+            break;
+        }
         uint32_t token = dpoi_choose(choices, cache.logits, config->vocab_size, sampling, i);
         if ((int64_t)token == config->eos_id) break;
         failed = dpo_tokenizer_decode(context, out, &model->tokenizer, &token, 1);

@@ -660,6 +660,8 @@ typedef struct source {
 static inline int is_adapter(const char *path)
 {
     uint32_t head[4] = {0};     // magic, version, kind
+    struct stat status;
+    if (stat(path, &status) || !S_ISREG(status.st_mode)) return 0;  // a pipe would keep us waiting
     FILE *file = fopen(path, "rb");
     if (!file) return 0;
     size_t n = fread(head, sizeof *head, 4, file);

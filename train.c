@@ -765,7 +765,8 @@ static void settle_config(run *r, const option *options, size_t n_options)
     FILE *memory = open_memstream(&text, &n);
     if (!memory) fail("out of memory");
     describe_run(r, memory, options, n_options);
-    fclose(memory);
+    const int cut = ferror(memory);
+    if (fclose(memory) || cut || !text) fail("out of memory");
     r->description = text;
     if (r->s->resume) {
         r->description = read_text(r->config_path);
@@ -928,8 +929,8 @@ static uint64_t file_identity(const run *r, const char *path, int verify)
     if (!path_exists(path)) return 0;
     if (dpo_file_open(r->context, &file, path, r->lora.r ? DPO_FILE_ADAPTER : DPO_FILE_MODEL,
                       verify))
-        fail("%s is damaged or cannot be read; put back the file as the run wrote it, or move it "
-             "away", path);
+        fail("%s is damaged or cannot be read (%s); put back the file as the run wrote it, or move "
+             "it away", path, r->context->error);
     uint64_t identity = file.identity;
     dpo_file_close(r->context, &file);
     return identity;

@@ -746,8 +746,8 @@ MUTANTS = {
         ("DPOI_STREAM_UPDATE, optimizer->step", "DPOI_STREAM_UPDATE, 0"),
     ],
     "dpo_schedule_factor": [
-        ("(double)(step + 1) / (double)(warmup + 1)", "(double)(step + 1) / (double)warmup"),
-        ("(double)(step + 1) / (double)(warmup + 1)", "(double)step / (double)(warmup + 1)"),
+        ("((double)step + 1) / ((double)warmup + 1)", "((double)step + 1) / (double)warmup"),
+        ("((double)step + 1) / ((double)warmup + 1)", "(double)step / ((double)warmup + 1)"),
         ("(double)(step - warmup) / (double)(steps - warmup)", "(double)(step - warmup) / (double)steps"),
         ("(double)(step - warmup) / (double)(steps - warmup)", "(double)step / (double)(steps - warmup)"),
         ("1.0 - progress", "1.0 + progress"),

@@ -318,6 +318,48 @@ static void test_pieces(void)
     free(copy);
 }
 
+/* What no reader would take is not written, nor is anything but a file replaced or followed. */
+static void test_refused_writes(void)
+{
+    static const char text[] = "12345678";
+    const dpo_entry good = { .name = "data", .dtype = DPO_U8, .n_dims = 1, .bytes = 8, .shape = { 8, 1 },
+                             .data = text };
+    dpo_entry bad[7];
+    for (size_t i = 0; i < 7; i++) bad[i] = good;
+    bad[0].name[0] = 0;
+    bad[1].bytes = 4;
+    bad[2].dtype = (dpo_dtype)99;
+    bad[3].n_dims = 3;
+    bad[4].shape[1] = 2;
+    bad[5].data = NULL;
+    bad[6].layout = (dpo_layout)9;
+    unlink(path);
+    for (size_t i = 0; i < 7; i++) {
+        const dpo_entry both[] = { good, bad[i] };
+        check(dpo_file_write(&context, path, DPO_FILE_TEST, both, 2) &&
+              strstr(context.error, "entry 1") && access(path, F_OK), "bad entry %zu: %s", i, context.error);
+    }
+    const dpo_entry nothing = { .name = "nothing", .dtype = DPO_F32, .n_dims = 2, .shape = { 4, 0 } };
+    char temporary[CHECK_PATH_BYTES + 32], other[CHECK_PATH_BYTES];
+    check_path(other, "other");
+    snprintf(temporary, sizeof temporary, "%s.tmp-%ld", path, (long)getpid());
+    FILE *stream = fopen(other, "w");
+    check(stream && !fclose(stream) && !symlink(other, temporary), "cannot make a link");
+    check_must(dpo_file_write(&context, path, DPO_FILE_TEST, &nothing, 1), &context);
+    struct stat status;
+    check(!stat(other, &status) && status.st_size == 0 && !lstat(path, &status) &&
+          S_ISREG(status.st_mode), "a link in the temporary's place was followed");
+    unlink(path);
+    unlink(other);
+    check(!mkfifo(path, 0600), "cannot make a pipe");
+    dpo_file file;
+    check(dpo_file_open(&context, &file, path, DPO_FILE_TEST, 1) && strstr(context.error, "is not a file"),
+          "a pipe: %s", context.error);
+    check(dpo_file_write(&context, path, DPO_FILE_TEST, &good, 1) && strstr(context.error, "is not a file"),
+          "a pipe: %s", context.error);
+    unlink(path);
+}
+
 /* ---- models ---------------------------------------------------------------------------------------- */
 
 static void test_tensors(const dpo_file *file, const char *fixture)
@@ -577,7 +619,7 @@ static void test_reference(const dpo_file *model)
         { .name = "logp", .dtype = DPO_F64, .n_dims = 1, .shape = { 3, 1 }, .data = logp, .bytes = 24 } };
     const struct { const char *what; int entry; dpo_entry is; } bad[] = {
         { "no key", 0, { .name = "kez", .dtype = DPO_U64, .n_dims = 1, .shape = { 5, 1 }, .data = key,
-                         .bytes = 16 } },
+                         .bytes = 40 } },
         { "a key of one number", 0, { .name = "key", .dtype = DPO_U64, .n_dims = 1, .shape = { 1, 1 },
                                       .data = key, .bytes = 8 } },
         { "logp in two columns", 1, { .name = "logp", .dtype = DPO_F64, .n_dims = 2, .shape = { 3, 2 },
@@ -759,6 +801,7 @@ int main(void)
     test_flips(&small);
     test_table(&small);
     test_pieces();
+    test_refused_writes();
     test_tensors(&small, "neox_f16");
     test_tensors(&btlm, "btlm_stored_slopes");
     test_config(&small);

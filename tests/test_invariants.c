@@ -1063,10 +1063,22 @@ static void test_errors(dpo_model *model, const check_batch *b)
     fails(dpo_generate(model, &out, tokens, 3, &sampling, NULL, NULL), "top_p");
     sampling = (dpo_sampling){ .top_p = 1 };
     fails(dpo_generate(model, &out, tokens, 3, &sampling, NULL, NULL), "new");
+    sampling = (dpo_sampling){ .max_new_tokens = 3, .top_p = 1, .temperature = NAN };
+    fails(dpo_generate(model, &out, tokens, 3, &sampling, NULL, NULL), "temperature");
+    sampling.temperature = 0;
+    float *last = model->weights->norm_b->data, kept = *last;
+    *last = INFINITY;
+    fails(dpo_generate(model, &out, tokens, 3, &sampling, NULL, NULL), "not finite");
+    *last = kept;
+    fails(dpo_model_save(model, "/nowhere/x.bin", DPO_F16), "DPO_F32 or DPO_BF16");
+    dpo_optimizer none_yet = { 0 };
+    fails(dpo_state_save(model, &none_yet, "/nowhere/x.bin", 1, "", 0), "dpo_optimizer_init");
+    fails(dpo_state_load(model, &none_yet, "/nowhere/x.bin", 1, &out), "dpo_optimizer_init");
 
     check_must(dpo_forward(model, score, &b->batch, 1), &context);
     check(same_scores(before, score, b->n_branches), "errors changed the scores");
     check_must(dpo_backward(model, &b->batch, dlogp), &context);
+    fails(dpo_backward(model, &b->batch, dlogp), "keep"); // it used up what was kept
     check_must(dpo_forward(model, score, &b->batch, 0), &context);
     fails(dpo_backward(model, &b->batch, dlogp), "keep"); // the pass before did, this one did not
     check_must(dpo_forward(model, score, &b->batch, 1) || dpo_logits(model, logits, tokens, 3), &context);
@@ -1102,6 +1114,8 @@ static void test_configs(void)
     TRY(DPO_GPT_NEOX, rotary_base = -1, "rotary_base");
     TRY(DPO_GPT_NEOX, position = DPO_ALIBI, "positions");
     TRY(DPO_GPT_NEOX, activation = DPO_SWIGLU, "SwiGLU");
+    TRY(DPO_GPT_NEOX, activation = (dpo_activation)7, "activation is 7");
+    TRY(DPO_GPT_NEOX, position = (dpo_position)-1, "position is -1");
     TRY(DPO_GPT_NEOX, norm_epsilon = 0, "norm_epsilon");
     TRY(DPO_GPT_NEOX, eos_id = 300, "eos_id");
     TRY(DPO_BTLM, parallel_residual = 1, "parallel");

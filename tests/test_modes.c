@@ -427,6 +427,8 @@ static void test_mapped(int architecture)
     for (int k = 0; k < 2; k++) {
         check_must(dpo_forward(&models[k], scores[k], &b.batch, 0), &context);
         fails(dpo_model_zero_grad(&models[k]), "frozen", name);
+        dpo_optimizer optimizer;    // an adapter comes first
+        fails(dpo_optimizer_init(&models[k], &optimizer, DPO_ADAMW), "frozen", name);
     }
     compare_scores(scores[1], scores[0], b.n_branches, 0, name, "a copy in memory");
     for (int k = 0; k < 3; k++) dpo_model_free(&models[k]);

@@ -496,13 +496,17 @@ static void test_text_windows(void)
     check_must(load(&data, "t.txt", "\xEF\xBB\xBF" "abcdefg<|endoftext|>", text), &context);
     check_example(&data, 0, "", "abcde", NULL);
     check_example(&data, 1, "", "efg$$", NULL);     // nothing is left to predict after the last
-    check(data.n == 2 && data.counts.records == 1 && data.counts.bytes == 20, "a plain file");
+    check(data.n == 2 && data.counts.records == 1 && data.counts.bytes == 7, "a plain file");
     dpo_data_free(&context, &data);
 
     text.limit = 1;
     check_must(load(&data, "t.jsonl", lines, text), &context);
     check_example(&data, 0, "", "abcde", NULL);
     check(data.n == 1 && data.counts.bytes == 5, "text with a limit: %zu bytes", data.counts.bytes);
+    dpo_data_free(&context, &data);
+    check_must(load(&data, "t.txt", "abc<|endoftext|>defghijklmno<|endoftext|>pq", text), &context);
+    check_example(&data, 0, "", "abc$d", NULL);
+    check(data.counts.bytes == 4, "end tokens and a limit: %zu bytes", data.counts.bytes);
     dpo_data_free(&context, &data);
 
     text = (dpo_data_options){ DPO_USE_SFT, 4, 2, 0, 0 };
