@@ -1289,6 +1289,17 @@ typedef struct {
     dpo_dtype dtype;                // one stride is 1. DPO_F32 or DPO_BF16
 } dpoi_matrix;
 
+/* Rows of floats that lie one after the other. */
+static inline dpoi_matrix dpoi_rows(const float *x, size_t columns)
+{
+    return (dpoi_matrix){ x, columns, 1, DPO_F32 };
+}
+
+static inline dpoi_matrix dpoi_transposed(dpoi_matrix x)
+{
+    return (dpoi_matrix){ x.data, x.col_stride, x.row_stride, x.dtype };
+}
+
 /* x without its first i rows and j columns. */
 static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
 {
@@ -1874,7 +1885,7 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
-    const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    const dpoi_matrix b_columns = dpoi_transposed(b);
     for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS)
         dpoi_multiply_strip(pack, c + j, ldc, a, dpoi_submatrix(b_columns, j, 0), NULL, m,
                             DPOI_MIN(n - j, DPOI_BLOCK_COLS), k, accumulate, as);
@@ -1917,7 +1928,7 @@ static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, d
                              int accumulate, dpo_dtype as)
 {
     if (m == 0 || n == 0) return;
-    const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    const dpoi_matrix b_columns = dpoi_transposed(b);
     const size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
     const size_t row_tiles = dpoi_divide_up(m, DPOI_TILE_ROWS);
     const size_t col_tiles = dpoi_divide_up(n, DPOI_TILE_COLS);
@@ -2150,19 +2161,10 @@ static void dpoi_norm_backward(const dpo_context *context, float *dx /* [R, C] *
 /* ---- 4.3 linear ------------------------------------------------------------------------------ */
 
 /* y = x W^T + b. Hugging Face keeps W as [out, in] for nn.Linear (GPT-NeoX) and as [in, out] for
-   Conv1D (BTLM); the data stays as it is, and the product reads it by strides. */
-static dpoi_matrix dpoi_rows(const float *x, size_t columns)
-{
-    return (dpoi_matrix){ x, columns, 1, DPO_F32 };
-}
-
-static dpoi_matrix dpoi_transposed(dpoi_matrix matrix)
-{
-    return (dpoi_matrix){ matrix.data, matrix.col_stride, matrix.row_stride, matrix.dtype };
-}
-
-static size_t dpoi_linear_in(const dpo_tensor *W) { return W->shape[W->layout == DPO_LINEAR]; }
-static size_t dpoi_linear_out(const dpo_tensor *W) { return W->shape[W->layout != DPO_LINEAR]; }
+   Conv1D (BTLM); the data stays as it is, and the product reads it by strides. An embedding [V, C]
+   that is also the head counts as [out, in]. */
+static size_t dpoi_linear_in(const dpo_tensor *W) { return W->shape[W->layout != DPO_CONV1D]; }
+static size_t dpoi_linear_out(const dpo_tensor *W) { return W->shape[W->layout == DPO_CONV1D]; }
 
 /* The weight as the [in, out] matrix that multiplies rows from the right. */
 static dpoi_matrix dpoi_weight(const dpo_tensor *W)
@@ -2191,7 +2193,8 @@ static void dpoi_linear_row(const dpo_context *context, float *y /* [out] */,
                             const float *x /* [in] */, const dpo_tensor *W, const dpo_tensor *b,
                             size_t R, int accumulate)
 {
-    size_t in = dpoi_linear_in(W), out = R * dpoi_linear_out(W);
+    size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
+    (void)R; // 1
     DPOI_PARALLEL_FOR(dpoi_threads(context, in * out))
     for (size_t first = 0; first < out; first += DPOI_COLUMNS) {
         size_t end = DPOI_MIN(first + DPOI_COLUMNS, out);
@@ -2686,13 +2689,6 @@ typedef struct dpoi_target {
 
 #define DPOI_CHUNK 1024     // tokens of the vocabulary at a time: 4 MB of logits for 1024 rows
 
-/* The rows v0 .. v0 + n of the head as the [C, n] matrix that multiplies hidden rows. */
-static dpoi_matrix dpoi_head_chunk(const dpo_tensor *W /* [V, C] */, size_t v0)
-{
-    dpoi_matrix all = { W->data, W->shape[1], 1, W->dtype };
-    return dpoi_transposed(dpoi_submatrix(all, v0, 0));
-}
-
 /* For every scored row: log_sum[s] = log of the sum of exp(logit), from the true maximum, and
    argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept.
 
@@ -2711,7 +2707,7 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
     size_t V = W->shape[0], C = W->shape[1];
     for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
         size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
-        dpoi_matrix chunk = dpoi_head_chunk(W, v0);
+        dpoi_matrix chunk = dpoi_submatrix(dpoi_weight(W), 0, v0); // [C, n]
         dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0, W->dtype);
         DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
         for (size_t s = 0; s < S; s++) {
@@ -2761,7 +2757,7 @@ static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] *
     size_t V = W->shape[0], C = W->shape[1];
     for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
         size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
-        dpoi_matrix chunk = dpoi_head_chunk(W, v0);
+        dpoi_matrix chunk = dpoi_submatrix(dpoi_weight(W), 0, v0); // [C, n]
         dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0, W->dtype);
         DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
         for (size_t s = 0; s < S; s++) {
@@ -4146,13 +4142,11 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
     const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
-    size_t C = config->d_model, V = config->vocab_size;
     const float *x = dpoi_blocks_forward(model, 0);
     dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
-                      (float)config->norm_epsilon, n, C);
-    dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n,
-                V, C, 0, weights->head->dtype);
-    for (size_t i = 0; i < n * V; i++) logits[i] *= (float)config->logit_scale;
+                      (float)config->norm_epsilon, n, config->d_model);
+    dpoi_linear_forward(context, logits, w->normed, weights->head, NULL, n, 0);
+    for (size_t i = 0; i < n * config->vocab_size; i++) logits[i] *= (float)config->logit_scale;
     return 0;
 }
 
@@ -6462,11 +6456,9 @@ static void dpoi_next_logits(dpo_model *model, dpoi_cache *cache, const float *x
     const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
-    dpo_tensor head = *weights->head;
-    head.layout = DPO_LINEAR; // [V, C], also where it is the embedding
     dpoi_norm_forward(model->context, w->normed, w->stats, x, weights->norm_w->data,
                       weights->norm_b->data, (float)config->norm_epsilon, 1, config->d_model);
-    dpoi_linear_row(model->context, cache->logits, w->normed, &head, NULL, 1, 0);
+    dpoi_linear_row(model->context, cache->logits, w->normed, weights->head, NULL, 1, 0);
     for (size_t v = 0; v < config->vocab_size; v++) cache->logits[v] *= (float)config->logit_scale;
 }
 

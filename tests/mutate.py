@@ -385,7 +385,7 @@ MUTANTS = {
         ("dpoi_exp(scale * l[v] - shift)", "dpoi_exp(l[v] - shift)"),
         ("target_logit[t] = scale * l", "target_logit[t] = l"),
         ("chunk_most = scale * largest", "chunk_most = largest"),
-        ("dpoi_head_chunk(W, v0)", "dpoi_head_chunk(W, 0)"),
+        ("dpoi_submatrix(dpoi_weight(W), 0, v0)", "dpoi_weight(W)"),
         ("chunk_most > most[s]", "chunk_most < most[s]"),
         ("log_sum[s] * smaller", "log_sum[s]"),
         ("exp((double)most[s] - chunk_most)", "exp(chunk_most - (double)most[s])"),
