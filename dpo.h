@@ -5,7 +5,7 @@
 
    What it is. A library that takes a GPT-NeoX (Pythia) or BTLM model, fine-tunes it on good answers
    (supervised fine-tuning, SFT) and then on pairs of a better and a worse answer (DPO: Rafailov et
-   al. 2023, https://arxiv.org/abs/2305.18290), evaluates it and lets it speak. All of it is here:
+   al. 2023, https://arxiv.org/abs/2305.18290), evaluates it and generates text. All of it is here:
    tokenizer, data, forward and backward of the transformer, losses, optimizers, files. It needs
    libc, libm, POSIX and, to use more than one core, OpenMP. It is written to be read from the first
    line to the last, once, by somebody who wants to know how this really works.
@@ -68,8 +68,8 @@
    ("branch") of a prompt? SFT has one branch, the good answer. DPO has two, chosen and rejected. A
    multiple-choice question has as many as options. Running text is one branch of an empty prompt.
    So there is one forward, which reports log p of every branch; one backward, which takes one
-   number a branch, d loss / d log p; and in between a loss of a few lines that knows no model. The
-   prompt is computed once and shared by its branches, forwards and backwards.
+   number per branch, d loss / d log p; and in between a loss of a few lines that knows no model.
+   The prompt is computed once and shared by its branches, forwards and backwards.
 
    Contents
        1  interface     types and functions, with shapes, units and errors
@@ -92,7 +92,7 @@
    Shape letters. B examples of a batch, R rows (tokens of a micro-batch, laid end to end, never
    padded), S scored rows (those that predict a token somebody asks for), T positions, C width of
    the model, H heads, D = C / H head size, F width inside the MLP, V vocabulary, L layers. `dx` is
-   the gradient of some final number with respect to x, and has x's shape.
+   the gradient of the loss with respect to x, and has x's shape.
 
    Choices, where the sources differ
        Prompt and answers are tokenised separately, and the end token is appended to every answer.
@@ -100,29 +100,26 @@
        tokens (or first, with keep_start); then each answer is cut to what is left, and a cut answer
        has no end token. Both answers always share one prompt.
        A pair with equal answers is kept, and counted as a tie; it has no gradient.
-       Attention takes a strip of 64 queries against all their keys, so its softmax is the plain
-       one, not the running one: simpler, and no slower, since a strip fits the cache.
        rewards/accuracies counts strictly larger rewards: a policy that still equals its reference
        scores 0, and its ties are reported beside it.
        IPO averages log-probabilities per token, as its authors do; ipo-sum does not. Rewards are
        beta times the summed log-ratio whatever the loss.
        Weight decay (0 unless asked for) applies to matrices and embeddings only.
        muP models train each block's matrices at mup_width_scale times the learning rate.
-       Dropout that a config asks for is not done.
+       Dropout that a config asks for is ignored.
+       LoRA adapts the linear layers of the blocks, not the head, which only full fine-tuning
+       trains; muP's multiplier of the learning rate is 1 for its factors.
+       Biases, norms and ALiBi's slopes stay fp32 in bf16 mode: a thousandth of the parameters.
 
-       LoRA adapts the linear layers of the blocks, not the head, and its factors have 1 as muP's
-       multiplier. The head can be learned by full fine-tuning only.
-       Biases, norms and slopes stay fp32 in bf16 mode: a thousandth of the numbers.
-
-   Numerics contract (the tests hold it)
+   Numerics contract (the tests check it)
        fp32: parameters, activations and gradients are fp32; log-probabilities of answers, losses
        and norms add up in fp64; log-softmax from the true maximum, never through a probability.
        bf16: matrices, and the activations kept for the backward, are bf16; products take bf16 and
        add up in fp32; the residual stream, norms, softmax, losses, adapters and the optimizer stay
        fp32. Full fine-tuning keeps fp32 masters of its weights and fp32 gradients, or rounds both
-       to bf16 by chance (`stochastic`). CPUs with a bf16 dot product, with products of bf16 tiles
-       (AMX), and with neither add up in another order, and may take what is below 1.2e-38 for 0;
-       they agree otherwise.
+       stochastically to bf16 (`stochastic`). CPUs with a dot product of bf16, with products of bf16
+       tiles (AMX), and with neither, sum in different orders, and may take subnormal numbers (below
+       1.2e-38) for 0; apart from that they agree.
        The same inputs, seed, micro-batches and build give the same bits for any number of threads:
        every sum has one order. An example's score does not depend on its neighbours in a batch.
        NaN and infinity are carried, not hidden: training stops before the weights are touched.
@@ -139,9 +136,9 @@
 
    Conventions. Functions return 0 on success and nonzero on failure, with the reason in
    `context->error`: what was wrong, where (file, line, tensor), and what to do about it. Nothing
-   here prints or exits. What an init or load function leaves behind, also when it failed, may be
-   freed by its free function. Sizes count elements unless the name says bytes. Arrays are
-   row-major, and their shapes stand beside them in the letters that the manual's legend defines.
+   here prints or exits. After an init or load function, even one that failed, its free function
+   may be called. Sizes count elements unless the name says bytes. Arrays are row-major, and their
+   shapes stand beside them in the letters of the manual.
    ============================================================================================= */
 #ifndef DPO_H
 #define DPO_H
@@ -173,10 +170,10 @@ typedef enum dpo_operation {
 } dpo_operation;
 
 typedef struct dpo_profile {
-    double seconds[DPO_N_OPERATIONS];   // by the clock on the wall
-    double flops[DPO_N_OPERATIONS];     // of products, causal ones as such, an FMA being two; or,
-    double bytes[DPO_N_OPERATIONS];     // without products: of the arrays, as read and as written
-    double last;                        // the moment up to which time is accounted for
+    double seconds[DPO_N_OPERATIONS];   // wall-clock time
+    double flops[DPO_N_OPERATIONS];     // of products: an FMA is two, what is masked counts nothing
+    double bytes[DPO_N_OPERATIONS];     // read and written by operations without products
+    double last;                        // seconds on the monotonic clock up to which time is booked
 } dpo_profile;
 
 typedef struct dpo_context {
@@ -186,8 +183,8 @@ typedef struct dpo_context {
     size_t heap_peak;       // ... and at most so far
     float *pack;            // [n_threads, DPOI_PACK_FLOATS] scratch for the panels of products
     size_t block_cols;      // columns of b packed at once; results do not depend on it
-    float **strip;          // [n_threads] pointers to scratch for attention
-    size_t strip_floats;    // size of each strip
+    float **strip;          // [n_threads][strip_floats] scratch for attention
+    size_t strip_floats;
     float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
     size_t piece_floats;
     uint64_t noise;         // key of the random numbers of the current pass
@@ -201,7 +198,8 @@ DPO_API void dpo_context_free(dpo_context *context);
 /* ---- 1.2 files: one container for models, adapters, training states, reference caches -------- */
 
 typedef enum { DPO_F32 = 1, DPO_F16, DPO_BF16, DPO_U8, DPO_U32, DPO_F64, DPO_U64 } dpo_dtype;
-typedef enum { DPO_PLAIN, DPO_LINEAR, DPO_CONV1D } dpo_layout; // [out, in] and [in, out] weights
+/* Weights of linear layers are [out, in] or, as in Hugging Face's Conv1D, [in, out]. */
+typedef enum { DPO_PLAIN /* no linear layer's weight */, DPO_LINEAR, DPO_CONV1D } dpo_layout;
 typedef enum {
     DPO_FILE_MODEL = 1, DPO_FILE_ADAPTER, DPO_FILE_STATE, DPO_FILE_REFERENCE, DPO_FILE_TEST
 } dpo_file_kind;
@@ -233,7 +231,8 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
 DPO_API void dpo_file_close(dpo_context *context, dpo_file *file);
 /* The entry of that name, or NULL. */
 DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name);
-/* Writes a container under a temporary name, syncs it and renames it: it appears whole or not. */
+/* Writes a container under a temporary name, syncs it and renames it: at `path` there is never a
+   half-written file. */
 DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
                            const dpo_entry *entries, size_t n_entries);
 
@@ -256,14 +255,14 @@ typedef struct dpo_tokenizer {
     dpo_table merges;           // [n, 3] left, right, merged, by rank
     dpo_table added;            // [n, 2] id, flags
     dpo_table letters, numbers; // [n, 2] ranges of code points
-    dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2]
+    dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2] for NFC
     int nfc;                    // normalise to NFC first (GPT-NeoX)
     uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
     char starts_added[2][256];  // first bytes of added tokens, by stage: 0 raw, 1 normalised text
 } dpo_tokenizer;
 
 /* Reads the tokenizer/... entries of a model file, checking every table. `file` NULL: the smallest
-   tokenizer, one token a byte, and <|endoftext|> as id 256. */
+   tokenizer, one token per byte, and <|endoftext|> as id 256. */
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer,
                                const dpo_file *file);
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer);
@@ -347,7 +346,7 @@ typedef enum {
 
 typedef struct dpo_data_options {
     dpo_data_use use;
-    size_t max_length;          // tokens of prompt and answer; scored ones of a text window
+    size_t max_length;          // most tokens of prompt and answer; most scored of a text window
     size_t max_prompt_length;   // what a prompt is cut to when it must be cut
     int keep_start;             // cut prompts keep their start instead of their end
     size_t limit;               // read at most this many examples; 0: all
@@ -378,17 +377,18 @@ typedef struct dpo_data {
 } dpo_data;
 
 /* Reads a .jsonl, .ndjson or .json file (or, for text, any other as one document) by the rules of
-   part 9. */
+   part 9; `end_token` ends answers and documents. */
 DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
                           const dpo_tokenizer *tokenizer, uint32_t end_token,
                           const dpo_data_options *options);
 DPO_API void dpo_data_free(dpo_context *context, dpo_data *data);
-/* Puts 0 .. n-1 into `order` shuffled by `seed`; members of one group stay together. */
+/* Puts 0 .. data->n - 1 into order[data->n], shuffled by `seed`; groups stay together. */
 DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data,
                              uint64_t seed);
 /* The rows that an example takes in a forward pass: every token but each branch's last. */
 DPO_API size_t dpo_example_rows(const dpo_example *example);
-/* How many of the leading examples make the next micro-batch: what fits into max_rows, or 1. */
+/* How many of the leading examples make the next micro-batch: as many as fit into max_rows, and at
+   least 1. */
 DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max_rows);
 
 /* ---- 1.5 the model --------------------------------------------------------------------------- */
@@ -415,7 +415,7 @@ typedef struct dpo_config {
     double embedding_scale;         // multiplies embeddings (muP; 1 otherwise)
     double logit_scale;             // multiplies logits (muP)
     double attention_scale;         // multiplies q.k
-    int attention_scale_by_layer;   // and divides it by layer index + 1
+    int attention_scale_by_layer;   // q.k is divided by layer index + 1 too
     double alibi_factor;            // position interpolation: slopes are divided by it
     double mup_width_scale;         // learning-rate multiplier of the blocks' matrices
     int64_t bos_id, eos_id;         // -1: none
@@ -427,7 +427,7 @@ typedef struct dpo_tensor {
     size_t n_dims, shape[2], n; // n elements
     dpo_dtype dtype;            // DPO_F32, or DPO_BF16: matrices in bf16 mode
     void *data;                 // [shape] in the mapped file or in memory
-    float *master;              // [shape] what training keeps of bf16 weights; NULL: only `data`
+    float *master;              // [shape] fp32 master copy of bf16 weights; NULL: none
     int trainable;
     int decays;                 // weight decay applies to matrices, not to biases and norms
     double lr_scale;            // muP learning-rate multiplier
@@ -476,12 +476,13 @@ typedef struct dpo_model {
     size_t grad_bytes;          // before dpo_model_zero_grad; n_trainable floats if none is bf16
     dpo_lora lora;              // lora.r is 0 without an adapter
     float *adapter;             // the adapter's weights
-    dpo_string adapter_config;  // what PEFT's own says of one that was imported, for the way back
+    dpo_string adapter_config;  // adapter_config.json of one imported from PEFT, for the export
     dpo_tokenizer tokenizer;
     dpo_file file;              // the file it came from (weights, tokenizer tables, originals)
     uint64_t identity;          // of that file; 0 for a model made by dpo_model_init
     uint64_t adapter_identity;  // of the adapter's file; 0: none or a new one
-    uint64_t noise_seed, passes;        // of dropout and stochastic rounding; passes that kept
+    uint64_t noise_seed;        // of dropout and stochastic rounding
+    uint64_t passes;            // forwards with `keep` so far: each draws other random numbers
     struct dpoi_weights *weights;       // the table's tensors by role
     struct dpoi_workspace *workspace;   // buffers for the largest pass so far
 } dpo_model;
@@ -489,9 +490,9 @@ typedef struct dpo_model {
 /* `options` NULL: fp32, trainable, checksums verified. */
 DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
                            const dpo_model_options *options);
-/* A model with random weights: normal matrices (deviation 0.02; BTLM's 0.073, scaled by muP inside
-   the blocks), residual outputs divided by sqrt(2 L), zero biases, unit norms. `tokenizer_path`
-   names a model file whose tokenizer to take; NULL gives the byte tokenizer. */
+/* A model with random weights: normal matrices (standard deviation 0.02; BTLM's 0.073, scaled by
+   muP inside the blocks), residual outputs divided by sqrt(2 L), zero biases, unit norms.
+   `tokenizer_path` names a model file whose tokenizer to take; NULL gives the byte tokenizer. */
 DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
                            const char *tokenizer_path, uint64_t seed,
                            const dpo_model_options *options);
@@ -525,7 +526,7 @@ typedef struct dpo_score {
     int greedy;         // every scored token was the most probable one
 } dpo_score;
 
-/* Scores every branch of a batch; `scores` has one element a branch, in order. With `keep` the
+/* Scores every branch of a batch; `scores` has one element per branch, in order. With `keep` the
    activations stay for dpo_backward. The whole batch is one pass: cut it by dpo_micro_batch. */
 DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep);
 /* Adds d(sum over branches of dlogp[b] * logp[b]) / d(parameter) to the gradients, for the batch
@@ -535,7 +536,7 @@ DPO_API int dpo_model_zero_grad(dpo_model *model);
 /* Scores any number of examples in micro-batches of max_rows. */
 DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_example *examples,
                                size_t n, size_t max_rows);
-/* Logits at every position of one sequence, by the batch path. */
+/* Logits at every position of one sequence, by the code of dpo_forward. */
 DPO_API int dpo_logits(dpo_model *model, float *logits /* [n, V] */, const uint32_t *tokens,
                        size_t n);
 
@@ -564,8 +565,8 @@ typedef struct dpo_metrics {
     double loss, reward[2], accuracy, margin, logp[2];
     double accuracy_error;      // standard error; 0 for fewer than two prompts
 } dpo_metrics;
-/* The mean of values[n], one an example, and its standard error, clustered by prompt; 0 for fewer
-   than two prompts. The difference of two models on the same pairs is the mean of differences. */
+/* The mean of values[n], one per example, and its standard error, clustered by prompt; 0 for fewer
+   than two prompts. To compare two models on the same pairs, pass the differences of values. */
 DPO_API int dpo_mean_error(dpo_context *context, double *mean, double *error, const double *values,
                            const dpo_example *examples, size_t n);
 /* Over n examples of two branches: scores[2 n], reference[2 n]; margins[n] may be NULL. */
