@@ -723,7 +723,7 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-// The second is clang's name until 16. Plain loops have no units of two bf16, and so no tiles.
+// Clang before 16 defines the second. Plain loops have no units of two bf16, and so no AMX.
 #if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && !defined(DPO_PLAIN_C)
 #include <sys/syscall.h>
 #define DPOI_AMX
@@ -732,8 +732,8 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #include <arm_neon.h>
 #endif
 
-/* gcc takes vectors of 256 bits for CPUs of Intel's that have 512, because the first of these ran
-   slower with them. With 512 an update takes 4 per cent less time in fp32, and 10 in bf16. */
+/* gcc prefers vectors of 256 bits on Intel's CPUs that have 512, because the first of them slowed
+   down for those. With 512 an update takes 4 per cent less time in fp32, and 10 in bf16. */
 #if defined(__AVX512F__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("prefer-vector-width=512")
@@ -803,7 +803,7 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
-/* Gives the kernel `advice` (madvise) on those pages, of `page` bytes, that lie whole in here. */
+/* Gives the kernel `advice` (madvise) on the pages, of `page` bytes, that lie wholly in here. */
 static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
 {
     const uintptr_t from = ((uintptr_t)start + page - 1) / page * page;
@@ -811,7 +811,7 @@ static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
-/* Allocates count * size bytes, not cleared. The pointer's type is free: pass &pointer. */
+/* Allocates count * size bytes, not cleared. `pointer` is the address of a pointer of any type. */
 static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t size)
 {
     size_t bytes, total;
@@ -829,7 +829,7 @@ static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t 
     char *start = (char *)block.base + DPOI_ALIGN;
     start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
     memcpy(start - DPOI_ALIGN, &block, sizeof block);
-#ifdef MADV_HUGEPAGE // pages of 2 MB, not 4 KB, for what fills them: fewer addresses to look up
+#ifdef MADV_HUGEPAGE // pages of 2 MB instead of 4 KB where they are filled: fewer TLB misses
     dpoi_advise(start, bytes, 1 << 21, MADV_HUGEPAGE);
 #endif
     context->heap_bytes += bytes;
@@ -936,9 +936,9 @@ static double dpoi_random_normal(uint64_t seed, uint64_t stream, uint64_t index)
 
 /* `DPOI_PARALLEL_FOR(threads) for (...)` shares the iterations out among the threads, each
    iteration whole: for few and heavy ones. DPOI_PARALLEL_ROWS is for many light ones.
-   DPOI_PARALLEL_PIECES is for the pieces of an array: a thread takes many in a row, so that the CPU
-   foresees what it reads, and towards the end one by one. Results cannot depend on who runs what:
-   an iteration writes only what is its own, and no sum is ever split between threads. */
+   DPOI_PARALLEL_PIECES is for the pieces of an array: a thread takes many in a row, which the CPU
+   prefetches, and towards the end one by one. Results cannot depend on which thread runs what: an
+   iteration writes only what is its own, and no sum is ever split between threads. */
 #ifdef _OPENMP
 #define DPOI_PRAGMA(text) _Pragma(#text)
 #define DPOI_PARALLEL_FOR(threads) \
@@ -955,11 +955,11 @@ static int dpoi_thread_index(void) { return omp_get_thread_num(); }
 static int dpoi_thread_index(void) { return 0; }
 #endif
 
-/* Elements that a piece of an array has in a parallel loop. Two such buffers must fit the stack of
-   a thread, which is 128 KB with musl. */
+/* Elements of such a piece. Two buffers of as many floats must fit the stack of a thread, which is
+   128 KB with musl. */
 #define DPOI_PIECE 8192
 
-/* How many threads some elementary operations are worth: starting and joining threads takes
+/* How many threads `work` elementary operations are worth: starting and joining threads takes
    microseconds, and far longer when something else wants the cores. */
 #ifndef DPOI_SERIAL_WORK
 #define DPOI_SERIAL_WORK 32768
@@ -969,8 +969,8 @@ static int dpoi_threads(const dpo_context *context, size_t work)
     return work > DPOI_SERIAL_WORK ? context->n_threads : 1;
 }
 
-/* Adds the time since the last call to an operation's: one call behind each operation measures them
-   all, and leaves nothing out. */
+/* Adds the time since the last call to that of `operation`: one call after each operation measures
+   them all, and leaves nothing out. */
 static void dpoi_lap(const dpo_context *context, dpo_operation operation, double flops,
                      double bytes)
 {
@@ -996,8 +996,8 @@ static void dpoi_lap(const dpo_context *context, dpo_operation operation, double
 
 /* exp(x) = 2^n exp(r) with n the integer nearest x / log 2, so |r| <= log(2) / 2 = 0.3466. Returns
    exp(r) - 1 = r + r^2 P(r), P off by 3e-9 of exp(r), and n + 256 in *n, for |x| < 150. Adding
-   1.5 * 2^23 rounds to an integer, which then is in the sum's low bits. log 2 is subtracted in two
-   parts, the first of which has so few bits that n times it is exact. */
+   1.5 * 2^23 (0x4B400000 as bits) rounds to an integer, which then is in the sum's low bits. log 2
+   is subtracted in two parts, the first of which has so few bits that n times it is exact. */
 static inline float dpoi_exp_parts(float x, uint32_t *n)
 {
     float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
@@ -1090,7 +1090,7 @@ static inline float dpoi_bf16_to_float(uint16_t half)
     return value;
 }
 
-/* The nearest bf16, even if two are as near; a NaN stays one. */
+/* The nearest bf16, of two that are as near the even one; a NaN stays one. */
 static inline uint16_t dpoi_bf16(float x)
 {
     uint32_t bits;
@@ -1099,8 +1099,9 @@ static inline uint16_t dpoi_bf16(float x)
     return (uint16_t)(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
 }
 
-/* One of the two bf16 around x by chance, the nearer one with the higher probability, so that the
-   mean is x: many small changes add up, where rounding to nearest would lose every one of them. */
+/* Stochastic rounding: one of the two bf16 around x by chance, the nearer one with the higher
+   probability, so that the mean is x. Many small changes add up, where rounding to nearest would
+   lose every one of them. */
 static inline uint16_t dpoi_bf16_stochastic(float x, uint64_t key, uint64_t index)
 {
     uint32_t bits;
@@ -1122,8 +1123,8 @@ static size_t dpoi_dtype_bytes(dpo_dtype dtype)
     return 0;
 }
 
-/* IEEE half to float. The exponent's bias differs by 112, and the multiplication also turns half's
-   subnormals into normal floats; infinities and NaN get float's largest exponent back. */
+/* IEEE half to float. The exponents' biases differ by 112, and multiplying by 2^112 also turns
+   half's subnormals into normal floats; infinities and NaN get float's largest exponent. */
 static float dpoi_half_to_float(uint16_t half)
 {
     uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
@@ -1194,8 +1195,8 @@ static float dpoi_dot(const float *x, const float *y, size_t n)
     return dpoi_dot_centred(x, y, 0.0f, n);
 }
 
-/* For generation only, which reads each weight once: four times the lanes, because memory gives
-   bf16 faster than one chain of additions takes them. */
+/* For generation only, which reads each weight once: four times the lanes, because memory delivers
+   bf16 faster than additions that wait for each other take them. */
 static float dpoi_dot_bf16(const float *x, const uint16_t *y, size_t n)
 {
     enum { LANES = 4 * DPOI_SUM_LANES };
