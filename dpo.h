@@ -2335,16 +2335,17 @@ typedef struct dpoi_strip {
     size_t first, n;        // row of the first query; queries
     size_t own, keys;       // keys in the span; keys in all
     size_t D, row;          // floats of a head, and of a row of qkv
-    float *pack;
+    float *pack;            // scratch of products
     dpo_dtype as;
 } dpoi_strip;
 
-static dpoi_strip dpoi_strip_of(const dpoi_attention *attention, const dpoi_span *span, size_t q0,
-                                float *pack)
+/* The span's queries from q0 on, for the calling thread. */
+static dpoi_strip dpoi_strip_of(const dpo_context *context, const dpoi_attention *attention,
+                                const dpoi_span *span, size_t q0)
 {
     size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), D = attention->heads.D;
     return (dpoi_strip){ span, span->first + q0, n, q0 + n, span->n_prefix + q0 + n, D,
-                         3 * attention->heads.H * D, pack, attention->as };
+                         3 * attention->heads.H * D, dpoi_pack_scratch(context), attention->as };
 }
 
 /* Rows of x [R, row] from r on. */
@@ -2397,13 +2398,23 @@ static void dpoi_strip_scatter(const dpoi_strip *strip, float *dx, const float *
    embeddings. */
 static void dpoi_strip_scale(float *s /* [visible] */, size_t visible, float scale, float slope)
 {
-    const int32_t last = (int32_t)visible - 1; // of 32 bits: vectors convert these to float sooner
+    const int32_t last = (int32_t)visible - 1; // vector units convert 32 bits to float faster
     for (int32_t j = 0; j <= last; j++) s[j] = s[j] * scale - slope * (float)(last - j);
 }
 
+/* s[n] = softmax(s), in place. Returns log(sum of exp(s)), from the true maximum. */
+static float dpoi_softmax(float *s, size_t n)
+{
+    float most = dpoi_max(s, n);
+    for (size_t j = 0; j < n; j++) s[j] = dpoi_exp(s[j] - most);
+    float sum = dpoi_sum(s, n);
+    for (size_t j = 0; j < n; j++) s[j] /= sum;
+    return most + logf(sum);
+}
+
 /* y = softmax(scores) V for every head (Vaswani et al. 2017, equation 1), heads side by side in y.
-   lse[r, h], the logarithm of the softmax's denominator, lets the backward recompute the
-   probabilities without a second pass over the scores. */
+   lse[r, h], the log of the sum of exp(score), lets the backward recompute each probability from
+   its score alone, as exp(score - lse). */
 static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C] */,
                                    float *lse /* [R, H] */, const float *qkv /* [R, 3C] */,
                                    const dpoi_attention *attention)
@@ -2415,24 +2426,19 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
         size_t example = task / H, h = task % H;
         const float *head = qkv + h * heads.head_stride;
         float *s = context->strip[dpoi_thread_index()];
-        float *pack = dpoi_pack_scratch(context);
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
         size_t end = attention->first_span[example + 1];
         for (size_t k = attention->first_span[example]; k < end; k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
-                dpoi_strip strip = dpoi_strip_of(attention, span, q0, pack);
+                dpoi_strip strip = dpoi_strip_of(context, attention, span, q0);
                 dpoi_strip_product(&strip, s, head + strip.first * row, row, head + heads.key);
                 for (size_t i = 0; i < strip.n; i++) {
                     float *p = s + i * strip.keys;
                     size_t visible = span->n_prefix + q0 + i + 1;
                     dpoi_strip_scale(p, visible, attention->scale, slope);
-                    float most = dpoi_max(p, visible);
-                    for (size_t j = 0; j < visible; j++) p[j] = dpoi_exp(p[j] - most);
-                    float sum = dpoi_sum(p, visible);
-                    for (size_t j = 0; j < visible; j++) p[j] /= sum;
+                    lse[(strip.first + i) * H + h] = dpoi_softmax(p, visible);
                     for (size_t j = visible; j < strip.keys; j++) p[j] = 0.0f; // the future
-                    lse[(strip.first + i) * H + h] = most + logf(sum);
                 }
                 dpoi_strip_gather(&strip, y + strip.first * C + h * D, C, s, head + heads.value);
             }
@@ -2460,7 +2466,6 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
         const float *head = qkv + h * heads.head_stride;
         float *dhead = dqkv + h * heads.head_stride;
         float *p = context->strip[dpoi_thread_index()];
-        float *pack = dpoi_pack_scratch(context);
         float *ds = p + context->strip_floats / 2;
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
         size_t first = attention->first_span[example], end = attention->first_span[example + 1];
@@ -2473,11 +2478,11 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
         for (size_t k = first; k < end; k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
-                dpoi_strip strip = dpoi_strip_of(attention, span, q0, pack);
+                dpoi_strip strip = dpoi_strip_of(context, attention, span, q0);
                 const float *q = head + strip.first * row, *dys = dy + strip.first * C + h * D;
                 dpoi_strip_product(&strip, p, q, row, head + heads.key);
                 dpoi_strip_product(&strip, ds, dys, C, head + heads.value);
-                float inner[DPOI_STRIP]; // side by side, they wait for y together
+                float inner[DPOI_STRIP]; // dy . y, all at once: their loads of y overlap
                 for (size_t i = 0; i < strip.n; i++)
                     inner[i] = dpoi_dot(dys + i * C, y + (strip.first + i) * C + h * D, D);
                 for (size_t i = 0; i < strip.n; i++) {
@@ -2534,12 +2539,10 @@ static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */, d
         float *p = cache->scores + h * cache->capacity, *yh = y + h * D;
         for (size_t j = 0; j < n; j++) p[j] = dpoi_dot(q, kv + j * row, D);
         dpoi_strip_scale(p, n, attention->scale, attention->slopes ? attention->slopes[h] : 0.0f);
-        float most = dpoi_max(p, n);
-        for (size_t j = 0; j < n; j++) p[j] = dpoi_exp(p[j] - most);
-        float sum = dpoi_sum(p, n);
+        dpoi_softmax(p, n);
         for (size_t d = 0; d < D; d++) yh[d] = 0.0f;
         for (size_t j = 0; j < n; j++)
-            for (size_t d = 0; d < D; d++) yh[d] += p[j] / sum * kv[j * row + D + d];
+            for (size_t d = 0; d < D; d++) yh[d] += p[j] * kv[j * row + D + d];
     }
 }
 
