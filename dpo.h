@@ -1254,33 +1254,32 @@ static float dpoi_max(const float *x, size_t n)
    Packing is the only place that knows how the operands are stored.
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips. A strip's panels of b for one block of
-   k, 1 KB a column, take half of the second cache (of 512 KB if that is unknown or smaller), at
-   most BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6
-   KB, 8 with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of
-   b, and is done with. Meanwhile the rows of a that come next are fetched into the second cache, so
-   that packing them does not wait for memory; b's are fetched while those before them are packed,
-   since beside the tiles, which read the second cache, that would cost as much as it saves. (Where
-   a lies across k, some of its panels are packed at once, since a line of memory has numbers for
-   several. AMX's tiles take two panels of a, and are too fast to fetch beside them.)
+   k, 1 KB per column, take half of the L2 cache (of 512 KB if that is unknown or smaller), at most
+   BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6 KB, 8
+   with NEON, 14 with AVX-512), stays in the L1 cache while it meets the strip's panels of b, and is
+   done with. Meanwhile the rows of a that come next are prefetched into L2, so that packing them
+   does not wait for memory; b's are prefetched while those before them are packed, since beside the
+   tiles, which read L2, that would cost as much as it saves. (Where a lies across k, some of its
+   panels are packed at once, since a cache line has numbers for several. AMX's tiles take two
+   panels of a, and are too fast to prefetch beside them.)
 
    Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
    for itself: a again for each strip, b again for each piece. That is 1 / (columns of a strip) +
-   1 / (rows of a piece) copies for each FMA, 4 to 10 per cent of the time. But nobody waits for
+   1 / (rows of a piece) copies for each FMA, 4 to 10 per cent of the time. But no thread waits for
    another before the end, and no panel travels from one core's cache to another's.
 
-   Exactly, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending
-   l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one takes
-   bias[j], if there is a bias, and replaces c[i][j] unless `accumulate`. So the bits of c[i][j]
-   depend on row i of a, column j of b, k, and what is added only, in bf16 too: not on m, n, place,
-   edges, storage order or threads.
+   The order of sums, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for
+   ascending l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one
+   takes bias[j], if there is a bias, and replaces c[i][j] unless `accumulate`. So the bits of
+   c[i][j] depend only on row i of a, column j of b, k, and what is added, in bf16 too: not on m, n,
+   place, edges, storage order or threads.
 
    bf16. A product `as` DPO_BF16 takes its inputs rounded to bf16 and sums in fp32. CPUs that have a
    dot product for bf16 multiply two of them, neighbours along k, where an FMA multiplies one float:
    their panels hold units of two bf16, which are as large as a float, so that tile, panels and
-   blocking stay as they are and only the innermost line differs. Where there is AMX, an instruction
-   takes half a tile of c with 16 such units of k. For other CPUs the panels hold the rounded
-   numbers as floats. The products of normal numbers are the same everywhere; they are added in
-   another order.
+   blocking stay as they are and only the innermost line differs. With AMX, one instruction does
+   half a tile of c for 16 such units of k. For other CPUs the panels hold the rounded numbers as
+   floats. The products of normal numbers are the same everywhere; they are added in another order.
    ============================================================================================= */
 
 /* ---- 3.1 the reference ----------------------------------------------------------------------- */
@@ -1302,7 +1301,7 @@ static inline dpoi_matrix dpoi_transposed(dpoi_matrix x)
     return (dpoi_matrix){ x.data, x.col_stride, x.row_stride, x.dtype };
 }
 
-/* x without its first i rows and j columns. */
+/* x from row i and column j on. */
 static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
 {
     size_t place = i * x.row_stride + j * x.col_stride;
@@ -1365,7 +1364,7 @@ enum { dpoi_amx = 0 };
 #endif
 
 /* From one panel to the next: a cache line more than its size, which is often a multiple of 2 KB,
-   and then the same line of many panels would want the same few places of the first cache. */
+   and then the same line of many panels would fall into the same set of the L1 cache. */
 static inline size_t dpoi_panel_floats(size_t width, size_t units)
 {
     return width * units + DPOI_LINE;
@@ -1433,7 +1432,7 @@ static inline void dpoi_amx_begin(void)
 /* sum[TILE_ROWS, TILE_COLS] = a panel times b panel, each of k units, and with `two` the next
    TILE_ROWS rows from the panel of a that begins a_stride floats further. One product takes 52
    cycles, but one begins every 14: four sums keep the unit busy, and two panels of a share what is
-   loaded of b, which comes from the second cache. */
+   loaded of b, which comes from L2. */
 static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_stride, const float *b,
                                  size_t k, int two)
 {
@@ -1462,8 +1461,8 @@ static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_stride, co
     _tile_stored(3, sum + BELOW + DPOI_LINE, ROW);
 }
 
-/* What dpoi_tile_copy of 3.4 does, for whole tiles, which are most, by whole vectors. Products with
-   what gcc makes of that loop, its ends constant, take up to a fifth longer. */
+/* What dpoi_tile_copy of 3.4 does, for whole tiles, which are most, by whole vectors. With gcc's
+   code for that loop, even when its ends are constant, products take up to a fifth longer. */
 static inline void dpoi_amx_copy(float *c, size_t ldc, const float *sum /* [rows, TILE_COLS] */,
                                  const float *bias /* [TILE_COLS] or NULL */, int add, size_t rows)
 {
@@ -1478,11 +1477,10 @@ static inline void dpoi_amx_copy(float *c, size_t ldc, const float *sum /* [rows
 }
 #endif
 
-/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias[vecs of
-   LANES] in every row, unless that is NULL. `rows`, `vecs` and `pairs` are constants once this is
-   inlined. The loops go to the tile's ends all the same, and the tests inside cost nothing: only
-   loops with constant ends are unrolled by both compilers early enough to put sum[][] into
-   registers. */
+/* c[rows, vecs x LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias in every
+   row, unless that is NULL. `rows`, `vecs` and `pairs` are constants once this is inlined, so the
+   tests in the loops cost nothing. The loops run to the tile's ends all the same: only if these are
+   literal constants do both compilers unroll early enough to put sum[][] into registers. */
 DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b,
                                 const float *bias, size_t k, int add, int rows, int vecs, int pairs)
 {
@@ -1490,7 +1488,7 @@ DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const floa
 #pragma STDC FP_CONTRACT ON
 #endif
     dpoi_vec sum[DPOI_TILE_ROWS][DPOI_TILE_VECS] = { { { 0 } } };
-    for (int i = 0; i < rows; i++) // fetch c while k runs
+    for (int i = 0; i < rows; i++) // c arrives while k runs
         for (int j = 0; j < vecs * DPOI_LANES; j += DPOI_LINE)
             __builtin_prefetch(c + (size_t)i * ldc + j, 1);
     DPOI_FEW_STEPS
@@ -1533,7 +1531,7 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #define DPOI_INLINE static inline
 #define DPOI_NOINLINE static
 #define DPOI_UNIT_BF16 1
-// Named, or a compiler makes FMAs of some loops only, and bits depend on rows.
+// By name: a compiler left to itself makes FMAs of some loops only, and bits would depend on rows.
 #if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF)
 #define DPOI_FMA(a, b, c) fmaf(a, b, c)
 #else
@@ -1611,8 +1609,8 @@ DPOI_INLINE uint32_t dpoi_float_bits(const void *x, size_t i, dpo_dtype dtype, d
     return bits;
 }
 
-/* out[0 .. n) = units of x[0 .. n): in pairs each with the element at the same place of y, or with
-   0 if y is NULL. Inlined with constants, for loops without branches. */
+/* out[n] = units of x[n], each paired, if units are pairs, with the same element of y[n], or with 0
+   if y is NULL. Inlined with constant types, for loops without branches. */
 DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t n, dpo_dtype dtype,
                                 dpo_dtype as)
 {
@@ -1626,9 +1624,8 @@ DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t
 #if defined(__AVX512BF16__) && !defined(DPO_PLAIN_C)
 #define DPOI_ROUND_PAIRS
 /* dpoi_units from floats by the CPU's own rounding, 32 at a time: shifts and comparisons take
-   longer than reading memory. Numbers too small to be normal (below 1.2e-38) become zeros; dot
-   products of bf16 take them so anyway, but for those few that would have been rounded up to the
-   least normal one. */
+   longer than reading memory. Subnormal numbers (below 1.2e-38) become zeros, which dot products of
+   bf16 take them for anyway, but for the few that rounding would have made normal. */
 DPOI_INLINE void dpoi_round_pairs(float *out /* [n] */, const float *x /* [step * n] */,
                                   const float *y /* [n] or NULL */, size_t step, size_t n)
 {
@@ -1655,8 +1652,8 @@ DPOI_INLINE void dpoi_round_pairs(float *out /* [n] */, const float *x /* [step 
 }
 #endif
 
-/* dpoi_units_run, or with step 2, for pairs only: units of x[0 .. 2 n), whose pairs lie side by
-   side. */
+/* out[n] = units of x[n] and y[n], as in dpoi_units_run, if `step` is 1; pairs of neighbours in
+   x[2 n] if it is 2. */
 DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
                             dpo_dtype dtype, dpo_dtype as)
 {
@@ -1671,7 +1668,7 @@ DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t ste
     else dpoi_units_run(out, x, y, n, DPO_BF16, DPO_BF16);
 }
 
-/* From [16 units, TILE_ROWS] to [TILE_ROWS, 16 units], for AMX. */
+/* Transposes [16 units, TILE_ROWS] to [TILE_ROWS, 16 units], for AMX. */
 static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
 {
     float copy[DPOI_LINE * DPOI_TILE_ROWS];
@@ -1684,9 +1681,8 @@ static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
     }
 }
 
-/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. The
-   next begins at data[place], no pointer of its own: past the last there may be nothing to point
-   to. */
+/* Rows of an operand, as it is stored, that are still to be prefetched into L2. The next begins at
+   data[place]; a pointer to it would be undefined past the last. */
 typedef struct {
     const char *data;
     size_t place, row_bytes, stride;    // bytes
@@ -1715,11 +1711,12 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
     const size_t per_unit = dpoi_paired(as) ? 2 : 1, units = dpoi_divide_up(k, per_unit);
     const size_t whole = count - count % width, room = dpoi_count_units(k, as);
     const size_t panel = dpoi_panel_floats(width, room);
+    const size_t item = x.dtype == DPO_BF16 ? 2 : 4; // bytes
     const int turned = dpoi_amx && per_unit == 2 && width == DPOI_TILE_ROWS;
     if (!k) return;
-    // The CPU does not guess rows that lie far apart, so they are fetched before they are packed:
-    // those across k AHEAD steps before; those along k two panels before, a share of them with each
-    // line. (Of a, there are never more than two panels along k at once.)
+    // The CPU does not prefetch rows that lie far apart, so this does: those across k AHEAD steps
+    // before they are packed; those along k two panels before, a share of them with each line.
+    // (Of a, there are never more than two panels along k at once.)
     enum { AHEAD = 8 };
     const size_t share = dpoi_divide_up(width * DPOI_LINE, units);
     dpoi_fetch fetch = { 0 };
@@ -1735,8 +1732,7 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
             const char *in = dpoi_submatrix(x, 0, l).data, *next = NULL;
             if (per_unit == 2 && l + 1 < k) next = dpoi_submatrix(x, 0, l + 1).data;
             float *out = panels + u * width;
-            const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
-            for (size_t i = 0; i < whole; i += width, out += panel) // of constant width: no calls
+            for (size_t i = 0; i < whole; i += width, out += panel) // constant: memcpy is inlined
                 dpoi_units(out, in + i * item, next ? next + i * item : NULL, 1, width, x.dtype,
                            as);
             dpoi_units(out, in + whole * item, next ? next + whole * item : NULL, 1, count - whole,
@@ -1761,10 +1757,9 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
             const float *in = dpoi_submatrix(x, p, l).data;
             for (size_t r = 0; r < rows && !direct; r++) {
                 const char *row = dpoi_submatrix(x, p + r, l).data;
-                const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
                 float *line = turned ? panels + u * width + r * DPOI_LINE
                                      : converted + r * DPOI_LINE;
-                if (n_whole == DPOI_LINE) // a constant: no call, no string instruction
+                if (n_whole == DPOI_LINE) // constant: memcpy is inlined
                     dpoi_units(line, row, NULL, per_unit, DPOI_LINE, x.dtype, as);
                 else dpoi_units(line, row, NULL, per_unit, n_whole, x.dtype, as);
                 if (n_whole < n)
@@ -1802,8 +1797,8 @@ DPOI_INLINE void dpoi_tile_copy(float *c, size_t ldc, const float *sum,
 }
 
 /* c[rows, cols] = (add ? c : 0) + a panel times b panel + bias. A tile over the edge of c is made
-   aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so no
-   edge. AMX makes all its tiles aside, and takes up to two panels of a, a_stride floats apart. */
+   aside, and what belongs to c is copied; but LANES columns, often an adapter's, are made in place.
+   AMX makes all its tiles aside, and takes up to two panels of a, a_stride floats apart. */
 DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, size_t a_stride,
                                    const float *b, const float *bias /* [cols] or NULL */, size_t k,
                                    int add, size_t rows, size_t cols, int pairs)
@@ -1882,8 +1877,8 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
 }
 
 /* The same for any n, without a bias: for attention, whose products are many and small. Where n is
-   a number of keys, k is a head's size, and BLOCK_COLS columns of so few numbers fit into the
-   second cache as a rule; where k is a number of keys, n is a head's size. */
+   a number of keys, k is a head's size, and BLOCK_COLS columns of so few numbers fit into L2 as a
+   rule; where k is a number of keys, n is a head's size. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
@@ -1895,11 +1890,11 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
 
 /* ---- 3.5 on all threads ---------------------------------------------------------------------- */
 
-/* How many strips of columns, at least `strips`, and pieces of rows c is cut into: of those tried,
-   the ones whose rounds of one task a thread, times what the largest task takes, are least. Each
-   number of strips is tried with the fewest rounds that hold it, and with one more, for smaller
-   pieces. A tile counts 2; packing takes about half as long for a panel of a, and one and a half
-   times as long for one of b, which comes from memory. */
+/* How many strips of columns, at least *strips, and pieces of rows c is cut into. Threads take the
+   tasks in rounds, one task each: of the cuts tried, the one is chosen whose number of rounds times
+   the cost of its largest task is least. Each number of strips is tried with the fewest rounds that
+   hold it, and with one more, for smaller pieces. A tile counts 2; packing takes about half as long
+   for a panel of a, and one and a half times as long for one of b, which comes from memory. */
 static void dpoi_cut(size_t *strips, size_t *pieces, size_t row_tiles, size_t col_tiles,
                      size_t threads)
 {
