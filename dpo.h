@@ -2019,10 +2019,10 @@ DPO_API void dpo_context_free(dpo_context *context)
 /* ================================================================================================
    4. LAYERS
 
-   Each layer's forward stands next to its backward. A backward receives dy, the gradient of some
-   final number with respect to the layer's output y, and produces by the chain rule the gradient
-   with respect to the layer's inputs: `dx` for data, and what it *adds* to `dw` for weights, since
-   a weight is used by every row of every micro-batch. A gradient pointer of NULL is not wanted.
+   Each layer's forward stands next to its backward. A backward receives dy, the gradient of the
+   loss with respect to the layer's output y, and produces by the chain rule the gradients with
+   respect to the layer's inputs: `dx` for data, and what it *adds* to `dw` for weights, since a
+   weight is used by every row of every micro-batch. A gradient whose pointer is NULL is not wanted.
 
    Rows are independent of each other everywhere except in attention, so most layers run in
    parallel over rows. Gradients of weights are sums over all rows: there the threads divide the
@@ -2031,7 +2031,7 @@ DPO_API void dpo_context_free(dpo_context *context)
 
 #define DPOI_COLUMNS 64     // columns that one iteration of a parallel column loop sums
 
-/* db[c] += sum over r of dy[r, c]: what adding a bias to every row means for the bias. */
+/* Forward: y[r, c] = ... + b[c] in every row, so db[c] += sum over r of dy[r, c]. */
 static void dpoi_add_column_sums(const dpo_context *context, float *db, const float *dy, // [R, C]
                                  size_t R, size_t C)
 {
@@ -2170,8 +2170,8 @@ static dpoi_matrix dpoi_weight(const dpo_tensor *W)
     return W->layout == DPO_CONV1D ? stored : dpoi_transposed(stored);
 }
 
-/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. The products of a layer are
-   taken as its weights are: bf16 weights make bf16 products. */
+/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. bf16 weights make bf16
+   products. */
 static void dpoi_linear_forward(const dpo_context *context, float *y /* [R, out] */,
                                 const float *x /* [R, in] */, const dpo_tensor *W,
                                 const dpo_tensor *b, size_t R, int accumulate)
@@ -2208,7 +2208,7 @@ static void dpoi_linear_row(const dpo_context *context, float *y /* [out] */,
 }
 
 /* Adds a[rows, k] b[k, columns] to the rows of W's gradient from row `first` on, as W is stored:
-   fp32 directly; bf16 by pieces that are made in fp32, added, and rounded by chance. */
+   fp32 directly; bf16 by pieces that are made in fp32, added, and rounded stochastically. */
 static void dpoi_add_product(const dpo_context *context, const dpo_tensor *W, size_t first,
                              dpoi_matrix a, dpoi_matrix b, size_t rows, size_t k)
 {
@@ -2233,8 +2233,8 @@ static void dpoi_add_product(const dpo_context *context, const dpo_tensor *W, si
     }
 }
 
-/* Forward: y = x W^T + b, that is y[r, o] = sum over i of x[r, i] W[o, i] + b[o]. Each product
-   y x W gives each factor the gradient times the other one:
+/* Forward: y = x W^T + b, that is y[r, o] = sum over i of x[r, i] W[o, i] + b[o]. Each factor of a
+   product x[r, i] W[o, i] gets dy[r, o] times the other one:
        dx = dy W,   dW += dy^T x  ([out, in]; x^T dy for [in, out]),   db += column sums of dy. */
 static void dpoi_linear_backward(const dpo_context *context, float *dx /* [R, in] or NULL */,
                                  const float *dy /* [R, out] */, const float *x /* [R, in] */,
@@ -2277,8 +2277,8 @@ static void dpoi_rotary_table(float *table, size_t n_positions, size_t n, float 
     }
 }
 
-/* In place on queries and keys. A rotation's gradient is turned back by the same angle (its matrix
-   is orthogonal), so the backward is this function with `direction` -1 instead of +1. */
+/* In place on queries and keys. The backward multiplies by the rotation's transpose, which turns
+   back by the same angle, so it is this function with `direction` -1 instead of +1. */
 static void dpoi_rotary(const dpo_context *context, float *qkv /* [R, 3C] */,
                         const uint32_t *position /* [R] */, const float *table, size_t n,
                         dpoi_heads heads, float direction, size_t R)
@@ -2318,8 +2318,9 @@ typedef struct dpoi_attention {
 } dpoi_attention;
 
 /* Queries go through in strips of 64: large enough that the products run at speed, small enough
-   that a strip of scores [64, keys] stays in the cache. T x T scores never exist. Each row of the
-   strip holds all its keys, so the softmax needs no running maximum. */
+   that a strip of scores [64, keys] stays in the cache. T x T scores never exist. A strip has all
+   its keys, so the softmax is the plain one, not FlashAttention's with a running maximum: simpler,
+   and no slower. */
 #define DPOI_STRIP 64
 
 /* Some queries of a span, and the keys that they see: the prefix, then the span's own up to the
@@ -2349,7 +2350,8 @@ static dpoi_matrix dpoi_strip_rows(const dpoi_strip *strip, const float *x, size
     return dpoi_submatrix(dpoi_rows(x, strip->row), r, 0);
 }
 
-/* s[n, keys] = q X^T: raw scores if X holds keys; dP = dy V^T in the backward. */
+/* s[n, keys] = q X^T: raw scores if X holds keys; dP = dy V^T in the backward, where X holds values
+   and dy takes q's place. */
 static void dpoi_strip_product(const dpoi_strip *strip, float *s, const float *q /* [n, D] */,
                                size_t q_row, const float *x)
 {
@@ -2362,7 +2364,7 @@ static void dpoi_strip_product(const dpoi_strip *strip, float *s, const float *q
                        strip->n, strip->own, strip->D, 0, strip->as);
 }
 
-/* y[n, D] = s[n, keys] X. */
+/* y[n, D] = s[n, keys] X: P V, or dQ = ds K in the backward. */
 static void dpoi_strip_gather(const dpoi_strip *strip, float *y, size_t y_row, const float *s,
                               const float *x)
 {
@@ -2375,7 +2377,7 @@ static void dpoi_strip_gather(const dpoi_strip *strip, float *y, size_t y_row, c
                        strip->as);
 }
 
-/* The gradient of that product towards X: dX += s^T[keys, n] dy[n, D]. */
+/* Forward: y = s X, so dX += s^T[keys, n] dy[n, D]: dV from P and dy, dK from ds and q. */
 static void dpoi_strip_scatter(const dpoi_strip *strip, float *dx, const float *s, const float *dy,
                                size_t dy_row)
 {
@@ -2444,10 +2446,10 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
 
 /* Forward: s = scale * Q K^T + bias, P = softmax(s), y = P V. Backwards through it:
        dV += P^T dy,   dP = dy V^T,
-       ds = P * (dP - sum over j of P dP): the softmax's Jacobian, and the sum is just dy . y,
-       dQ = scale * ds K,   dK += scale * ds^T Q.
-   Keys of a prompt collect from the prompt's own rows and from every branch; all of that happens
-   inside one task, in the order of the spans. */
+       ds = P * (dP - sum over j of P dP), by the softmax's Jacobian; the sum is just dy . y,
+       dQ = scale * ds K,   dK += scale * ds^T Q     (below, ds has the scale in it).
+   A prompt's keys and values collect from the prompt's own rows and from every branch; all of that
+   happens inside one task, in the order of the spans. */
 static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [R, 3C] */,
                                     const float *dy /* [R, C] */, const float *y /* [R, C] */,
                                     const float *lse /* [R, H] */, const float *qkv /* [R, 3C] */,
@@ -2543,8 +2545,8 @@ static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */, d
 
 /* ---- 4.6 activations ------------------------------------------------------------------------- */
 
-/* Value of each kind, and its derivative in *slope. Inlined with a constant `kind`, so every case
-   below becomes a loop without a branch in it.
+/* The activation's value, and its derivative in *slope. Inlined with a constant `kind`, so that the
+   loops below have no branches.
        gelu        x Phi(x), Phi the normal distribution function       (Hendrycks, Gimpel 2016);
                    slope Phi(x) + x phi(x), phi the normal density
        gelu_new    x (1 + tanh(u)) / 2, u = sqrt(2/pi) (x + 0.044715 x^3); d tanh(u) is
@@ -2578,7 +2580,7 @@ static inline float dpoi_activation(float x, float *slope, dpo_activation kind)
     return x > 0.0f ? x : 0.0f;
 }
 
-/* y = act(x); for SwiGLU (Shazeer 2020) y = x * silu(gate): BTLM gates with its second matrix. */
+/* y = act(x); for SwiGLU (Shazeer 2020) y = x * silu(gate): BTLM's second matrix makes the gate. */
 __attribute__((always_inline))
 static inline void dpoi_activation_run(float *y, const float *x, const float *gate, size_t n,
                                        dpo_activation kind)
@@ -2612,12 +2614,12 @@ static inline void dpoi_activation_run_back(float *dx, float *dgate, const float
     case DPO_RELU: call(DPO_RELU); break; \
     case DPO_SWIGLU: call(DPO_SWIGLU); break;
 
-/* Both directions go through the numbers in runs, fetching the next one meanwhile. What comes next
-   in a simple loop a CPU guesses, but where each element takes this long, it does not fetch far
-   enough ahead: GELU waited more than it computed. */
+/* Forward and backward go through the arrays in runs, and prefetch the next run meanwhile. The CPU
+   prefetches by itself in simple loops, but not far enough ahead where each element takes this
+   long: GELU waited more than it computed. */
 #define DPOI_RUN 128
 
-/* Asks for the run of x[n] that follows the one at i. */
+/* Prefetches the run of x[n] that follows the one at i. */
 static inline void dpoi_fetch_next(const float *x, size_t i, size_t n)
 {
     for (size_t j = i + DPOI_RUN; j < DPOI_MIN(i + 2 * DPOI_RUN, n); j += DPOI_LINE)
@@ -2669,12 +2671,12 @@ static void dpoi_activation_backward(const dpo_context *context, float *dx, floa
 /* ================================================================================================
    5. HEAD AND LOSSES
 
-   The head turns a hidden row into logits over the vocabulary, logits = scale * h W^T, and from
+   The head turns a hidden row h [C] into logits [V], logits = scale * h W^T with W [V, C], and from
    them comes log p(token) = logit[token] - log(sum over v of exp(logit[v])). V is fifty thousand:
    the head costs as much as several blocks, and its logits would be the largest array of all. So it
-   runs on scored rows only (the rows that predict an answer's token; a prompt's other rows predict
-   nothing anybody asks for), and it goes through the vocabulary in chunks, keeping of each row just
-   the largest logit so far and the sum of exponentials relative to it.
+   runs on the S scored rows only (a prompt's rows before its last predict nothing anybody asks
+   for), and it goes through the vocabulary in chunks, keeping of each row just the largest logit so
+   far and the sum of exponentials relative to it.
 
    One row can have several targets: the prompt's last row predicts the first token of every branch.
    ============================================================================================= */
@@ -2693,8 +2695,8 @@ typedef struct dpoi_target {
    argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept.
 
    A frozen head's backward needs of the logits only mean[s] = sum over v of p[v] W[v]. It is summed
-   here, where they are, unnormalised as log_sum is; that saves the backward's second look at them,
-   a third of all the head's work. */
+   here, where the logits are, unnormalised as log_sum is; so the backward need not compute them
+   again, which saves a third of all the head's work. */
 static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S] */,
                               uint32_t *argmax /* [S] */, float *target_logit /* [n_targets] */,
                               float *mean /* [S, C], NULL if it is not wanted */,
@@ -2745,7 +2747,7 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
 /* Forward: logits = scale * h W^T, logp[b] = sum over b's targets of logit[token] - log_sum. With
    coefficients c = d loss / d logp[b] summed over the targets t of a row,
        dlogit[v] = sum over t of c_t [token_t = v] - (sum over t of c_t) exp(logit[v] - log_sum):
-   the softmax's "onehot - p", times one scalar a branch. The logits are computed again, chunk by
+   the softmax's "onehot - p", times one scalar per branch. The logits are computed again, chunk by
    chunk, which costs a product and saves S x V floats.
        dh = scale * dlogit W,   dW += scale * dlogit^T h. */
 static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] */,
@@ -2817,7 +2819,7 @@ static double dpoi_logistic(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(
                  averaged over tokens as its authors do; ipo-sum is the same on h itself
        hinge     max(0, 1 - beta h)                              Zhao et al. 2023, SLiC
    Each reaches the model through two numbers, d loss / d logp of the two answers: backwards, DPO is
-   SFT with one scalar an answer. */
+   SFT with one scalar per answer. */
 DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
                                const dpo_loss_options *options)
 {
@@ -2890,8 +2892,8 @@ DPO_API int dpo_mean_error(dpo_context *context, double *mean, double *error, co
     return 0;
 }
 
-/* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
-   rewards/accuracies; a policy equal to its reference has only ties and scores 0). */
+/* Accuracy is TRL's rewards/accuracies: the share of pairs whose chosen answer has the strictly
+   larger reward. */
 DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
                                 const dpo_example *examples, const dpo_score *scores,
                                 const double *reference, size_t n, const dpo_loss_options *options)
