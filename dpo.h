@@ -191,7 +191,7 @@ typedef struct dpo_context {
     dpo_profile *profile;   // the caller's, zeros at first: where to add up times; NULL: nowhere
 } dpo_context;
 
-/* n_threads 0 takes as many as OpenMP offers (1 without it). */
+/* n_threads: 1 to 1024, or 0 for as many as OpenMP offers; without OpenMP there is always one. */
 DPO_API int dpo_context_init(dpo_context *context, int n_threads);
 DPO_API void dpo_context_free(dpo_context *context);
 
@@ -1883,6 +1883,7 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
     const dpoi_matrix b_columns = dpoi_transposed(b);
+    if (m == 0) return; // as the gradient of a prefix of no keys: b need not be packed
     for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS)
         dpoi_multiply_strip(pack, c + j, ldc, a, dpoi_submatrix(b_columns, j, 0), NULL, m,
                             DPOI_MIN(n - j, DPOI_BLOCK_COLS), k, accumulate, as);
@@ -1984,7 +1985,7 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
 
 /* Attention's strips grow with the longest example, the scratch for a piece of a weight gradient
    with the widest layer; dpoi_model_reserve calls this. */
-static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piece_floats)
+static int dpoi_context_reserve(dpo_context *context, size_t strip_floats, size_t piece_floats)
 {
     if (piece_floats > context->piece_floats) {
         dpoi_free(context, context->piece);
@@ -1992,15 +1993,15 @@ static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piec
         if (dpoi_alloc(context, &context->piece, piece_floats, sizeof(float))) return 1;
         context->piece_floats = piece_floats;
     }
-    if (floats <= context->strip_floats) return 0;
+    if (strip_floats <= context->strip_floats) return 0;
     for (size_t t = 0; t < (size_t)context->n_threads; t++) {
         dpoi_free(context, context->strip[t]);
-        if (dpoi_alloc(context, &context->strip[t], floats, sizeof(float))) {
+        if (dpoi_alloc(context, &context->strip[t], strip_floats, sizeof(float))) {
             context->strip_floats = 0;
             return 1;
         }
     }
-    context->strip_floats = floats;
+    context->strip_floats = strip_floats;
     return 0;
 }
 
