@@ -5,7 +5,7 @@
 
    What it is. A library that takes a GPT-NeoX (Pythia) or BTLM model, fine-tunes it on good answers
    (supervised fine-tuning, SFT) and then on pairs of a better and a worse answer (DPO: Rafailov et
-   al. 2023, https://arxiv.org/abs/2305.18290), evaluates it and lets it speak. All of it is here:
+   al. 2023, https://arxiv.org/abs/2305.18290), evaluates it and generates text. All of it is here:
    tokenizer, data, forward and backward of the transformer, losses, optimizers, files. It needs
    libc, libm, POSIX and, to use more than one core, OpenMP. It is written to be read from the first
    line to the last, once, by somebody who wants to know how this really works.
@@ -68,8 +68,8 @@
    ("branch") of a prompt? SFT has one branch, the good answer. DPO has two, chosen and rejected. A
    multiple-choice question has as many as options. Running text is one branch of an empty prompt.
    So there is one forward, which reports log p of every branch; one backward, which takes one
-   number a branch, d loss / d log p; and in between a loss of a few lines that knows no model. The
-   prompt is computed once and shared by its branches, forwards and backwards.
+   number per branch, d loss / d log p; and in between a loss of a few lines that knows no model.
+   The prompt is computed once and shared by its branches, forwards and backwards.
 
    Contents
        1  interface     types and functions, with shapes, units and errors
@@ -92,7 +92,7 @@
    Shape letters. B examples of a batch, R rows (tokens of a micro-batch, laid end to end, never
    padded), S scored rows (those that predict a token somebody asks for), T positions, C width of
    the model, H heads, D = C / H head size, F width inside the MLP, V vocabulary, L layers. `dx` is
-   the gradient of some final number with respect to x, and has x's shape.
+   the gradient of the loss with respect to x, and has x's shape.
 
    Choices, where the sources differ
        Prompt and answers are tokenised separately, and the end token is appended to every answer.
@@ -100,29 +100,26 @@
        tokens (or first, with keep_start); then each answer is cut to what is left, and a cut answer
        has no end token. Both answers always share one prompt.
        A pair with equal answers is kept, and counted as a tie; it has no gradient.
-       Attention takes a strip of 64 queries against all their keys, so its softmax is the plain
-       one, not the running one: simpler, and no slower, since a strip fits the cache.
        rewards/accuracies counts strictly larger rewards: a policy that still equals its reference
        scores 0, and its ties are reported beside it.
        IPO averages log-probabilities per token, as its authors do; ipo-sum does not. Rewards are
        beta times the summed log-ratio whatever the loss.
        Weight decay (0 unless asked for) applies to matrices and embeddings only.
        muP models train each block's matrices at mup_width_scale times the learning rate.
-       Dropout that a config asks for is not done.
+       Dropout that a config asks for is ignored.
+       LoRA adapts the linear layers of the blocks, not the head, which only full fine-tuning
+       trains; muP's multiplier of the learning rate is 1 for its factors.
+       Biases, norms and ALiBi's slopes stay fp32 in bf16 mode: a thousandth of the parameters.
 
-       LoRA adapts the linear layers of the blocks, not the head, and its factors have 1 as muP's
-       multiplier. The head can be learned by full fine-tuning only.
-       Biases, norms and slopes stay fp32 in bf16 mode: a thousandth of the numbers.
-
-   Numerics contract (the tests hold it)
+   Numerics contract (the tests check it)
        fp32: parameters, activations and gradients are fp32; log-probabilities of answers, losses
        and norms add up in fp64; log-softmax from the true maximum, never through a probability.
        bf16: matrices, and the activations kept for the backward, are bf16; products take bf16 and
        add up in fp32; the residual stream, norms, softmax, losses, adapters and the optimizer stay
        fp32. Full fine-tuning keeps fp32 masters of its weights and fp32 gradients, or rounds both
-       to bf16 by chance (`stochastic`). CPUs with a bf16 dot product, with products of bf16 tiles
-       (AMX), and with neither add up in another order, and may take what is below 1.2e-38 for 0;
-       they agree otherwise.
+       stochastically to bf16 (`stochastic`). CPUs with a dot product of bf16, with products of bf16
+       tiles (AMX), and with neither, sum in different orders, and may take subnormal numbers (below
+       1.2e-38) for 0; apart from that they agree.
        The same inputs, seed, micro-batches and build give the same bits for any number of threads:
        every sum has one order. An example's score does not depend on its neighbours in a batch.
        NaN and infinity are carried, not hidden: training stops before the weights are touched.
@@ -139,9 +136,9 @@
 
    Conventions. Functions return 0 on success and nonzero on failure, with the reason in
    `context->error`: what was wrong, where (file, line, tensor), and what to do about it. Nothing
-   here prints or exits. What an init or load function leaves behind, also when it failed, may be
-   freed by its free function. Sizes count elements unless the name says bytes. Arrays are
-   row-major, and their shapes stand beside them in the letters that the manual's legend defines.
+   here prints or exits. After an init or load function, even one that failed, its free function
+   may be called. Sizes count elements unless the name says bytes. Arrays are row-major, and their
+   shapes stand beside them in the letters of the manual.
    ============================================================================================= */
 #ifndef DPO_H
 #define DPO_H
@@ -173,10 +170,10 @@ typedef enum dpo_operation {
 } dpo_operation;
 
 typedef struct dpo_profile {
-    double seconds[DPO_N_OPERATIONS];   // by the clock on the wall
-    double flops[DPO_N_OPERATIONS];     // of products, causal ones as such, an FMA being two; or,
-    double bytes[DPO_N_OPERATIONS];     // without products: of the arrays, as read and as written
-    double last;                        // the moment up to which time is accounted for
+    double seconds[DPO_N_OPERATIONS];   // wall-clock time
+    double flops[DPO_N_OPERATIONS];     // of products: an FMA is two, what is masked counts nothing
+    double bytes[DPO_N_OPERATIONS];     // read and written by operations without products
+    double last;                        // seconds on the monotonic clock up to which time is booked
 } dpo_profile;
 
 typedef struct dpo_context {
@@ -186,22 +183,23 @@ typedef struct dpo_context {
     size_t heap_peak;       // ... and at most so far
     float *pack;            // [n_threads, DPOI_PACK_FLOATS] scratch for the panels of products
     size_t block_cols;      // columns of b packed at once; results do not depend on it
-    float **strip;          // [n_threads] pointers to scratch for attention
-    size_t strip_floats;    // size of each strip
+    float **strip;          // [n_threads][strip_floats] scratch for attention
+    size_t strip_floats;
     float *piece;           // [piece_floats] scratch for weight gradients that are rounded to bf16
     size_t piece_floats;
     uint64_t noise;         // key of the random numbers of the current pass
     dpo_profile *profile;   // the caller's, zeros at first: where to add up times; NULL: nowhere
 } dpo_context;
 
-/* n_threads 0 takes as many as OpenMP offers (1 without it). */
+/* n_threads: 1 to 1024, or 0 for as many as OpenMP offers; without OpenMP there is always one. */
 DPO_API int dpo_context_init(dpo_context *context, int n_threads);
 DPO_API void dpo_context_free(dpo_context *context);
 
 /* ---- 1.2 files: one container for models, adapters, training states, reference caches -------- */
 
 typedef enum { DPO_F32 = 1, DPO_F16, DPO_BF16, DPO_U8, DPO_U32, DPO_F64, DPO_U64 } dpo_dtype;
-typedef enum { DPO_PLAIN, DPO_LINEAR, DPO_CONV1D } dpo_layout; // [out, in] and [in, out] weights
+/* Weights of linear layers are [out, in] or, as in Hugging Face's Conv1D, [in, out]. */
+typedef enum { DPO_PLAIN /* no linear layer's weight */, DPO_LINEAR, DPO_CONV1D } dpo_layout;
 typedef enum {
     DPO_FILE_MODEL = 1, DPO_FILE_ADAPTER, DPO_FILE_STATE, DPO_FILE_REFERENCE, DPO_FILE_TEST
 } dpo_file_kind;
@@ -233,7 +231,8 @@ DPO_API int dpo_file_open(dpo_context *context, dpo_file *file, const char *path
 DPO_API void dpo_file_close(dpo_context *context, dpo_file *file);
 /* The entry of that name, or NULL. */
 DPO_API const dpo_entry *dpo_file_find(const dpo_file *file, const char *name);
-/* Writes a container under a temporary name, syncs it and renames it: it appears whole or not. */
+/* Writes a container under a temporary name, syncs it and renames it: at `path` there is never a
+   half-written file. */
 DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind kind,
                            const dpo_entry *entries, size_t n_entries);
 
@@ -256,14 +255,14 @@ typedef struct dpo_tokenizer {
     dpo_table merges;           // [n, 3] left, right, merged, by rank
     dpo_table added;            // [n, 2] id, flags
     dpo_table letters, numbers; // [n, 2] ranges of code points
-    dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2]
+    dpo_table decompositions, compositions, classes;    // [n, 3], [n, 3], [n, 2] for NFC
     int nfc;                    // normalise to NFC first (GPT-NeoX)
     uint32_t *merge_slots; size_t n_merge_slots;    // hash table: (left, right) -> rank
     char starts_added[2][256];  // first bytes of added tokens, by stage: 0 raw, 1 normalised text
 } dpo_tokenizer;
 
 /* Reads the tokenizer/... entries of a model file, checking every table. `file` NULL: the smallest
-   tokenizer, one token a byte, and <|endoftext|> as id 256. */
+   tokenizer, one token per byte, and <|endoftext|> as id 256. */
 DPO_API int dpo_tokenizer_load(dpo_context *context, dpo_tokenizer *tokenizer,
                                const dpo_file *file);
 DPO_API void dpo_tokenizer_free(dpo_context *context, dpo_tokenizer *tokenizer);
@@ -347,7 +346,7 @@ typedef enum {
 
 typedef struct dpo_data_options {
     dpo_data_use use;
-    size_t max_length;          // tokens of prompt and answer; scored ones of a text window
+    size_t max_length;          // most tokens of prompt and answer; most scored of a text window
     size_t max_prompt_length;   // what a prompt is cut to when it must be cut
     int keep_start;             // cut prompts keep their start instead of their end
     size_t limit;               // read at most this many examples; 0: all
@@ -378,17 +377,18 @@ typedef struct dpo_data {
 } dpo_data;
 
 /* Reads a .jsonl, .ndjson or .json file (or, for text, any other as one document) by the rules of
-   part 9. */
+   part 9; `end_token` ends answers and documents. */
 DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path,
                           const dpo_tokenizer *tokenizer, uint32_t end_token,
                           const dpo_data_options *options);
 DPO_API void dpo_data_free(dpo_context *context, dpo_data *data);
-/* Puts 0 .. n-1 into `order` shuffled by `seed`; members of one group stay together. */
+/* Puts 0 .. data->n - 1 into order[data->n], shuffled by `seed`; groups stay together. */
 DPO_API int dpo_data_shuffle(dpo_context *context, size_t *order, const dpo_data *data,
                              uint64_t seed);
 /* The rows that an example takes in a forward pass: every token but each branch's last. */
 DPO_API size_t dpo_example_rows(const dpo_example *example);
-/* How many of the leading examples make the next micro-batch: what fits into max_rows, or 1. */
+/* How many of the leading examples make the next micro-batch: as many as fit into max_rows, and at
+   least 1. */
 DPO_API size_t dpo_micro_batch(const dpo_example *examples, size_t n, size_t max_rows);
 
 /* ---- 1.5 the model --------------------------------------------------------------------------- */
@@ -415,7 +415,7 @@ typedef struct dpo_config {
     double embedding_scale;         // multiplies embeddings (muP; 1 otherwise)
     double logit_scale;             // multiplies logits (muP)
     double attention_scale;         // multiplies q.k
-    int attention_scale_by_layer;   // and divides it by layer index + 1
+    int attention_scale_by_layer;   // q.k is divided by layer index + 1 too
     double alibi_factor;            // position interpolation: slopes are divided by it
     double mup_width_scale;         // learning-rate multiplier of the blocks' matrices
     int64_t bos_id, eos_id;         // -1: none
@@ -427,7 +427,7 @@ typedef struct dpo_tensor {
     size_t n_dims, shape[2], n; // n elements
     dpo_dtype dtype;            // DPO_F32, or DPO_BF16: matrices in bf16 mode
     void *data;                 // [shape] in the mapped file or in memory
-    float *master;              // [shape] what training keeps of bf16 weights; NULL: only `data`
+    float *master;              // [shape] fp32 master copy of bf16 weights; NULL: none
     int trainable;
     int decays;                 // weight decay applies to matrices, not to biases and norms
     double lr_scale;            // muP learning-rate multiplier
@@ -476,12 +476,13 @@ typedef struct dpo_model {
     size_t grad_bytes;          // before dpo_model_zero_grad; n_trainable floats if none is bf16
     dpo_lora lora;              // lora.r is 0 without an adapter
     float *adapter;             // the adapter's weights
-    dpo_string adapter_config;  // what PEFT's own says of one that was imported, for the way back
+    dpo_string adapter_config;  // adapter_config.json of one imported from PEFT, for the export
     dpo_tokenizer tokenizer;
     dpo_file file;              // the file it came from (weights, tokenizer tables, originals)
     uint64_t identity;          // of that file; 0 for a model made by dpo_model_init
     uint64_t adapter_identity;  // of the adapter's file; 0: none or a new one
-    uint64_t noise_seed, passes;        // of dropout and stochastic rounding; passes that kept
+    uint64_t noise_seed;        // of dropout and stochastic rounding
+    uint64_t passes;            // forwards with `keep` so far: each draws other random numbers
     struct dpoi_weights *weights;       // the table's tensors by role
     struct dpoi_workspace *workspace;   // buffers for the largest pass so far
 } dpo_model;
@@ -489,9 +490,9 @@ typedef struct dpo_model {
 /* `options` NULL: fp32, trainable, checksums verified. */
 DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *path,
                            const dpo_model_options *options);
-/* A model with random weights: normal matrices (deviation 0.02; BTLM's 0.073, scaled by muP inside
-   the blocks), residual outputs divided by sqrt(2 L), zero biases, unit norms. `tokenizer_path`
-   names a model file whose tokenizer to take; NULL gives the byte tokenizer. */
+/* A model with random weights: normal matrices (standard deviation 0.02; BTLM's 0.073, scaled by
+   muP inside the blocks), residual outputs divided by sqrt(2 L), zero biases, unit norms.
+   `tokenizer_path` names a model file whose tokenizer to take; NULL gives the byte tokenizer. */
 DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_config *config,
                            const char *tokenizer_path, uint64_t seed,
                            const dpo_model_options *options);
@@ -525,7 +526,7 @@ typedef struct dpo_score {
     int greedy;         // every scored token was the most probable one
 } dpo_score;
 
-/* Scores every branch of a batch; `scores` has one element a branch, in order. With `keep` the
+/* Scores every branch of a batch; `scores` has one element per branch, in order. With `keep` the
    activations stay for dpo_backward. The whole batch is one pass: cut it by dpo_micro_batch. */
 DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *batch, int keep);
 /* Adds d(sum over branches of dlogp[b] * logp[b]) / d(parameter) to the gradients, for the batch
@@ -535,7 +536,7 @@ DPO_API int dpo_model_zero_grad(dpo_model *model);
 /* Scores any number of examples in micro-batches of max_rows. */
 DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_example *examples,
                                size_t n, size_t max_rows);
-/* Logits at every position of one sequence, by the batch path. */
+/* Logits at every position of one sequence, by the code of dpo_forward. */
 DPO_API int dpo_logits(dpo_model *model, float *logits /* [n, V] */, const uint32_t *tokens,
                        size_t n);
 
@@ -564,8 +565,8 @@ typedef struct dpo_metrics {
     double loss, reward[2], accuracy, margin, logp[2];
     double accuracy_error;      // standard error; 0 for fewer than two prompts
 } dpo_metrics;
-/* The mean of values[n], one an example, and its standard error, clustered by prompt; 0 for fewer
-   than two prompts. The difference of two models on the same pairs is the mean of differences. */
+/* The mean of values[n], one per example, and its standard error, clustered by prompt; 0 for fewer
+   than two prompts. To compare two models on the same pairs, pass the differences of values. */
 DPO_API int dpo_mean_error(dpo_context *context, double *mean, double *error, const double *values,
                            const dpo_example *examples, size_t n);
 /* Over n examples of two branches: scores[2 n], reference[2 n]; margins[n] may be NULL. */
@@ -722,7 +723,7 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #endif
 #ifdef __AVX512BF16__
 #include <immintrin.h>
-// The second is clang's name until 16. Plain loops have no units of two bf16, and so no tiles.
+// Clang before 16 defines the second. Plain loops have no units of two bf16, and so no AMX.
 #if defined(__linux__) && (defined(__AMX_BF16__) || defined(__AMXBF16__)) && !defined(DPO_PLAIN_C)
 #include <sys/syscall.h>
 #define DPOI_AMX
@@ -731,8 +732,8 @@ DPO_API uint64_t dpo_hash(uint64_t hash, const void *data, size_t n_bytes);
 #include <arm_neon.h>
 #endif
 
-/* gcc takes vectors of 256 bits for CPUs of Intel's that have 512, because the first of these ran
-   slower with them. With 512 an update takes 4 per cent less time in fp32, and 10 in bf16. */
+/* gcc prefers vectors of 256 bits on Intel's CPUs that have 512, because the first of them slowed
+   down for those. With 512 an update takes 4 per cent less time in fp32, and 10 in bf16. */
 #if defined(__AVX512F__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC target("prefer-vector-width=512")
@@ -802,7 +803,7 @@ static void dpoi_free(dpo_context *context, void *pointer)
     DPO_FREE(block.base);
 }
 
-/* Gives the kernel `advice` (madvise) on those pages, of `page` bytes, that lie whole in here. */
+/* Gives the kernel `advice` (madvise) on the pages, of `page` bytes, that lie wholly in here. */
 static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
 {
     const uintptr_t from = ((uintptr_t)start + page - 1) / page * page;
@@ -810,7 +811,7 @@ static void dpoi_advise(void *start, size_t n_bytes, size_t page, int advice)
     if (to > from) madvise((void *)from, to - from, advice);
 }
 
-/* Allocates count * size bytes, not cleared. The pointer's type is free: pass &pointer. */
+/* Allocates count * size bytes, not cleared. `pointer` is the address of a pointer of any type. */
 static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t size)
 {
     size_t bytes, total;
@@ -828,7 +829,7 @@ static int dpoi_alloc(dpo_context *context, void *pointer, size_t count, size_t 
     char *start = (char *)block.base + DPOI_ALIGN;
     start += (DPOI_ALIGN - (uintptr_t)start % DPOI_ALIGN) % DPOI_ALIGN;
     memcpy(start - DPOI_ALIGN, &block, sizeof block);
-#ifdef MADV_HUGEPAGE // pages of 2 MB, not 4 KB, for what fills them: fewer addresses to look up
+#ifdef MADV_HUGEPAGE // pages of 2 MB instead of 4 KB where they are filled: fewer TLB misses
     dpoi_advise(start, bytes, 1 << 21, MADV_HUGEPAGE);
 #endif
     context->heap_bytes += bytes;
@@ -935,9 +936,9 @@ static double dpoi_random_normal(uint64_t seed, uint64_t stream, uint64_t index)
 
 /* `DPOI_PARALLEL_FOR(threads) for (...)` shares the iterations out among the threads, each
    iteration whole: for few and heavy ones. DPOI_PARALLEL_ROWS is for many light ones.
-   DPOI_PARALLEL_PIECES is for the pieces of an array: a thread takes many in a row, so that the CPU
-   foresees what it reads, and towards the end one by one. Results cannot depend on who runs what:
-   an iteration writes only what is its own, and no sum is ever split between threads. */
+   DPOI_PARALLEL_PIECES is for the pieces of an array: a thread takes many in a row, which the CPU
+   prefetches, and towards the end one by one. Results cannot depend on which thread runs what: an
+   iteration writes only what is its own, and no sum is ever split between threads. */
 #ifdef _OPENMP
 #define DPOI_PRAGMA(text) _Pragma(#text)
 #define DPOI_PARALLEL_FOR(threads) \
@@ -954,11 +955,11 @@ static int dpoi_thread_index(void) { return omp_get_thread_num(); }
 static int dpoi_thread_index(void) { return 0; }
 #endif
 
-/* Elements that a piece of an array has in a parallel loop. Two such buffers must fit the stack of
-   a thread, which is 128 KB with musl. */
+/* Elements of such a piece. Two buffers of as many floats must fit the stack of a thread, which is
+   128 KB with musl. */
 #define DPOI_PIECE 8192
 
-/* How many threads some elementary operations are worth: starting and joining threads takes
+/* How many threads `work` elementary operations are worth: starting and joining threads takes
    microseconds, and far longer when something else wants the cores. */
 #ifndef DPOI_SERIAL_WORK
 #define DPOI_SERIAL_WORK 32768
@@ -968,8 +969,8 @@ static int dpoi_threads(const dpo_context *context, size_t work)
     return work > DPOI_SERIAL_WORK ? context->n_threads : 1;
 }
 
-/* Adds the time since the last call to an operation's: one call behind each operation measures them
-   all, and leaves nothing out. */
+/* Adds the time since the last call to that of `operation`: one call after each operation measures
+   them all, and leaves nothing out. */
 static void dpoi_lap(const dpo_context *context, dpo_operation operation, double flops,
                      double bytes)
 {
@@ -995,8 +996,8 @@ static void dpoi_lap(const dpo_context *context, dpo_operation operation, double
 
 /* exp(x) = 2^n exp(r) with n the integer nearest x / log 2, so |r| <= log(2) / 2 = 0.3466. Returns
    exp(r) - 1 = r + r^2 P(r), P off by 3e-9 of exp(r), and n + 256 in *n, for |x| < 150. Adding
-   1.5 * 2^23 rounds to an integer, which then is in the sum's low bits. log 2 is subtracted in two
-   parts, the first of which has so few bits that n times it is exact. */
+   1.5 * 2^23 (0x4B400000 as bits) rounds to an integer, which then is in the sum's low bits. log 2
+   is subtracted in two parts, the first of which has so few bits that n times it is exact. */
 static inline float dpoi_exp_parts(float x, uint32_t *n)
 {
     float shifted = x * 1.44269504f + 12582912.0f, whole = shifted - 12582912.0f;
@@ -1089,7 +1090,7 @@ static inline float dpoi_bf16_to_float(uint16_t half)
     return value;
 }
 
-/* The nearest bf16, even if two are as near; a NaN stays one. */
+/* The nearest bf16, of two that are as near the even one; a NaN stays one. */
 static inline uint16_t dpoi_bf16(float x)
 {
     uint32_t bits;
@@ -1098,8 +1099,9 @@ static inline uint16_t dpoi_bf16(float x)
     return (uint16_t)(((bits & 0x7fffffff) > 0x7f800000 ? bits | 0x400000 : rounded) >> 16);
 }
 
-/* One of the two bf16 around x by chance, the nearer one with the higher probability, so that the
-   mean is x: many small changes add up, where rounding to nearest would lose every one of them. */
+/* Stochastic rounding: one of the two bf16 around x by chance, the nearer one with the higher
+   probability, so that the mean is x. Many small changes add up, where rounding to nearest would
+   lose every one of them. */
 static inline uint16_t dpoi_bf16_stochastic(float x, uint64_t key, uint64_t index)
 {
     uint32_t bits;
@@ -1121,8 +1123,8 @@ static size_t dpoi_dtype_bytes(dpo_dtype dtype)
     return 0;
 }
 
-/* IEEE half to float. The exponent's bias differs by 112, and the multiplication also turns half's
-   subnormals into normal floats; infinities and NaN get float's largest exponent back. */
+/* IEEE half to float. The exponents' biases differ by 112, and multiplying by 2^112 also turns
+   half's subnormals into normal floats; infinities and NaN get float's largest exponent. */
 static float dpoi_half_to_float(uint16_t half)
 {
     uint32_t bits = (uint32_t)(half & 0x7fff) << 13;
@@ -1193,8 +1195,8 @@ static float dpoi_dot(const float *x, const float *y, size_t n)
     return dpoi_dot_centred(x, y, 0.0f, n);
 }
 
-/* For generation only, which reads each weight once: four times the lanes, because memory gives
-   bf16 faster than one chain of additions takes them. */
+/* For generation only, which reads each weight once: four times the lanes, because memory delivers
+   bf16 faster than additions that wait for each other take them. */
 static float dpoi_dot_bf16(const float *x, const uint16_t *y, size_t n)
 {
     enum { LANES = 4 * DPOI_SUM_LANES };
@@ -1252,33 +1254,32 @@ static float dpoi_max(const float *x, size_t n)
    Packing is the only place that knows how the operands are stored.
 
    Blocking. k is cut into blocks of BLOCK_K, n into strips. A strip's panels of b for one block of
-   k, 1 KB a column, take half of the second cache (of 512 KB if that is unknown or smaller), at
-   most BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6
-   KB, 8 with NEON, 14 with AVX-512), stays in the first cache while it meets the strip's panels of
-   b, and is done with. Meanwhile the rows of a that come next are fetched into the second cache, so
-   that packing them does not wait for memory; b's are fetched while those before them are packed,
-   since beside the tiles, which read the second cache, that would cost as much as it saves. (Where
-   a lies across k, some of its panels are packed at once, since a line of memory has numbers for
-   several. AMX's tiles take two panels of a, and are too fast to fetch beside them.)
+   k, 1 KB per column, take half of the L2 cache (of 512 KB if that is unknown or smaller), at most
+   BLOCK_COLS columns, and stay there while the rows of a pass by: a panel of a is packed (6 KB, 8
+   with NEON, 14 with AVX-512), stays in the L1 cache while it meets the strip's panels of b, and is
+   done with. Meanwhile the rows of a that come next are prefetched into L2, so that packing them
+   does not wait for memory; b's are prefetched while those before them are packed, since beside the
+   tiles, which read L2, that would cost as much as it saves. (Where a lies across k, some of its
+   panels are packed at once, since a cache line has numbers for several. AMX's tiles take two
+   panels of a, and are too fast to prefetch beside them.)
 
    Threads share out c, strips of columns and pieces of rows, never the sum along k, and each packs
    for itself: a again for each strip, b again for each piece. That is 1 / (columns of a strip) +
-   1 / (rows of a piece) copies for each FMA, 4 to 10 per cent of the time. But nobody waits for
+   1 / (rows of a piece) copies for each FMA, 4 to 10 per cent of the time. But no thread waits for
    another before the end, and no panel travels from one core's cache to another's.
 
-   Exactly, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for ascending
-   l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one takes
-   bias[j], if there is a bias, and replaces c[i][j] unless `accumulate`. So the bits of c[i][j]
-   depend on row i of a, column j of b, k, and what is added only, in bf16 too: not on m, n, place,
-   edges, storage order or threads.
+   The order of sums, in fp32: for each block of k in ascending order, a sum of a[i][l] b[l][j] for
+   ascending l starts from zero, by FMAs if the CPU has them, and is added to c[i][j]; the first one
+   takes bias[j], if there is a bias, and replaces c[i][j] unless `accumulate`. So the bits of
+   c[i][j] depend only on row i of a, column j of b, k, and what is added, in bf16 too: not on m, n,
+   place, edges, storage order or threads.
 
    bf16. A product `as` DPO_BF16 takes its inputs rounded to bf16 and sums in fp32. CPUs that have a
    dot product for bf16 multiply two of them, neighbours along k, where an FMA multiplies one float:
    their panels hold units of two bf16, which are as large as a float, so that tile, panels and
-   blocking stay as they are and only the innermost line differs. Where there is AMX, an instruction
-   takes half a tile of c with 16 such units of k. For other CPUs the panels hold the rounded
-   numbers as floats. The products of normal numbers are the same everywhere; they are added in
-   another order.
+   blocking stay as they are and only the innermost line differs. With AMX, one instruction does
+   half a tile of c for 16 such units of k. For other CPUs the panels hold the rounded numbers as
+   floats. The products of normal numbers are the same everywhere; they are added in another order.
    ============================================================================================= */
 
 /* ---- 3.1 the reference ----------------------------------------------------------------------- */
@@ -1289,7 +1290,18 @@ typedef struct {
     dpo_dtype dtype;                // one stride is 1. DPO_F32 or DPO_BF16
 } dpoi_matrix;
 
-/* x without its first i rows and j columns. */
+/* Rows of floats that lie one after the other. */
+static inline dpoi_matrix dpoi_rows(const float *x, size_t columns)
+{
+    return (dpoi_matrix){ x, columns, 1, DPO_F32 };
+}
+
+static inline dpoi_matrix dpoi_transposed(dpoi_matrix x)
+{
+    return (dpoi_matrix){ x.data, x.col_stride, x.row_stride, x.dtype };
+}
+
+/* x from row i and column j on. */
 static inline dpoi_matrix dpoi_submatrix(dpoi_matrix x, size_t i, size_t j)
 {
     size_t place = i * x.row_stride + j * x.col_stride;
@@ -1352,7 +1364,7 @@ enum { dpoi_amx = 0 };
 #endif
 
 /* From one panel to the next: a cache line more than its size, which is often a multiple of 2 KB,
-   and then the same line of many panels would want the same few places of the first cache. */
+   and then the same line of many panels would fall into the same set of the L1 cache. */
 static inline size_t dpoi_panel_floats(size_t width, size_t units)
 {
     return width * units + DPOI_LINE;
@@ -1420,7 +1432,7 @@ static inline void dpoi_amx_begin(void)
 /* sum[TILE_ROWS, TILE_COLS] = a panel times b panel, each of k units, and with `two` the next
    TILE_ROWS rows from the panel of a that begins a_stride floats further. One product takes 52
    cycles, but one begins every 14: four sums keep the unit busy, and two panels of a share what is
-   loaded of b, which comes from the second cache. */
+   loaded of b, which comes from L2. */
 static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_stride, const float *b,
                                  size_t k, int two)
 {
@@ -1449,8 +1461,8 @@ static inline void dpoi_amx_tile(float *sum, const float *a, size_t a_stride, co
     _tile_stored(3, sum + BELOW + DPOI_LINE, ROW);
 }
 
-/* What dpoi_tile_copy of 3.4 does, for whole tiles, which are most, by whole vectors. Products with
-   what gcc makes of that loop, its ends constant, take up to a fifth longer. */
+/* What dpoi_tile_copy of 3.4 does, for whole tiles, which are most, by whole vectors. With gcc's
+   code for that loop, even when its ends are constant, products take up to a fifth longer. */
 static inline void dpoi_amx_copy(float *c, size_t ldc, const float *sum /* [rows, TILE_COLS] */,
                                  const float *bias /* [TILE_COLS] or NULL */, int add, size_t rows)
 {
@@ -1465,11 +1477,10 @@ static inline void dpoi_amx_copy(float *c, size_t ldc, const float *sum /* [rows
 }
 #endif
 
-/* c[rows, vecs of LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias[vecs of
-   LANES] in every row, unless that is NULL. `rows`, `vecs` and `pairs` are constants once this is
-   inlined. The loops go to the tile's ends all the same, and the tests inside cost nothing: only
-   loops with constant ends are unrolled by both compilers early enough to put sum[][] into
-   registers. */
+/* c[rows, vecs x LANES] = (add ? c : 0) + a panel times b panel, each of k units, + bias in every
+   row, unless that is NULL. `rows`, `vecs` and `pairs` are constants once this is inlined, so the
+   tests in the loops cost nothing. The loops run to the tile's ends all the same: only if these are
+   literal constants do both compilers unroll early enough to put sum[][] into registers. */
 DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const float *b,
                                 const float *bias, size_t k, int add, int rows, int vecs, int pairs)
 {
@@ -1477,7 +1488,7 @@ DPOI_INLINE void dpoi_tile_part(float *c, size_t ldc, const float *a, const floa
 #pragma STDC FP_CONTRACT ON
 #endif
     dpoi_vec sum[DPOI_TILE_ROWS][DPOI_TILE_VECS] = { { { 0 } } };
-    for (int i = 0; i < rows; i++) // fetch c while k runs
+    for (int i = 0; i < rows; i++) // c arrives while k runs
         for (int j = 0; j < vecs * DPOI_LANES; j += DPOI_LINE)
             __builtin_prefetch(c + (size_t)i * ldc + j, 1);
     DPOI_FEW_STEPS
@@ -1520,7 +1531,7 @@ DPOI_INLINE void dpoi_transpose_4x4(float *out, size_t ldo, const float *in, siz
 #define DPOI_INLINE static inline
 #define DPOI_NOINLINE static
 #define DPOI_UNIT_BF16 1
-// Named, or a compiler makes FMAs of some loops only, and bits depend on rows.
+// By name: a compiler left to itself makes FMAs of some loops only, and bits would depend on rows.
 #if defined(FP_FAST_FMAF) || defined(__FP_FAST_FMAF)
 #define DPOI_FMA(a, b, c) fmaf(a, b, c)
 #else
@@ -1598,8 +1609,8 @@ DPOI_INLINE uint32_t dpoi_float_bits(const void *x, size_t i, dpo_dtype dtype, d
     return bits;
 }
 
-/* out[0 .. n) = units of x[0 .. n): in pairs each with the element at the same place of y, or with
-   0 if y is NULL. Inlined with constants, for loops without branches. */
+/* out[n] = units of x[n], each paired, if units are pairs, with the same element of y[n], or with 0
+   if y is NULL. Inlined with constant types, for loops without branches. */
 DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t n, dpo_dtype dtype,
                                 dpo_dtype as)
 {
@@ -1613,9 +1624,8 @@ DPOI_INLINE void dpoi_units_run(float *out, const void *x, const void *y, size_t
 #if defined(__AVX512BF16__) && !defined(DPO_PLAIN_C)
 #define DPOI_ROUND_PAIRS
 /* dpoi_units from floats by the CPU's own rounding, 32 at a time: shifts and comparisons take
-   longer than reading memory. Numbers too small to be normal (below 1.2e-38) become zeros; dot
-   products of bf16 take them so anyway, but for those few that would have been rounded up to the
-   least normal one. */
+   longer than reading memory. Subnormal numbers (below 1.2e-38) become zeros, which dot products of
+   bf16 take them for anyway, but for the few that rounding would have made normal. */
 DPOI_INLINE void dpoi_round_pairs(float *out /* [n] */, const float *x /* [step * n] */,
                                   const float *y /* [n] or NULL */, size_t step, size_t n)
 {
@@ -1642,8 +1652,8 @@ DPOI_INLINE void dpoi_round_pairs(float *out /* [n] */, const float *x /* [step 
 }
 #endif
 
-/* dpoi_units_run, or with step 2, for pairs only: units of x[0 .. 2 n), whose pairs lie side by
-   side. */
+/* out[n] = units of x[n] and y[n], as in dpoi_units_run, if `step` is 1; pairs of neighbours in
+   x[2 n] if it is 2. */
 DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t step, size_t n,
                             dpo_dtype dtype, dpo_dtype as)
 {
@@ -1658,7 +1668,7 @@ DPOI_INLINE void dpoi_units(float *out, const void *x, const void *y, size_t ste
     else dpoi_units_run(out, x, y, n, DPO_BF16, DPO_BF16);
 }
 
-/* From [16 units, TILE_ROWS] to [TILE_ROWS, 16 units], for AMX. */
+/* Transposes [16 units, TILE_ROWS] to [TILE_ROWS, 16 units], for AMX. */
 static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
 {
     float copy[DPOI_LINE * DPOI_TILE_ROWS];
@@ -1671,9 +1681,8 @@ static inline void dpoi_turn_units(float *units /* 16 x TILE_ROWS */)
     }
 }
 
-/* Rows of an operand, as it is stored, that are still to be fetched into the second cache. The
-   next begins at data[place], no pointer of its own: past the last there may be nothing to point
-   to. */
+/* Rows of an operand, as it is stored, that are still to be prefetched into L2. The next begins at
+   data[place]; a pointer to it would be undefined past the last. */
 typedef struct {
     const char *data;
     size_t place, row_bytes, stride;    // bytes
@@ -1702,11 +1711,12 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
     const size_t per_unit = dpoi_paired(as) ? 2 : 1, units = dpoi_divide_up(k, per_unit);
     const size_t whole = count - count % width, room = dpoi_count_units(k, as);
     const size_t panel = dpoi_panel_floats(width, room);
+    const size_t item = x.dtype == DPO_BF16 ? 2 : 4; // bytes
     const int turned = dpoi_amx && per_unit == 2 && width == DPOI_TILE_ROWS;
     if (!k) return;
-    // The CPU does not guess rows that lie far apart, so they are fetched before they are packed:
-    // those across k AHEAD steps before; those along k two panels before, a share of them with each
-    // line. (Of a, there are never more than two panels along k at once.)
+    // The CPU does not prefetch rows that lie far apart, so this does: those across k AHEAD steps
+    // before they are packed; those along k two panels before, a share of them with each line.
+    // (Of a, there are never more than two panels along k at once.)
     enum { AHEAD = 8 };
     const size_t share = dpoi_divide_up(width * DPOI_LINE, units);
     dpoi_fetch fetch = { 0 };
@@ -1722,8 +1732,7 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
             const char *in = dpoi_submatrix(x, 0, l).data, *next = NULL;
             if (per_unit == 2 && l + 1 < k) next = dpoi_submatrix(x, 0, l + 1).data;
             float *out = panels + u * width;
-            const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
-            for (size_t i = 0; i < whole; i += width, out += panel) // of constant width: no calls
+            for (size_t i = 0; i < whole; i += width, out += panel) // constant: memcpy is inlined
                 dpoi_units(out, in + i * item, next ? next + i * item : NULL, 1, width, x.dtype,
                            as);
             dpoi_units(out, in + whole * item, next ? next + whole * item : NULL, 1, count - whole,
@@ -1748,10 +1757,9 @@ DPOI_INLINE void dpoi_pack(float *panels, size_t width, dpoi_matrix x, size_t co
             const float *in = dpoi_submatrix(x, p, l).data;
             for (size_t r = 0; r < rows && !direct; r++) {
                 const char *row = dpoi_submatrix(x, p + r, l).data;
-                const size_t item = x.dtype == DPO_BF16 ? 2 : 4;
                 float *line = turned ? panels + u * width + r * DPOI_LINE
                                      : converted + r * DPOI_LINE;
-                if (n_whole == DPOI_LINE) // a constant: no call, no string instruction
+                if (n_whole == DPOI_LINE) // constant: memcpy is inlined
                     dpoi_units(line, row, NULL, per_unit, DPOI_LINE, x.dtype, as);
                 else dpoi_units(line, row, NULL, per_unit, n_whole, x.dtype, as);
                 if (n_whole < n)
@@ -1789,8 +1797,8 @@ DPOI_INLINE void dpoi_tile_copy(float *c, size_t ldc, const float *sum,
 }
 
 /* c[rows, cols] = (add ? c : 0) + a panel times b panel + bias. A tile over the edge of c is made
-   aside, and what belongs to c is copied; the columns of an adapter are often LANES, and so no
-   edge. AMX makes all its tiles aside, and takes up to two panels of a, a_stride floats apart. */
+   aside, and what belongs to c is copied; but LANES columns, often an adapter's, are made in place.
+   AMX makes all its tiles aside, and takes up to two panels of a, a_stride floats apart. */
 DPOI_INLINE void dpoi_tile_clipped(float *c, size_t ldc, const float *a, size_t a_stride,
                                    const float *b, const float *bias /* [cols] or NULL */, size_t k,
                                    int add, size_t rows, size_t cols, int pairs)
@@ -1869,12 +1877,13 @@ static void dpoi_multiply_strip(float *pack, float *c, size_t ldc, dpoi_matrix a
 }
 
 /* The same for any n, without a bias: for attention, whose products are many and small. Where n is
-   a number of keys, k is a head's size, and BLOCK_COLS columns of so few numbers fit into the
-   second cache as a rule; where k is a number of keys, n is a head's size. */
+   a number of keys, k is a head's size, and BLOCK_COLS columns of so few numbers fit into L2 as a
+   rule; where k is a number of keys, n is a head's size. */
 static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a, dpoi_matrix b,
                                size_t m, size_t n, size_t k, int accumulate, dpo_dtype as)
 {
-    const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    const dpoi_matrix b_columns = dpoi_transposed(b);
+    if (m == 0) return; // as the gradient of a prefix of no keys: b need not be packed
     for (size_t j = 0; j < n; j += DPOI_BLOCK_COLS)
         dpoi_multiply_strip(pack, c + j, ldc, a, dpoi_submatrix(b_columns, j, 0), NULL, m,
                             DPOI_MIN(n - j, DPOI_BLOCK_COLS), k, accumulate, as);
@@ -1882,11 +1891,11 @@ static void dpoi_matmul_serial(float *pack, float *c, size_t ldc, dpoi_matrix a,
 
 /* ---- 3.5 on all threads ---------------------------------------------------------------------- */
 
-/* How many strips of columns, at least `strips`, and pieces of rows c is cut into: of those tried,
-   the ones whose rounds of one task a thread, times what the largest task takes, are least. Each
-   number of strips is tried with the fewest rounds that hold it, and with one more, for smaller
-   pieces. A tile counts 2; packing takes about half as long for a panel of a, and one and a half
-   times as long for one of b, which comes from memory. */
+/* How many strips of columns, at least *strips, and pieces of rows c is cut into. Threads take the
+   tasks in rounds, one task each: of the cuts tried, the one is chosen whose number of rounds times
+   the cost of its largest task is least. Each number of strips is tried with the fewest rounds that
+   hold it, and with one more, for smaller pieces. A tile counts 2; packing takes about half as long
+   for a panel of a, and one and a half times as long for one of b, which comes from memory. */
 static void dpoi_cut(size_t *strips, size_t *pieces, size_t row_tiles, size_t col_tiles,
                      size_t threads)
 {
@@ -1917,7 +1926,7 @@ static void dpoi_matmul_bias(const dpo_context *context, float *c, size_t ldc, d
                              int accumulate, dpo_dtype as)
 {
     if (m == 0 || n == 0) return;
-    const dpoi_matrix b_columns = { b.data, b.col_stride, b.row_stride, b.dtype }; // transposed
+    const dpoi_matrix b_columns = dpoi_transposed(b);
     const size_t threads = (size_t)dpoi_threads(context, m * n * k / 16); // FMAs per vector FMA
     const size_t row_tiles = dpoi_divide_up(m, DPOI_TILE_ROWS);
     const size_t col_tiles = dpoi_divide_up(n, DPOI_TILE_COLS);
@@ -1976,7 +1985,7 @@ DPO_API int dpo_context_init(dpo_context *context, int n_threads)
 
 /* Attention's strips grow with the longest example, the scratch for a piece of a weight gradient
    with the widest layer; dpoi_model_reserve calls this. */
-static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piece_floats)
+static int dpoi_context_reserve(dpo_context *context, size_t strip_floats, size_t piece_floats)
 {
     if (piece_floats > context->piece_floats) {
         dpoi_free(context, context->piece);
@@ -1984,15 +1993,15 @@ static int dpoi_context_reserve(dpo_context *context, size_t floats, size_t piec
         if (dpoi_alloc(context, &context->piece, piece_floats, sizeof(float))) return 1;
         context->piece_floats = piece_floats;
     }
-    if (floats <= context->strip_floats) return 0;
+    if (strip_floats <= context->strip_floats) return 0;
     for (size_t t = 0; t < (size_t)context->n_threads; t++) {
         dpoi_free(context, context->strip[t]);
-        if (dpoi_alloc(context, &context->strip[t], floats, sizeof(float))) {
+        if (dpoi_alloc(context, &context->strip[t], strip_floats, sizeof(float))) {
             context->strip_floats = 0;
             return 1;
         }
     }
-    context->strip_floats = floats;
+    context->strip_floats = strip_floats;
     return 0;
 }
 
@@ -2011,10 +2020,10 @@ DPO_API void dpo_context_free(dpo_context *context)
 /* ================================================================================================
    4. LAYERS
 
-   Each layer's forward stands next to its backward. A backward receives dy, the gradient of some
-   final number with respect to the layer's output y, and produces by the chain rule the gradient
-   with respect to the layer's inputs: `dx` for data, and what it *adds* to `dw` for weights, since
-   a weight is used by every row of every micro-batch. A gradient pointer of NULL is not wanted.
+   Each layer's forward stands next to its backward. A backward receives dy, the gradient of the
+   loss with respect to the layer's output y, and produces by the chain rule the gradients with
+   respect to the layer's inputs: `dx` for data, and what it *adds* to `dw` for weights, since a
+   weight is used by every row of every micro-batch. A gradient whose pointer is NULL is not wanted.
 
    Rows are independent of each other everywhere except in attention, so most layers run in
    parallel over rows. Gradients of weights are sums over all rows: there the threads divide the
@@ -2023,7 +2032,7 @@ DPO_API void dpo_context_free(dpo_context *context)
 
 #define DPOI_COLUMNS 64     // columns that one iteration of a parallel column loop sums
 
-/* db[c] += sum over r of dy[r, c]: what adding a bias to every row means for the bias. */
+/* Forward: y[r, c] = ... + b[c] in every row, so db[c] += sum over r of dy[r, c]. */
 static void dpoi_add_column_sums(const dpo_context *context, float *db, const float *dy, // [R, C]
                                  size_t R, size_t C)
 {
@@ -2151,19 +2160,10 @@ static void dpoi_norm_backward(const dpo_context *context, float *dx /* [R, C] *
 /* ---- 4.3 linear ------------------------------------------------------------------------------ */
 
 /* y = x W^T + b. Hugging Face keeps W as [out, in] for nn.Linear (GPT-NeoX) and as [in, out] for
-   Conv1D (BTLM); the data stays as it is, and the product reads it by strides. */
-static dpoi_matrix dpoi_rows(const float *x, size_t columns)
-{
-    return (dpoi_matrix){ x, columns, 1, DPO_F32 };
-}
-
-static dpoi_matrix dpoi_transposed(dpoi_matrix matrix)
-{
-    return (dpoi_matrix){ matrix.data, matrix.col_stride, matrix.row_stride, matrix.dtype };
-}
-
-static size_t dpoi_linear_in(const dpo_tensor *W) { return W->shape[W->layout == DPO_LINEAR]; }
-static size_t dpoi_linear_out(const dpo_tensor *W) { return W->shape[W->layout != DPO_LINEAR]; }
+   Conv1D (BTLM); the data stays as it is, and the product reads it by strides. An embedding [V, C]
+   that is also the head counts as [out, in]. */
+static size_t dpoi_linear_in(const dpo_tensor *W) { return W->shape[W->layout != DPO_CONV1D]; }
+static size_t dpoi_linear_out(const dpo_tensor *W) { return W->shape[W->layout == DPO_CONV1D]; }
 
 /* The weight as the [in, out] matrix that multiplies rows from the right. */
 static dpoi_matrix dpoi_weight(const dpo_tensor *W)
@@ -2172,8 +2172,8 @@ static dpoi_matrix dpoi_weight(const dpo_tensor *W)
     return W->layout == DPO_CONV1D ? stored : dpoi_transposed(stored);
 }
 
-/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. The products of a layer are
-   taken as its weights are: bf16 weights make bf16 products. */
+/* With `accumulate`, y += x W^T + b. b is NULL for layers without bias. bf16 weights make bf16
+   products. */
 static void dpoi_linear_forward(const dpo_context *context, float *y /* [R, out] */,
                                 const float *x /* [R, in] */, const dpo_tensor *W,
                                 const dpo_tensor *b, size_t R, int accumulate)
@@ -2192,7 +2192,8 @@ static void dpoi_linear_row(const dpo_context *context, float *y /* [out] */,
                             const float *x /* [in] */, const dpo_tensor *W, const dpo_tensor *b,
                             size_t R, int accumulate)
 {
-    size_t in = dpoi_linear_in(W), out = R * dpoi_linear_out(W);
+    size_t in = dpoi_linear_in(W), out = dpoi_linear_out(W);
+    (void)R; // 1
     DPOI_PARALLEL_FOR(dpoi_threads(context, in * out))
     for (size_t first = 0; first < out; first += DPOI_COLUMNS) {
         size_t end = DPOI_MIN(first + DPOI_COLUMNS, out);
@@ -2209,7 +2210,7 @@ static void dpoi_linear_row(const dpo_context *context, float *y /* [out] */,
 }
 
 /* Adds a[rows, k] b[k, columns] to the rows of W's gradient from row `first` on, as W is stored:
-   fp32 directly; bf16 by pieces that are made in fp32, added, and rounded by chance. */
+   fp32 directly; bf16 by pieces that are made in fp32, added, and rounded stochastically. */
 static void dpoi_add_product(const dpo_context *context, const dpo_tensor *W, size_t first,
                              dpoi_matrix a, dpoi_matrix b, size_t rows, size_t k)
 {
@@ -2234,8 +2235,8 @@ static void dpoi_add_product(const dpo_context *context, const dpo_tensor *W, si
     }
 }
 
-/* Forward: y = x W^T + b, that is y[r, o] = sum over i of x[r, i] W[o, i] + b[o]. Each product
-   y x W gives each factor the gradient times the other one:
+/* Forward: y = x W^T + b, that is y[r, o] = sum over i of x[r, i] W[o, i] + b[o]. Each factor of a
+   product x[r, i] W[o, i] gets dy[r, o] times the other one:
        dx = dy W,   dW += dy^T x  ([out, in]; x^T dy for [in, out]),   db += column sums of dy. */
 static void dpoi_linear_backward(const dpo_context *context, float *dx /* [R, in] or NULL */,
                                  const float *dy /* [R, out] */, const float *x /* [R, in] */,
@@ -2278,8 +2279,8 @@ static void dpoi_rotary_table(float *table, size_t n_positions, size_t n, float 
     }
 }
 
-/* In place on queries and keys. A rotation's gradient is turned back by the same angle (its matrix
-   is orthogonal), so the backward is this function with `direction` -1 instead of +1. */
+/* In place on queries and keys. The backward multiplies by the rotation's transpose, which turns
+   back by the same angle, so it is this function with `direction` -1 instead of +1. */
 static void dpoi_rotary(const dpo_context *context, float *qkv /* [R, 3C] */,
                         const uint32_t *position /* [R] */, const float *table, size_t n,
                         dpoi_heads heads, float direction, size_t R)
@@ -2319,8 +2320,9 @@ typedef struct dpoi_attention {
 } dpoi_attention;
 
 /* Queries go through in strips of 64: large enough that the products run at speed, small enough
-   that a strip of scores [64, keys] stays in the cache. T x T scores never exist. Each row of the
-   strip holds all its keys, so the softmax needs no running maximum. */
+   that a strip of scores [64, keys] stays in the cache. T x T scores never exist. A strip has all
+   its keys, so the softmax is the plain one, not FlashAttention's with a running maximum: simpler,
+   and no slower. */
 #define DPOI_STRIP 64
 
 /* Some queries of a span, and the keys that they see: the prefix, then the span's own up to the
@@ -2331,16 +2333,17 @@ typedef struct dpoi_strip {
     size_t first, n;        // row of the first query; queries
     size_t own, keys;       // keys in the span; keys in all
     size_t D, row;          // floats of a head, and of a row of qkv
-    float *pack;
+    float *pack;            // scratch of products
     dpo_dtype as;
 } dpoi_strip;
 
-static dpoi_strip dpoi_strip_of(const dpoi_attention *attention, const dpoi_span *span, size_t q0,
-                                float *pack)
+/* The span's queries from q0 on, for the calling thread. */
+static dpoi_strip dpoi_strip_of(const dpo_context *context, const dpoi_attention *attention,
+                                const dpoi_span *span, size_t q0)
 {
     size_t n = DPOI_MIN(span->n - q0, (size_t)DPOI_STRIP), D = attention->heads.D;
     return (dpoi_strip){ span, span->first + q0, n, q0 + n, span->n_prefix + q0 + n, D,
-                         3 * attention->heads.H * D, pack, attention->as };
+                         3 * attention->heads.H * D, dpoi_pack_scratch(context), attention->as };
 }
 
 /* Rows of x [R, row] from r on. */
@@ -2349,7 +2352,8 @@ static dpoi_matrix dpoi_strip_rows(const dpoi_strip *strip, const float *x, size
     return dpoi_submatrix(dpoi_rows(x, strip->row), r, 0);
 }
 
-/* s[n, keys] = q X^T: raw scores if X holds keys; dP = dy V^T in the backward. */
+/* s[n, keys] = q X^T: raw scores if X holds keys; dP = dy V^T in the backward, where X holds values
+   and dy takes q's place. */
 static void dpoi_strip_product(const dpoi_strip *strip, float *s, const float *q /* [n, D] */,
                                size_t q_row, const float *x)
 {
@@ -2362,7 +2366,7 @@ static void dpoi_strip_product(const dpoi_strip *strip, float *s, const float *q
                        strip->n, strip->own, strip->D, 0, strip->as);
 }
 
-/* y[n, D] = s[n, keys] X. */
+/* y[n, D] = s[n, keys] X: P V, or dQ = ds K in the backward. */
 static void dpoi_strip_gather(const dpoi_strip *strip, float *y, size_t y_row, const float *s,
                               const float *x)
 {
@@ -2375,7 +2379,7 @@ static void dpoi_strip_gather(const dpoi_strip *strip, float *y, size_t y_row, c
                        strip->as);
 }
 
-/* The gradient of that product towards X: dX += s^T[keys, n] dy[n, D]. */
+/* Forward: y = s X, so dX += s^T[keys, n] dy[n, D]: dV from P and dy, dK from ds and q. */
 static void dpoi_strip_scatter(const dpoi_strip *strip, float *dx, const float *s, const float *dy,
                                size_t dy_row)
 {
@@ -2393,13 +2397,23 @@ static void dpoi_strip_scatter(const dpoi_strip *strip, float *dx, const float *
    embeddings. */
 static void dpoi_strip_scale(float *s /* [visible] */, size_t visible, float scale, float slope)
 {
-    const int32_t last = (int32_t)visible - 1; // of 32 bits: vectors convert these to float sooner
+    const int32_t last = (int32_t)visible - 1; // vector units convert 32 bits to float faster
     for (int32_t j = 0; j <= last; j++) s[j] = s[j] * scale - slope * (float)(last - j);
 }
 
+/* s[n] = softmax(s), in place. Returns log(sum of exp(s)), from the true maximum. */
+static float dpoi_softmax(float *s, size_t n)
+{
+    float most = dpoi_max(s, n);
+    for (size_t j = 0; j < n; j++) s[j] = dpoi_exp(s[j] - most);
+    float sum = dpoi_sum(s, n);
+    for (size_t j = 0; j < n; j++) s[j] /= sum;
+    return most + logf(sum);
+}
+
 /* y = softmax(scores) V for every head (Vaswani et al. 2017, equation 1), heads side by side in y.
-   lse[r, h], the logarithm of the softmax's denominator, lets the backward recompute the
-   probabilities without a second pass over the scores. */
+   lse[r, h], the log of the sum of exp(score), lets the backward recompute each probability from
+   its score alone, as exp(score - lse). */
 static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C] */,
                                    float *lse /* [R, H] */, const float *qkv /* [R, 3C] */,
                                    const dpoi_attention *attention)
@@ -2411,24 +2425,19 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
         size_t example = task / H, h = task % H;
         const float *head = qkv + h * heads.head_stride;
         float *s = context->strip[dpoi_thread_index()];
-        float *pack = dpoi_pack_scratch(context);
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
         size_t end = attention->first_span[example + 1];
         for (size_t k = attention->first_span[example]; k < end; k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
-                dpoi_strip strip = dpoi_strip_of(attention, span, q0, pack);
+                dpoi_strip strip = dpoi_strip_of(context, attention, span, q0);
                 dpoi_strip_product(&strip, s, head + strip.first * row, row, head + heads.key);
                 for (size_t i = 0; i < strip.n; i++) {
                     float *p = s + i * strip.keys;
                     size_t visible = span->n_prefix + q0 + i + 1;
                     dpoi_strip_scale(p, visible, attention->scale, slope);
-                    float most = dpoi_max(p, visible);
-                    for (size_t j = 0; j < visible; j++) p[j] = dpoi_exp(p[j] - most);
-                    float sum = dpoi_sum(p, visible);
-                    for (size_t j = 0; j < visible; j++) p[j] /= sum;
+                    lse[(strip.first + i) * H + h] = dpoi_softmax(p, visible);
                     for (size_t j = visible; j < strip.keys; j++) p[j] = 0.0f; // the future
-                    lse[(strip.first + i) * H + h] = most + logf(sum);
                 }
                 dpoi_strip_gather(&strip, y + strip.first * C + h * D, C, s, head + heads.value);
             }
@@ -2439,10 +2448,10 @@ static void dpoi_attention_forward(const dpo_context *context, float *y /* [R, C
 
 /* Forward: s = scale * Q K^T + bias, P = softmax(s), y = P V. Backwards through it:
        dV += P^T dy,   dP = dy V^T,
-       ds = P * (dP - sum over j of P dP): the softmax's Jacobian, and the sum is just dy . y,
-       dQ = scale * ds K,   dK += scale * ds^T Q.
-   Keys of a prompt collect from the prompt's own rows and from every branch; all of that happens
-   inside one task, in the order of the spans. */
+       ds = P * (dP - sum over j of P dP), by the softmax's Jacobian; the sum is just dy . y,
+       dQ = scale * ds K,   dK += scale * ds^T Q     (below, ds has the scale in it).
+   A prompt's keys and values collect from the prompt's own rows and from every branch; all of that
+   happens inside one task, in the order of the spans. */
 static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [R, 3C] */,
                                     const float *dy /* [R, C] */, const float *y /* [R, C] */,
                                     const float *lse /* [R, H] */, const float *qkv /* [R, 3C] */,
@@ -2456,7 +2465,6 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
         const float *head = qkv + h * heads.head_stride;
         float *dhead = dqkv + h * heads.head_stride;
         float *p = context->strip[dpoi_thread_index()];
-        float *pack = dpoi_pack_scratch(context);
         float *ds = p + context->strip_floats / 2;
         float slope = attention->slopes ? attention->slopes[h] : 0.0f;
         size_t first = attention->first_span[example], end = attention->first_span[example + 1];
@@ -2469,11 +2477,11 @@ static void dpoi_attention_backward(const dpo_context *context, float *dqkv /* [
         for (size_t k = first; k < end; k++) {
             const dpoi_span *span = &attention->spans[k];
             for (size_t q0 = 0; q0 < span->n; q0 += DPOI_STRIP) {
-                dpoi_strip strip = dpoi_strip_of(attention, span, q0, pack);
+                dpoi_strip strip = dpoi_strip_of(context, attention, span, q0);
                 const float *q = head + strip.first * row, *dys = dy + strip.first * C + h * D;
                 dpoi_strip_product(&strip, p, q, row, head + heads.key);
                 dpoi_strip_product(&strip, ds, dys, C, head + heads.value);
-                float inner[DPOI_STRIP]; // side by side, they wait for y together
+                float inner[DPOI_STRIP]; // dy . y, all at once: their loads of y overlap
                 for (size_t i = 0; i < strip.n; i++)
                     inner[i] = dpoi_dot(dys + i * C, y + (strip.first + i) * C + h * D, D);
                 for (size_t i = 0; i < strip.n; i++) {
@@ -2529,19 +2537,17 @@ static void dpoi_attention_row(const dpo_context *context, float *y /* [C] */,
         float *p = cache->scores + h * cache->capacity, *yh = y + h * D;
         for (size_t j = 0; j < n; j++) p[j] = dpoi_dot(q, kv + j * row, D);
         dpoi_strip_scale(p, n, attention->scale, attention->slopes ? attention->slopes[h] : 0.0f);
-        float most = dpoi_max(p, n);
-        for (size_t j = 0; j < n; j++) p[j] = dpoi_exp(p[j] - most);
-        float sum = dpoi_sum(p, n);
+        dpoi_softmax(p, n);
         for (size_t d = 0; d < D; d++) yh[d] = 0.0f;
         for (size_t j = 0; j < n; j++)
-            for (size_t d = 0; d < D; d++) yh[d] += p[j] / sum * kv[j * row + D + d];
+            for (size_t d = 0; d < D; d++) yh[d] += p[j] * kv[j * row + D + d];
     }
 }
 
 /* ---- 4.6 activations ------------------------------------------------------------------------- */
 
-/* Value of each kind, and its derivative in *slope. Inlined with a constant `kind`, so every case
-   below becomes a loop without a branch in it.
+/* The activation's value, and its derivative in *slope. Inlined with a constant `kind`, so that the
+   loops below have no branches.
        gelu        x Phi(x), Phi the normal distribution function       (Hendrycks, Gimpel 2016);
                    slope Phi(x) + x phi(x), phi the normal density
        gelu_new    x (1 + tanh(u)) / 2, u = sqrt(2/pi) (x + 0.044715 x^3); d tanh(u) is
@@ -2575,7 +2581,7 @@ static inline float dpoi_activation(float x, float *slope, dpo_activation kind)
     return x > 0.0f ? x : 0.0f;
 }
 
-/* y = act(x); for SwiGLU (Shazeer 2020) y = x * silu(gate): BTLM gates with its second matrix. */
+/* y = act(x); for SwiGLU (Shazeer 2020) y = x * silu(gate): BTLM's second matrix makes the gate. */
 __attribute__((always_inline))
 static inline void dpoi_activation_run(float *y, const float *x, const float *gate, size_t n,
                                        dpo_activation kind)
@@ -2609,12 +2615,12 @@ static inline void dpoi_activation_run_back(float *dx, float *dgate, const float
     case DPO_RELU: call(DPO_RELU); break; \
     case DPO_SWIGLU: call(DPO_SWIGLU); break;
 
-/* Both directions go through the numbers in runs, fetching the next one meanwhile. What comes next
-   in a simple loop a CPU guesses, but where each element takes this long, it does not fetch far
-   enough ahead: GELU waited more than it computed. */
+/* Forward and backward go through the arrays in runs, and prefetch the next run meanwhile. The CPU
+   prefetches by itself in simple loops, but not far enough ahead where each element takes this
+   long: GELU waited more than it computed. */
 #define DPOI_RUN 128
 
-/* Asks for the run of x[n] that follows the one at i. */
+/* Prefetches the run of x[n] that follows the one at i. */
 static inline void dpoi_fetch_next(const float *x, size_t i, size_t n)
 {
     for (size_t j = i + DPOI_RUN; j < DPOI_MIN(i + 2 * DPOI_RUN, n); j += DPOI_LINE)
@@ -2666,12 +2672,12 @@ static void dpoi_activation_backward(const dpo_context *context, float *dx, floa
 /* ================================================================================================
    5. HEAD AND LOSSES
 
-   The head turns a hidden row into logits over the vocabulary, logits = scale * h W^T, and from
+   The head turns a hidden row h [C] into logits [V], logits = scale * h W^T with W [V, C], and from
    them comes log p(token) = logit[token] - log(sum over v of exp(logit[v])). V is fifty thousand:
    the head costs as much as several blocks, and its logits would be the largest array of all. So it
-   runs on scored rows only (the rows that predict an answer's token; a prompt's other rows predict
-   nothing anybody asks for), and it goes through the vocabulary in chunks, keeping of each row just
-   the largest logit so far and the sum of exponentials relative to it.
+   runs on the S scored rows only (a prompt's rows before its last predict nothing anybody asks
+   for), and it goes through the vocabulary in chunks, keeping of each row just the largest logit so
+   far and the sum of exponentials relative to it.
 
    One row can have several targets: the prompt's last row predicts the first token of every branch.
    ============================================================================================= */
@@ -2686,19 +2692,12 @@ typedef struct dpoi_target {
 
 #define DPOI_CHUNK 1024     // tokens of the vocabulary at a time: 4 MB of logits for 1024 rows
 
-/* The rows v0 .. v0 + n of the head as the [C, n] matrix that multiplies hidden rows. */
-static dpoi_matrix dpoi_head_chunk(const dpo_tensor *W /* [V, C] */, size_t v0)
-{
-    dpoi_matrix all = { W->data, W->shape[1], 1, W->dtype };
-    return dpoi_transposed(dpoi_submatrix(all, v0, 0));
-}
-
 /* For every scored row: log_sum[s] = log of the sum of exp(logit), from the true maximum, and
    argmax[s]; for every target: target_logit. Nothing of size [S, V] is kept.
 
    A frozen head's backward needs of the logits only mean[s] = sum over v of p[v] W[v]. It is summed
-   here, where they are, unnormalised as log_sum is; that saves the backward's second look at them,
-   a third of all the head's work. */
+   here, where the logits are, unnormalised as log_sum is; so the backward need not compute them
+   again, which saves a third of all the head's work. */
 static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S] */,
                               uint32_t *argmax /* [S] */, float *target_logit /* [n_targets] */,
                               float *mean /* [S, C], NULL if it is not wanted */,
@@ -2711,7 +2710,7 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
     size_t V = W->shape[0], C = W->shape[1];
     for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
         size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
-        dpoi_matrix chunk = dpoi_head_chunk(W, v0);
+        dpoi_matrix chunk = dpoi_submatrix(dpoi_weight(W), 0, v0); // [C, n]
         dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0, W->dtype);
         DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
         for (size_t s = 0; s < S; s++) {
@@ -2749,7 +2748,7 @@ static void dpoi_head_forward(const dpo_context *context, double *log_sum /* [S]
 /* Forward: logits = scale * h W^T, logp[b] = sum over b's targets of logit[token] - log_sum. With
    coefficients c = d loss / d logp[b] summed over the targets t of a row,
        dlogit[v] = sum over t of c_t [token_t = v] - (sum over t of c_t) exp(logit[v] - log_sum):
-   the softmax's "onehot - p", times one scalar a branch. The logits are computed again, chunk by
+   the softmax's "onehot - p", times one scalar per branch. The logits are computed again, chunk by
    chunk, which costs a product and saves S x V floats.
        dh = scale * dlogit W,   dW += scale * dlogit^T h. */
 static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] */,
@@ -2761,7 +2760,7 @@ static void dpoi_head_backward(const dpo_context *context, float *dh /* [S, C] *
     size_t V = W->shape[0], C = W->shape[1];
     for (size_t v0 = 0; v0 < V; v0 += DPOI_CHUNK) {
         size_t n = DPOI_MIN(V - v0, (size_t)DPOI_CHUNK);
-        dpoi_matrix chunk = dpoi_head_chunk(W, v0);
+        dpoi_matrix chunk = dpoi_submatrix(dpoi_weight(W), 0, v0); // [C, n]
         dpoi_matmul(context, logits, n, dpoi_rows(h, C), chunk, S, n, C, 0, W->dtype);
         DPOI_PARALLEL_ROWS(dpoi_threads(context, 8 * S * n))
         for (size_t s = 0; s < S; s++) {
@@ -2822,7 +2821,7 @@ static double dpoi_logistic(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(
        hinge     max(0, 1 - beta h)                Liu et al. 2023, RSO: the hinge of SLiC
                  (Zhao et al. 2023) on log-ratios to a reference
    Each reaches the model through two numbers, d loss / d logp of the two answers: backwards, DPO is
-   SFT with one scalar an answer. */
+   SFT with one scalar per answer. */
 DPO_API dpo_pair dpo_pair_loss(const dpo_score *scores, const double *reference,
                                const dpo_loss_options *options)
 {
@@ -2895,8 +2894,8 @@ DPO_API int dpo_mean_error(dpo_context *context, double *mean, double *error, co
     return 0;
 }
 
-/* Accuracy is the share of pairs whose chosen answer has the strictly larger reward (TRL's
-   rewards/accuracies; a policy equal to its reference has only ties and scores 0). */
+/* Accuracy is TRL's rewards/accuracies: the share of pairs whose chosen answer has the strictly
+   larger reward. */
 DPO_API int dpo_metrics_compute(dpo_context *context, dpo_metrics *metrics, double *margins,
                                 const dpo_example *examples, const dpo_score *scores,
                                 const double *reference, size_t n, const dpo_loss_options *options)
@@ -4161,13 +4160,11 @@ DPO_API int dpo_logits(dpo_model *model, float *logits, const uint32_t *tokens, 
     const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
-    size_t C = config->d_model, V = config->vocab_size;
     const float *x = dpoi_blocks_forward(model, 0, NULL);
     dpoi_norm_forward(context, w->normed, w->stats, x, weights->norm_w->data, weights->norm_b->data,
-                      (float)config->norm_epsilon, n, C);
-    dpoi_matmul(context, logits, V, dpoi_rows(w->normed, C), dpoi_head_chunk(weights->head, 0), n,
-                V, C, 0, weights->head->dtype);
-    for (size_t i = 0; i < n * V; i++) logits[i] *= (float)config->logit_scale;
+                      (float)config->norm_epsilon, n, config->d_model);
+    dpoi_linear_forward(context, logits, w->normed, weights->head, NULL, n, 0);
+    for (size_t i = 0; i < n * config->vocab_size; i++) logits[i] *= (float)config->logit_scale;
     return 0;
 }
 
@@ -4950,10 +4947,10 @@ DPO_API int dpo_model_load(dpo_context *context, dpo_model *model, const char *p
     return failed;
 }
 
-/* Standard deviations: 0.02, Hugging Face's default (Pythia itself began with others, small_init and
-   wang_init), or BTLM's 0.073 with muP's factor sqrt(mup_width_scale) inside the blocks; the two matrices of a block that write to the
-   residual stream have theirs divided by sqrt(2 L), so that the stream does not grow with depth
-   (Radford et al. 2019). */
+/* Standard deviations: 0.02, Hugging Face's default (Pythia's own first weights had others,
+   small_init and wang_init), or BTLM's 0.073, with muP's factor sqrt(mup_width_scale) inside the
+   blocks; the two matrices of a block that write to the residual stream have theirs divided by
+   sqrt(2 L), so that the stream does not grow with depth (Radford et al. 2019). */
 static void dpoi_init_weights(dpo_model *model, uint64_t seed)
 {
     const dpo_config *config = &model->config;
@@ -6528,11 +6525,9 @@ static void dpoi_next_logits(dpo_model *model, dpoi_cache *cache, const float *x
     const dpo_config *config = &model->config;
     const dpoi_weights *weights = model->weights;
     dpoi_workspace *w = model->workspace;
-    dpo_tensor head = *weights->head;
-    head.layout = DPO_LINEAR; // [V, C], also where it is the embedding
     dpoi_norm_forward(model->context, w->normed, w->stats, x, weights->norm_w->data,
                       weights->norm_b->data, (float)config->norm_epsilon, 1, config->d_model);
-    dpoi_linear_row(model->context, cache->logits, w->normed, &head, NULL, 1, 0);
+    dpoi_linear_row(model->context, cache->logits, w->normed, weights->head, NULL, 1, 0);
     for (size_t v = 0; v < config->vocab_size; v++) cache->logits[v] *= (float)config->logit_scale;
 }
 
