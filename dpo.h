@@ -201,7 +201,8 @@ typedef enum { DPO_F32 = 1, DPO_F16, DPO_BF16, DPO_U8, DPO_U32, DPO_F64, DPO_U64
 /* Weights of linear layers are [out, in] or, as in Hugging Face's Conv1D, [in, out]. */
 typedef enum { DPO_PLAIN /* no linear layer's weight */, DPO_LINEAR, DPO_CONV1D } dpo_layout;
 typedef enum {
-    DPO_FILE_MODEL = 1, DPO_FILE_ADAPTER, DPO_FILE_STATE, DPO_FILE_REFERENCE, DPO_FILE_TEST
+    DPO_FILE_MODEL = 1, DPO_FILE_ADAPTER, DPO_FILE_STATE, DPO_FILE_REFERENCE,
+    DPO_FILE_TEST   // of the container's own tests
 } dpo_file_kind;
 
 #define DPO_NAME_BYTES 96   // room for an entry's name with its terminating 0
@@ -500,6 +501,7 @@ DPO_API int dpo_model_init(dpo_context *context, dpo_model *model, const dpo_con
    tensor: vectors as fp32, matrices as fp32 or bf16. Replaces a file of that name. */
 DPO_API int dpo_model_save(dpo_model *model, const char *path, dpo_dtype matrices);
 DPO_API void dpo_model_free(dpo_model *model);
+/* A parameter by its Hugging Face name, an adapter's by PEFT's; NULL if there is none. */
 DPO_API const dpo_tensor *dpo_model_tensor(const dpo_model *model, const char *name);
 /* Puts a new adapter over a frozen model: A uniform in +-1/sqrt(in), B zero, as PEFT's default. */
 DPO_API int dpo_lora_init(dpo_model *model, const dpo_lora *lora, uint64_t seed);
@@ -510,14 +512,16 @@ DPO_API int dpo_lora_read(dpo_context *context, dpo_lora *lora, const dpo_file *
 /* Fails unless the adapter at `path` was made over the model of that identity. */
 DPO_API int dpo_lora_check_base(dpo_context *context, const dpo_lora *lora, const char *path,
                                 uint64_t identity);
-/* Saves the adapter. `base_path` says where its model is, for whoever opens it; one of 1024 bytes
-   or more, or that is not UTF-8, is left out, and the model must be named beside the adapter. */
+/* Saves the adapter. `base_path` says where its model is, for whoever opens it; NULL, one of 1024
+   bytes or more, or one that is not UTF-8 is left out, and the model must be named beside the
+   adapter. */
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path);
 /* The config of an open model file alone, to plan memory before the weights are loaded. */
 DPO_API int dpo_config_load(dpo_context *context, dpo_config *config, const dpo_file *file);
 /* Given vocab_size, context_length, d_model, n_layers, n_heads and d_ff (0: 4 d_model), sets all
    the rest as Pythia has it (GPT-NeoX) or BTLM-3B (ALiBi, SwiGLU, muP's scales for this width). */
 DPO_API void dpo_config_default(dpo_config *config, dpo_architecture architecture);
+/* Fails, and says why, unless a model can have this config. */
 DPO_API int dpo_config_check(dpo_context *context, const dpo_config *config);
 
 typedef struct dpo_score {
@@ -532,6 +536,7 @@ DPO_API int dpo_forward(dpo_model *model, dpo_score *scores, const dpo_batch *ba
 /* Adds d(sum over branches of dlogp[b] * logp[b]) / d(parameter) to the gradients, for the batch
    that dpo_forward kept last; once, since it uses up what was kept. */
 DPO_API int dpo_backward(dpo_model *model, const dpo_batch *batch, const double *dlogp);
+/* Sets all gradients to 0; allocates them at the first call. Fails if nothing is trained. */
 DPO_API int dpo_model_zero_grad(dpo_model *model);
 /* Scores any number of examples in micro-batches of max_rows. */
 DPO_API int dpo_score_examples(dpo_model *model, dpo_score *scores, const dpo_example *examples,
@@ -3129,14 +3134,16 @@ static void dpoi_add_block(dpo_model *model, size_t layer)
     }
 }
 
-/* Builds the table from the config, and makes options.dtype DPO_F32 unless it is DPO_BF16. */
+/* Builds the table from the config; options.dtype 0 becomes DPO_F32. */
 static int dpoi_build_table(dpo_model *model)
 {
     dpo_context *context = model->context;
     const dpo_config *config = &model->config;
     size_t C = config->d_model, L = config->n_layers;
     int btlm = config->architecture == DPO_BTLM;
-    if (model->options.dtype != DPO_BF16) model->options.dtype = DPO_F32;
+    if (!model->options.dtype) model->options.dtype = DPO_F32;
+    if (model->options.dtype != DPO_F32 && model->options.dtype != DPO_BF16)
+        return dpoi_fail(context, "a model's dtype must be DPO_F32 or DPO_BF16");
     if (dpo_config_check(context, config) ||
         // a block's tensors, and A and B of its linear layers
         dpoi_alloc_zeroed(context, &model->tensors, (14 + 10) * L + 6, sizeof *model->tensors) ||
@@ -5247,9 +5254,10 @@ static size_t dpoi_utf8_check(const char *text, size_t n); // part 9.1
 DPO_API int dpo_lora_save(dpo_model *model, const char *path, const char *base_path)
 {
     dpo_lora lora = model->lora;
-    const size_t n_base = strlen(base_path);
+    const size_t n_base = base_path ? strlen(base_path) : 0;
     if (!lora.r) return dpoi_fail(model->context, "%s: the model has no adapter to save", path);
-    const int keep = n_base < sizeof lora.base && dpoi_utf8_check(base_path, n_base) == n_base;
+    const int keep = n_base && n_base < sizeof lora.base &&
+                     dpoi_utf8_check(base_path, n_base) == n_base;
     snprintf(lora.base, sizeof lora.base, "%s", keep ? base_path : "");
     return dpoi_save(model, path, DPO_FILE_ADAPTER, &lora, dpoi_lora_fields, DPO_F32);
 }
@@ -6161,8 +6169,11 @@ DPO_API int dpo_jsonl_next(dpo_context *context, dpo_jsonl *reader, int *found)
     snprintf(reader->where, sizeof reader->where, "%.480s:%zu", reader->path, reader->line);
     if (dpoi_first_character(line) == '{')
         return dpo_json_parse(context, &reader->json, line->bytes, line->n, reader->where);
-    return dpoi_fail(context, "%s: an object {...} is expected on each line; convert other files "
-                     "with `python3 convert.py data`", reader->where);
+    const unsigned char *start = (const unsigned char *)line->bytes;
+    const int utf16 = line->n > 1 && start[0] + start[1] == 0xfe + 0xff;    // its byte order mark
+    return dpoi_fail(context, "%s: %s", reader->where, utf16 ? "UTF-16; save the file as UTF-8"
+                     : "an object {...} is expected on each line; convert other files with "
+                       "`python3 convert.py data`");
 }
 
 DPO_API void dpo_jsonl_close(dpo_context *context, dpo_jsonl *reader)

@@ -457,7 +457,7 @@ static void chat(dpo_context *context, const settings *s)
         size_t turn = (size_t)sprintf(transcript + used, "\n\nHuman: %s\n\nAssistant:", line);
         tokens.n = answer.n = 0;
         if (dpo_tokenizer_encode(context, &tokens, &model.tokenizer, transcript, used + turn)) {
-            say("%s", context->error);  // the turn is dropped
+            say("not read: %s", context->error);
             continue;
         }
         if (tokens.n > most && !cut)

@@ -620,10 +620,20 @@ static inline dpo_memory check_memory(dpo_context *context, const dpo_config *co
     return m;
 }
 
+static inline size_t count_tokens(const dpo_example *e)
+{
+    size_t n = e->n_prompt;
+    for (size_t b = 0; b < e->n_branches; b++) n += e->branches[b].n;
+    return n;
+}
+
 /* What was read, and why some of it was not: no record disappears silently. */
 static inline void print_counts(const char *path, const dpo_data *data, const char *what)
 {
     const dpo_data_counts *c = &data->counts;
+    size_t tokens = 0;      // as they were cut
+    for (const dpo_example *e = data->examples; e < data->examples + data->n; e++)
+        tokens += count_tokens(e);
     const struct { size_t n; const char *why; } rows[] = {
         {c->prompts_differ, "dropped: the rejected text does not begin with the prompt"},
         {c->no_prompt, "dropped: no \"\\n\\nAssistant:\" in the text"},
@@ -636,10 +646,10 @@ static inline void print_counts(const char *path, const dpo_data *data, const ch
     };
     if (c->bytes)
         say("data    %s: %zu records, %zu bytes; %zu windows of text, %zu tokens", path, c->records,
-            c->bytes, data->n, data->tokens.n);
+            c->bytes, data->n, tokens);
     else
         say("data    %s: %zu records; %zu %s of %zu prompts, %zu tokens", path, c->records, data->n,
-            what, data->n_groups, data->tokens.n);
+            what, data->n_groups, tokens);
     for (size_t i = 0; i < sizeof rows / sizeof *rows; i++)
         if (rows[i].n) say("  %8zu %s", rows[i].n, rows[i].why);
     if (!data->n) fail("%s: nothing in it can be used", path);

@@ -399,13 +399,6 @@ static void catch_signals(void)
     sigaction(SIGTERM, &action, NULL);
 }
 
-static size_t count_tokens(const dpo_example *e)
-{
-    size_t n = e->n_prompt;
-    for (size_t b = 0; b < e->n_branches; b++) n += e->branches[b].n;
-    return n;
-}
-
 /* Scored tokens of an sft example; without a prompt the first token has nothing to predict it. */
 static size_t count_scored(const dpo_example *e)
 {

@@ -1126,6 +1126,11 @@ static void test_configs(void)
     TRY(DPO_BTLM, alibi_factor = -2, "alibi_factor");
     TRY(DPO_BTLM, mup_width_scale = 0, "mup_width_scale");
 #undef TRY
+    dpo_config config = good;
+    dpo_model model;
+    dpo_config_default(&config, DPO_GPT_NEOX);
+    fails(dpo_model_init(&context, &model, &config, NULL, 1, &(dpo_model_options){ .dtype = DPO_F16 }),
+          "DPO_F32 or DPO_BF16");
 }
 
 int main(int argc, char **argv)
