@@ -73,6 +73,7 @@ import zlib
 CHUNK = 4 << 20                 # bytes copied at a time
 MAX_HEADER = 100_000_000        # bytes of a safetensors header, the format's own limit
 MAX_PICKLE = 64 << 20           # bytes of data.pkl; a model's is some hundred kilobytes
+POINTER = b"version https://git-lfs"            # how every pointer of Git LFS begins
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1,
               "u64": 8, "u32": 4, "u16": 2, "u8": 1, "bool": 1, "f8_e4m3": 1, "f8_e5m2": 1}
@@ -109,7 +110,15 @@ def parse_json(path, data, place=""):
         fail(path, f"{place}not valid JSON ({error}); repair it or fetch it again")
 
 
+def refuse_pointer(path, what="the file itself"):
+    """A repository cloned without Git LFS has a few lines of text in place of each large file."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            fail(path, f"is a Git LFS pointer, not {what}; run `git lfs pull` in its directory")
+
+
 def read_bytes(path):
+    refuse_pointer(path)
     with open(path, "rb") as file:
         return file.read()
 
@@ -346,6 +355,7 @@ def read_container(path, kind=None):
 
 def read_safetensors(path):
     """{name: Tensor}, once it is sure that the header describes every byte exactly once."""
+    refuse_pointer(path, "the weights")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", read_at(file, 0, 8))[0]
@@ -467,6 +477,7 @@ def run_pickle(path, data):
 
 def read_torch(path):
     """{name: Tensor} of a file written by torch.save since PyTorch 1.6."""
+    refuse_pointer(path, "the weights")
     size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -1501,6 +1512,7 @@ class Record:
 
 def read_records(path):
     """The Records of a file of JSON lines or with one JSON array, either perhaps gzipped."""
+    refuse_pointer(path)
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     try:

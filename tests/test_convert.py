@@ -410,6 +410,35 @@ class CheckpointTest(ConvertTest):
                          self.directory(config__json=NEOX, model__safetensors=data),
                          self.path("m"))
 
+    def test_git_lfs_pointers(self):
+        """What a clone without Git LFS has in place of each large file, whichever that is."""
+        pointer = (b"version https://git-lfs.github.com/spec/v1\n"
+                   b"oid sha256:" + b"0f" * 32 + b"\nsize 911000000\n")
+        weights = {"model__safetensors": safetensors(random_tensors(NEOX, "f16"))}
+        index = {"weight_map": {"gpt_neox.embed_in.weight": "a.safetensors"}}
+        ids, _merges = byte_level_vocabulary()
+        for name, files in (
+                ("model.safetensors", {}), ("pytorch_model.bin", {}),
+                ("a.safetensors", {"model__safetensors__index__json": index}),
+                ("pytorch_model.bin.index.json", {}), ("config.json", weights),
+                ("tokenizer.json", weights), ("vocab.json", weights),
+                ("merges.txt", {**weights, "vocab__json": ids}),
+                ("generation_config.json", weights)):
+            source = self.directory(**{"config__json": NEOX, **files,
+                                       name.replace(".", "__"): pointer})
+            what = "weights" if name.endswith((".safetensors", ".bin")) else "file itself"
+            self.refused(f"/{name}: is a Git LFS pointer, not the {what}; run `git lfs pull` in "
+                         "its directory$", "import", source, self.path("m"))
+        base = self.imported(self.directory(config__json=NEOX, **weights))
+        for name in ("adapter_model__safetensors", "adapter_model__bin"):
+            source = self.directory(adapter_config__json=PEFT, **{name: pointer})
+            self.refused("pointer, not the weights", "import", source, self.path("m"), "--base",
+                         base)
+        source = self.directory(train__json=pointer)
+        for kind in ("shp", "alpaca", "messages"):
+            self.refused("train.json: is a Git LFS pointer", "data", kind,
+                         os.path.join(source, "train.json"), self.path("o"))
+
     def test_hostile_pickles(self):
         storage = Persistent("f32", "0", 4)
         ok = Rebuilt(storage, 0, (2, 2), (2, 1))
