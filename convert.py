@@ -638,9 +638,10 @@ def canonical_config(path, hf):
     """config.json -> the canonical keys; what dpo.h could not compute exactly is an error."""
     arch = hf.get("model_type")
     rope = hf.get("rope_parameters") or {}              # transformers 5 collects the rotary keys
-    if arch not in (NEOX, BTLM) or not isinstance(rope, dict):
-        fail(path, f"model_type is {arch!r}, rope_parameters {rope!r}; only gpt_neox (Pythia) and "
-                   "btlm can be imported, with simple rope_parameters")
+    if arch not in (NEOX, BTLM):
+        fail(path, f"model_type is {arch!r}; only gpt_neox (Pythia) and btlm can be imported")
+    if not isinstance(rope, dict):
+        fail(path, f"rope_parameters is {rope!r}, not a JSON object; correct it")
     hf = {**hf, **{"rope_parameters." + name: value for name, value in rope.items()}}
     config = {"arch": arch, "position": "rotary", "rotary_dims": 0, "rotary_base": 10000.0,
               "parallel_residual": False, "attention_bias": True, "embedding_scale": 1.0,
@@ -1275,9 +1276,18 @@ def run_file(path, *names):
     return next(filter(os.path.exists, paths), paths[0])
 
 
+def is_run(directory):
+    """Whether train made it: the config.json of a run says what was to be done, and how."""
+    path = os.path.join(directory, "config.json")
+    return os.path.exists(path) and {"command", "options"} <= read_json_object(path).keys()
+
+
 def import_directory(directory, output, base):
     if not os.path.isdir(directory):    # first: of swapped names the other exists already
         fail(directory, "is no directory; the order is import DIR FILE")
+    if is_run(directory):
+        fail(directory, "is a run directory of train, and what it trained is in dpo.h's own format "
+                        "already; `convert.py export` makes a checkpoint of its model or adapter")
     refuse_existing(output)
     is_adapter = os.path.exists(os.path.join(directory, PEFT_CONFIG))
     if is_adapter and base is None:

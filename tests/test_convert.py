@@ -625,11 +625,13 @@ class ConfigTest(ConvertTest):
 
     def test_refused(self):
         for hf, changes, pattern in (
-                (NEOX, {"model_type": "llama"}, "model_type is 'llama'"),
+                (NEOX, {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4}},
+                 r"model_type is 'llama'; only gpt_neox \(Pythia\) and btlm can be imported$"),
                 (NEOX, {"model_type": ["gpt_neox"]}, "model_type"),
                 (NEOX, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaling"),
                 (NEOX, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),
-                (NEOX, {"rope_parameters": [1]}, "rope_parameters"),
+                (NEOX, {"rope_parameters": [1]},
+                 r"json: rope_parameters is \[1\], not a JSON object"),
                 (NEOX, {"hidden_act": "swiglu"}, "'swiglu'"),
                 (NEOX, {"hidden_act": "mish"}, "'mish'"),
                 (BTLM, {"activation_function": "tanh"}, "'tanh'"),
@@ -947,6 +949,13 @@ class ExportTest(ConvertTest):
         unfinished = self.directory(config__json={"command": "dpo"})
         self.refused("model.bin: No such file", "export", unfinished, self.path("x"))
         self.refused("No such file", "export", self.path("nothing"), self.path("x"))
+        run = self.directory(config__json={"command": "sft", "options": {"model": "m"}},
+                             model__bin=convert.read_bytes(model))
+        for options in ([], ["--base", model]):
+            self.refused(r"in\d+: is a run directory of train.*`convert.py export` makes a "
+                         "checkpoint of its model or adapter$",
+                         "import", run, self.path("x"), *options)
+        self.good("export", run, self.path("of_run"))
         self.refused("header", "export", os.path.join(target, "config.json"), self.path("x"))
         config = json.loads(self.contents(model)["config"][3])
         for change in ({"logit_scale": 0.5}, {"attention_scale": 0.3}, {"n_layers": 10**9},
