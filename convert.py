@@ -1489,7 +1489,7 @@ def with_true_dtype(path, data, dtype):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data sets -> {"prompt", "chosen", "rejected"} or {"prompt", "completion"}
+# Data sets -> {"prompt", "chosen", "rejected"} or {"prompt", "completion"}; text stays as it is
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"          # HH's turns; answers begin with a space
 ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately "
@@ -1580,8 +1580,19 @@ def alpaca_record(record, template):
     return finished(prompt, completion=space + record.get("output", str))
 
 
+def text_record(record, names):
+    """A record in train.c's own fields: its text stays as it is, no turns are put around it."""
+    whole = names == ("text",) or ("chosen" in names and record.value.get("prompt") is None)
+    texts = {name: record.get(name, str) for name in (names if whole else ("prompt", *names))}
+    if not all(texts[name].strip() for name in names):
+        return "empty answer"
+    if whole and ASSISTANT not in texts.get("chosen", ASSISTANT):
+        return "neither a prompt nor Anthropic HH's turns"
+    return {name.replace("response", "completion"): text for name, text in texts.items()}
+
+
 def messages_record(record, _template):
-    """TRL's conversational forms; chosen and rejected may or may not repeat the prompt."""
+    """TRL's forms: text, or messages; chosen and rejected may or may not repeat the prompt."""
     def turns(key):
         if key == "prompt" and isinstance(record.value.get(key), str):
             return [("user", record.get(key, str))]
@@ -1589,10 +1600,15 @@ def messages_record(record, _template):
             Record(record.path, f"{record.place}, message {i} of {key!r}", value)
             for i, value in enumerate(record.get(key, list, []), 1))]
 
-    names = next((names for names in (("chosen", "rejected"), ("completion",), ("messages",))
+    names = next((names for names in (("chosen", "rejected"), ("completion",), ("messages",),
+                                      ("response",), ("text",))
                   if {*names} & record.value.keys()), None)
     if names is None:
-        record.fail("has no chosen, completion or messages; is the file of another kind?")
+        record.fail("has no chosen, completion, messages, response or text; is the file of another "
+                    "kind?")
+    types = {type(record.value.get(name)) for name in names}
+    if names == ("text",) or (names != ("messages",) and str in types and list not in types):
+        return text_record(record, names)
     prompt, listed = turns("prompt"), isinstance(record.value.get("prompt"), list)
     talks = {name: turns(name) for name in names}
     for name, talk in talks.items():        # a prompt given as text is in a talk that has its own
@@ -1614,8 +1630,9 @@ def messages_record(record, _template):
         else:
             text += HUMAN + system + content if role == "user" else f"{ASSISTANT} {content}"
             system = system if role == "assistant" else ""
-    return finished(text + ASSISTANT, **{name.replace("messages", "completion"): " " + talk[-1][1]
-                                         for name, talk in talks.items()})
+    return finished(text + ASSISTANT, **{
+        "completion" if name in ("messages", "response") else name: " " + talk[-1][1]
+        for name, talk in talks.items()})
 
 
 CONVERTERS = {"shp": shp_record, "alpaca": alpaca_record, "messages": messages_record}
@@ -1633,14 +1650,16 @@ def convert_data(kind, source, output, template):
                 dropped[result] += 1
                 continue
             if fields not in (None, result.keys()):
-                record.fail("preferences and plain answers are mixed in one file; separate them")
+                record.fail(f"has {'/'.join(result)}, those before it {'/'.join(fields)}: two "
+                            "kinds are mixed in one file; separate them")
             fields = result.keys()
             yield result
 
     n_kept = 0
     with atomic_file(output) as file:
-        for _prompt, group in itertools.groupby(kept(), key=lambda result: result["prompt"]):
-            # Of SHP's pairs on one post the one with the best answer comes last: SFT's target.
+        # Of SHP's pairs on one post the one with the best answer comes last: SFT's target. Records
+        # without a prompt are groups of their own.
+        for _, group in itertools.groupby(kept(), lambda result: result.get("prompt", result)):
             for result in sorted(group, key=lambda result: result.pop("score", 0)):
                 file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
                 n_kept += 1
@@ -1678,12 +1697,15 @@ def parse_arguments():
     sub.add_argument("KIND", choices=list(CONVERTERS),
                      help="shp: Stanford Human Preferences, pairs whose scores differ by a factor "
                           "of 2 or more. alpaca: instruction, input, and output or chosen and "
-                          "rejected. messages: conversations as TRL and UltraFeedback have them")
+                          "rejected. messages: conversations as TRL and UltraFeedback have them; "
+                          "or text in train's own fields (prompt with chosen and rejected, or with "
+                          "completion or response; HH's chosen and rejected; text), which stays as "
+                          "it is")
     sub.add_argument("IN", help="JSON lines or one JSON array, may be gzipped")
     sub.add_argument("OUT", help="JSON lines to make; the file must not exist")
     sub.add_argument("--template", choices=("alpaca", "hh"),
                      help="form of alpaca's prompts: Alpaca's headings (the default), or Anthropic "
-                          "HH's turns, which shp and messages always have")
+                          "HH's turns, which shp and conversations always have")
     options = parser.parse_args()
     if options.command == "data" and options.template and options.KIND != "alpaca":
         sub.error("--template is for alpaca only")

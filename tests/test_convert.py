@@ -1424,12 +1424,49 @@ class DataTest(ConvertTest):
             self.assertIn(reason, self.output)
         for wrong, pattern in (
                 ({"prompt": "x"}, "no chosen"),
-                ({"chosen": "x", "rejected": "y"}, "'chosen' is \"x\""),
+                ({"chosen": "x", "rejected": answer("y")}, "'chosen' is \"x\", not a list"),
                 ({"messages": [1]}, "message 1 of 'messages': is not a JSON object"),
                 ({"messages": [{"role": "user"}]}, "message 1 of 'messages': has no 'content'"),
                 ({"messages": talk("a", 3)}, "message 2 of 'messages': 'content' is 3")):
             self.refused("line 1.*" + pattern, "data", "messages", self.file([wrong]),
                          self.path("o"))
+
+    def test_text_in_trains_own_fields(self):
+        """It stays as it is, whether it comes in lines or in an array."""
+        start = "\n\nHuman: Hi\n\nAssistant:"
+        for rows in ([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2,
+                     [{"chosen": start + " b", "rejected": start + " c"}] * 2,
+                     [{"prompt": "", "completion": "b"}, {"prompt": "a", "completion": " \u00fc"}],
+                     [{"text": "a\n"}, {"text": "b"}, {"text": "b"}]):
+            array = json.dumps(rows, indent=1).encode()
+            self.assertEqual(self.converted("messages", rows), rows)
+            self.assertEqual(self.converted("messages", gzip.compress(array)), rows)
+            more = [{**row, "id": 7} for row in rows]
+            self.assertEqual(self.converted("messages", more), rows)
+            self.refused(r"line 2: has prompt/completion, those before it prompt/chosen/rejected.*"
+                         "mixed", "data", "messages", self.file([
+                             {"prompt": "a", "chosen": "b", "rejected": "c"},
+                             {"prompt": "a", "response": "b"}]), self.path("o"))
+        turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}]
+        self.assertEqual(self.converted("messages", [
+            {"prompt": "a", "response": "b"}, {"prompt": turn[:1], "response": turn[1:]},
+            {"prompt": "a", "response": " "}]),
+            [{"prompt": "a", "completion": "b"}, {"prompt": start, "completion": " b"}])
+        self.assertIn("1 dropped: empty answer", self.output)
+        # A list beside the text is the conversation that it was taken from.
+        self.assertEqual(self.converted("messages", [
+            {"prompt": "Hi", "messages": turn, "response": "b", "text": "Hi b"}]),
+            [{"prompt": start, "completion": " b"}])
+        for wrong, pattern in (
+                ({"prompt": "a", "chosen": "b"}, "line 1: has no 'rejected'"),
+                ({"completion": "b"}, "line 1: has no 'prompt'"),
+                ({"messages": "b"}, "line 1: 'messages' is \"b\", not a list"),
+                ({"prompt": turn[:1], "chosen": "b", "rejected": "c"}, "line 1: 'prompt' is"),
+                ({"prompt": "a", "chosen": "b", "rejected": 3}, "line 1: 'rejected' is 3"),
+                ({"text": 3}, "line 1: 'text' is 3, not a str"),
+                ({"question": "a", "chosen": "b", "rejected": "c"},
+                 "1 dropped: neither a prompt nor")):
+            self.refused(pattern, "data", "messages", self.file([wrong]), self.path("o"))
 
     def test_refused(self):
         row = {"instruction": "a", "output": "b"}
