@@ -4,7 +4,7 @@
 They make their own little checkpoints, tokenizers and data sets in a temporary directory: right
 ones, which must come through bit for bit, and wrong ones, each of which must be refused with one
 line, exit status 1 and nothing left behind. If ../shared/data lies beside the project, the real
-tokenizers and the golden checkpoints there are tried, too.
+tokenizers and the golden checkpoints there are tried, too. Last come the arguments of demo/run.sh.
 """
 
 import contextlib
@@ -1501,6 +1501,53 @@ class DataTest(ConvertTest):
             status, out, _err = self.run_main(*arguments)
             self.assertEqual(status, 0)
             self.assertIn("usage: convert.py", out)
+
+
+class DemoTest(ConvertTest):
+    """demo/run.sh beside programs that only write down how they were called."""
+
+    def setUp(self):
+        super().setUp()
+        os.makedirs(self.path("demo"))
+        os.makedirs(self.path("build", "demo"))
+        shutil.copy(os.path.join(PROJECT, "demo", "run.sh"), self.path("demo"))
+        for program in ("train", "eval"):
+            with open(self.path(program), "w") as file:
+                file.write(f'#!/bin/sh\necho "{program} $*" >> calls\n')
+            os.chmod(self.path(program), 0o755)
+
+    def demo(self, *arguments):
+        """Status, what was said, whether the last demo is still there, how programs were called."""
+        for path in (self.path("calls"), self.path("build", "demo", "last")):
+            with open(path, "w"):
+                pass
+        done = subprocess.run(["sh", self.path("demo", "run.sh"), *arguments], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env={**os.environ, "PYTHON": "true"})
+        with open(self.path("calls")) as file:
+            calls = file.read()
+        return (done.returncode, done.stdout + done.stderr,
+                os.path.exists(self.path("build", "demo", "last")), calls)
+
+    def test_refused_arguments_remove_nothing(self):
+        for arguments in (["abc"], ["7", "-1"], ["--lora", "x"], ["--lara"], [""], ["1" * 16]):
+            status, said, kept, calls = self.demo(*arguments)
+            self.assertEqual((status, kept, calls), (2, True, ""), arguments)
+            self.assertRegex(said, f"^demo: '{arguments[-1]}' is no seed.*usage: .*\n$")
+        for arguments in (["--help"], ["-h"], ["7", "--help"]):
+            self.assertEqual(self.demo(*arguments), (
+                0, "usage: sh demo/run.sh [SEED] [--lora]\n", True, ""))
+
+    def test_arguments_reach_the_programs(self):
+        for arguments, seed, lora in (([], "1", False), (["7"], "7", False),
+                                      (["--lora"], "1", True),
+                                      (["123456789012345", "--lora"], "123456789012345", True),
+                                      (["--lora", "0"], "0", True)):
+            _status, _said, kept, calls = self.demo(*arguments)
+            self.assertFalse(kept)
+            for command in ("init", "sft", "dpo"):
+                self.assertRegex(calls, f"train {command} .*--seed {seed}\\b")
+            self.assertEqual(" --lora\n" in calls, lora, calls)
 
 
 @unittest.skipUnless(os.path.isdir(SHARED), "no ../shared/data beside the project")
