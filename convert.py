@@ -74,6 +74,7 @@ CHUNK = 4 << 20                 # bytes copied at a time
 MAX_HEADER = 100_000_000        # bytes of a safetensors header, the format's own limit
 MAX_WEIGHT = 1000               # values in one tuple of data.pkl, with all inside it
 MAX_PICKLE = 64 << 20           # bytes of data.pkl; a model's is some hundred kilobytes
+POINTER = b"version https://git-lfs"            # how every pointer of Git LFS begins
 
 ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "f64": 8, "i64": 8, "i32": 4, "i16": 2, "i8": 1,
               "u64": 8, "u32": 4, "u16": 2, "u8": 1, "bool": 1, "f8_e4m3": 1, "f8_e5m2": 1}
@@ -110,7 +111,15 @@ def parse_json(path, data, place=""):
         fail(path, f"{place}not valid JSON ({error}); repair it or fetch it again")
 
 
+def refuse_pointer(path, what="the file itself"):
+    """A repository cloned without Git LFS has a few lines of text in place of each large file."""
+    with open(path, "rb") as file:
+        if file.read(len(POINTER)) == POINTER:
+            fail(path, f"is a Git LFS pointer, not {what}; run `git lfs pull` in its directory")
+
+
 def read_bytes(path):
+    refuse_pointer(path)
     with open(path, "rb") as file:
         return file.read()
 
@@ -356,6 +365,7 @@ def read_container(path, kind=None):
 
 def read_safetensors(path):
     """{name: Tensor}, once it is sure that the header describes every byte exactly once."""
+    refuse_pointer(path, "the weights")
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = struct.unpack("<Q", read_at(file, 0, 8))[0]
@@ -503,6 +513,7 @@ def run_pickle(path, data):
 
 def read_torch(path):
     """{name: Tensor} of a file written by torch.save since PyTorch 1.6."""
+    refuse_pointer(path, "the weights")
     size = os.path.getsize(path)
     try:
         with zipfile.ZipFile(path) as archive:
@@ -663,9 +674,10 @@ def canonical_config(path, hf):
     """config.json -> the canonical keys; what dpo.h could not compute exactly is an error."""
     arch = hf.get("model_type")
     rope = hf.get("rope_parameters") or {}              # transformers 5 collects the rotary keys
-    if arch not in (NEOX, BTLM) or not isinstance(rope, dict):
-        fail(path, f"model_type is {arch!r}, rope_parameters {rope!r}; only gpt_neox (Pythia) and "
-                   "btlm can be imported, with simple rope_parameters")
+    if arch not in (NEOX, BTLM):
+        fail(path, f"model_type is {arch!r}; only gpt_neox (Pythia) and btlm can be imported")
+    if not isinstance(rope, dict):
+        fail(path, f"rope_parameters is {rope!r}, not a JSON object; correct it")
     hf = {**hf, **{"rope_parameters." + name: value for name, value in rope.items()}}
     config = {"arch": arch, "position": "rotary", "rotary_dims": 0, "rotary_base": 10000.0,
               "parallel_residual": False, "attention_bias": True, "embedding_scale": 1.0,
@@ -1300,9 +1312,18 @@ def run_file(path, *names):
     return next(filter(os.path.exists, paths), paths[0])
 
 
+def is_run(directory):
+    """Whether train made it: the config.json of a run says what was to be done, and how."""
+    path = os.path.join(directory, "config.json")
+    return os.path.exists(path) and {"command", "options"} <= read_json_object(path).keys()
+
+
 def import_directory(directory, output, base):
     if not os.path.isdir(directory):    # first: of swapped names the other exists already
         fail(directory, "is no directory; the order is import DIR FILE")
+    if is_run(directory):
+        fail(directory, "is a run directory of train, and what it trained is in dpo.h's own format "
+                        "already; `convert.py export` makes a checkpoint of its model or adapter")
     refuse_existing(output)
     is_adapter = os.path.exists(os.path.join(directory, PEFT_CONFIG))
     if is_adapter and base is None:
@@ -1506,7 +1527,7 @@ def with_true_dtype(path, data, dtype):
 
 
 # ------------------------------------------------------------------------------------------------
-# Data sets -> {"prompt", "chosen", "rejected"} or {"prompt", "completion"}
+# Data sets -> {"prompt", "chosen", "rejected"} or {"prompt", "completion"}; text stays as it is
 
 HUMAN, ASSISTANT = "\n\nHuman: ", "\n\nAssistant:"          # HH's turns; answers begin with a space
 ALPACA = ("Below is an instruction that describes a task{}. Write a response that appropriately "
@@ -1539,6 +1560,7 @@ class Record:
 
 def read_records(path):
     """The Records of a file of JSON lines or with one JSON array, either perhaps gzipped."""
+    refuse_pointer(path)
     with open(path, "rb") as file:
         zipped = file.read(2) == b"\x1f\x8b"
     try:
@@ -1596,8 +1618,19 @@ def alpaca_record(record, template):
     return finished(prompt, completion=space + record.get("output", str))
 
 
+def text_record(record, names):
+    """A record in train.c's own fields: its text stays as it is, no turns are put around it."""
+    whole = names == ("text",) or ("chosen" in names and record.value.get("prompt") is None)
+    texts = {name: record.get(name, str) for name in (names if whole else ("prompt", *names))}
+    if not all(texts[name].strip() for name in names):
+        return "empty answer"
+    if whole and ASSISTANT not in texts.get("chosen", ASSISTANT):
+        return "neither a prompt nor Anthropic HH's turns"
+    return {name.replace("response", "completion"): text for name, text in texts.items()}
+
+
 def messages_record(record, _template):
-    """TRL's conversational forms; chosen and rejected may or may not repeat the prompt."""
+    """TRL's forms: text, or messages; chosen and rejected may or may not repeat the prompt."""
     def turns(key):
         if key == "prompt" and isinstance(record.value.get(key), str):
             return [("user", record.get(key, str))]
@@ -1605,10 +1638,15 @@ def messages_record(record, _template):
             Record(record.path, f"{record.place}, message {i} of {key!r}", value)
             for i, value in enumerate(record.get(key, list, []), 1))]
 
-    names = next((names for names in (("chosen", "rejected"), ("completion",), ("messages",))
+    names = next((names for names in (("chosen", "rejected"), ("completion",), ("messages",),
+                                      ("response",), ("text",))
                   if {*names} & record.value.keys()), None)
     if names is None:
-        record.fail("has no chosen, completion or messages; is the file of another kind?")
+        record.fail("has no chosen, completion, messages, response or text; is the file of another "
+                    "kind?")
+    types = {type(record.value.get(name)) for name in names}
+    if names == ("text",) or (names != ("messages",) and str in types and list not in types):
+        return text_record(record, names)
     prompt, listed = turns("prompt"), isinstance(record.value.get("prompt"), list)
     talks = {name: turns(name) for name in names}
     for name, talk in talks.items():        # a prompt given as text is in a talk that has its own
@@ -1630,8 +1668,9 @@ def messages_record(record, _template):
         else:
             text += HUMAN + system + content if role == "user" else f"{ASSISTANT} {content}"
             system = system if role == "assistant" else ""
-    return finished(text + ASSISTANT, **{name.replace("messages", "completion"): " " + talk[-1][1]
-                                         for name, talk in talks.items()})
+    return finished(text + ASSISTANT, **{
+        "completion" if name in ("messages", "response") else name: " " + talk[-1][1]
+        for name, talk in talks.items()})
 
 
 CONVERTERS = {"shp": shp_record, "alpaca": alpaca_record, "messages": messages_record}
@@ -1649,14 +1688,16 @@ def convert_data(kind, source, output, template):
                 dropped[result] += 1
                 continue
             if fields not in (None, result.keys()):
-                record.fail("preferences and plain answers are mixed in one file; separate them")
+                record.fail(f"has {'/'.join(result)}, those before it {'/'.join(fields)}: two "
+                            "kinds are mixed in one file; separate them")
             fields = result.keys()
             yield result
 
     n_kept = 0
     with atomic_file(output) as file:
-        for _prompt, group in itertools.groupby(kept(), key=lambda result: result["prompt"]):
-            # Of SHP's pairs on one post the one with the best answer comes last: SFT's target.
+        # Of SHP's pairs on one post the one with the best answer comes last: SFT's target. Records
+        # without a prompt are groups of their own.
+        for _, group in itertools.groupby(kept(), lambda result: result.get("prompt", result)):
             for result in sorted(group, key=lambda result: result.pop("score", 0)):
                 file.write(json.dumps(result, ensure_ascii=False).encode() + b"\n")
                 n_kept += 1
@@ -1694,12 +1735,15 @@ def parse_arguments():
     sub.add_argument("KIND", choices=list(CONVERTERS),
                      help="shp: Stanford Human Preferences, pairs whose scores differ by a factor "
                           "of 2 or more. alpaca: instruction, input, and output or chosen and "
-                          "rejected. messages: conversations as TRL and UltraFeedback have them")
+                          "rejected. messages: conversations as TRL and UltraFeedback have them; "
+                          "or text in train's own fields (prompt with chosen and rejected, or with "
+                          "completion or response; HH's chosen and rejected; text), which stays as "
+                          "it is")
     sub.add_argument("IN", help="JSON lines or one JSON array, may be gzipped")
     sub.add_argument("OUT", help="JSON lines to make; the file must not exist")
     sub.add_argument("--template", choices=("alpaca", "hh"),
                      help="form of alpaca's prompts: Alpaca's headings (the default), or Anthropic "
-                          "HH's turns, which shp and messages always have")
+                          "HH's turns, which shp and conversations always have")
     options = parser.parse_args()
     if options.command == "data" and options.template and options.KIND != "alpaca":
         sub.error("--template is for alpaca only")

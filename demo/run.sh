@@ -5,11 +5,21 @@
 #   sh demo/run.sh [SEED] --lora    trains an adapter of the model instead of all its weights
 set -e
 cd "$(dirname "$0")/.."
+seed=1
 lora=
 rate=5e-5
-case "$*" in *--lora*) lora=--lora; rate=3e-4;; esac
-seed=${1:-1}
-[ "$seed" != --lora ] || seed=${2:-1}
+usage="usage: sh demo/run.sh [SEED] [--lora]"
+# All arguments are checked before anything of the last demo is removed.
+for argument in "$@"; do
+    case $argument in
+    -h | --help) echo "$usage"; exit;;
+    --lora) lora=--lora; rate=3e-4;;
+    "" | *[!0-9]* | ????????????????*)
+        echo "demo: '$argument' is no seed, which is a number of 1 to 15 digits; $usage" >&2
+        exit 2;;
+    *) seed=$argument;;
+    esac
+done
 out=build/demo
 python=${PYTHON:-python3}
 # On a busy machine threads that spin while they wait cost more than threads that sleep.

@@ -4,7 +4,7 @@
 They make their own little checkpoints, tokenizers and data sets in a temporary directory: right
 ones, which must come through bit for bit, and wrong ones, each of which must be refused with one
 line, exit status 1 and nothing left behind. If ../shared/data lies beside the project, the real
-tokenizers and the golden checkpoints there are tried, too.
+tokenizers and the golden checkpoints there are tried, too. Last come the arguments of demo/run.sh.
 """
 
 import contextlib
@@ -410,6 +410,35 @@ class CheckpointTest(ConvertTest):
                          self.directory(config__json=NEOX, model__safetensors=data),
                          self.path("m"))
 
+    def test_git_lfs_pointers(self):
+        """What a clone without Git LFS has in place of each large file, whichever that is."""
+        pointer = (b"version https://git-lfs.github.com/spec/v1\n"
+                   b"oid sha256:" + b"0f" * 32 + b"\nsize 911000000\n")
+        weights = {"model__safetensors": safetensors(random_tensors(NEOX, "f16"))}
+        index = {"weight_map": {"gpt_neox.embed_in.weight": "a.safetensors"}}
+        ids, _merges = byte_level_vocabulary()
+        for name, files in (
+                ("model.safetensors", {}), ("pytorch_model.bin", {}),
+                ("a.safetensors", {"model__safetensors__index__json": index}),
+                ("pytorch_model.bin.index.json", {}), ("config.json", weights),
+                ("tokenizer.json", weights), ("vocab.json", weights),
+                ("merges.txt", {**weights, "vocab__json": ids}),
+                ("generation_config.json", weights)):
+            source = self.directory(**{"config__json": NEOX, **files,
+                                       name.replace(".", "__"): pointer})
+            what = "weights" if name.endswith((".safetensors", ".bin")) else "file itself"
+            self.refused(f"/{name}: is a Git LFS pointer, not the {what}; run `git lfs pull` in "
+                         "its directory$", "import", source, self.path("m"))
+        base = self.imported(self.directory(config__json=NEOX, **weights))
+        for name in ("adapter_model__safetensors", "adapter_model__bin"):
+            source = self.directory(adapter_config__json=PEFT, **{name: pointer})
+            self.refused("pointer, not the weights", "import", source, self.path("m"), "--base",
+                         base)
+        source = self.directory(train__json=pointer)
+        for kind in ("shp", "alpaca", "messages"):
+            self.refused("train.json: is a Git LFS pointer", "data", kind,
+                         os.path.join(source, "train.json"), self.path("o"))
+
     def test_hostile_pickles(self):
         storage = Persistent("f32", "0", 4)
         ok = Rebuilt(storage, 0, (2, 2), (2, 1))
@@ -596,11 +625,13 @@ class ConfigTest(ConvertTest):
 
     def test_refused(self):
         for hf, changes, pattern in (
-                (NEOX, {"model_type": "llama"}, "model_type is 'llama'"),
+                (NEOX, {"model_type": "llama", "rope_parameters": {"rope_theta": 1e4}},
+                 r"model_type is 'llama'; only gpt_neox \(Pythia\) and btlm can be imported$"),
                 (NEOX, {"model_type": ["gpt_neox"]}, "model_type"),
                 (NEOX, {"rope_scaling": {"type": "linear", "factor": 2.0}}, "scaling"),
                 (NEOX, {"rope_parameters": {"rope_type": "yarn"}}, "'yarn'"),
-                (NEOX, {"rope_parameters": [1]}, "rope_parameters"),
+                (NEOX, {"rope_parameters": [1]},
+                 r"json: rope_parameters is \[1\], not a JSON object"),
                 (NEOX, {"hidden_act": "swiglu"}, "'swiglu'"),
                 (NEOX, {"hidden_act": "mish"}, "'mish'"),
                 (BTLM, {"activation_function": "tanh"}, "'tanh'"),
@@ -918,6 +949,13 @@ class ExportTest(ConvertTest):
         unfinished = self.directory(config__json={"command": "dpo"})
         self.refused("model.bin: No such file", "export", unfinished, self.path("x"))
         self.refused("No such file", "export", self.path("nothing"), self.path("x"))
+        run = self.directory(config__json={"command": "sft", "options": {"model": "m"}},
+                             model__bin=convert.read_bytes(model))
+        for options in ([], ["--base", model]):
+            self.refused(r"in\d+: is a run directory of train.*`convert.py export` makes a "
+                         "checkpoint of its model or adapter$",
+                         "import", run, self.path("x"), *options)
+        self.good("export", run, self.path("of_run"))
         self.refused("header", "export", os.path.join(target, "config.json"), self.path("x"))
         config = json.loads(self.contents(model)["config"][3])
         for change in ({"logit_scale": 0.5}, {"attention_scale": 0.3}, {"n_layers": 10**9},
@@ -1386,12 +1424,49 @@ class DataTest(ConvertTest):
             self.assertIn(reason, self.output)
         for wrong, pattern in (
                 ({"prompt": "x"}, "no chosen"),
-                ({"chosen": "x", "rejected": "y"}, "'chosen' is \"x\""),
+                ({"chosen": "x", "rejected": answer("y")}, "'chosen' is \"x\", not a list"),
                 ({"messages": [1]}, "message 1 of 'messages': is not a JSON object"),
                 ({"messages": [{"role": "user"}]}, "message 1 of 'messages': has no 'content'"),
                 ({"messages": talk("a", 3)}, "message 2 of 'messages': 'content' is 3")):
             self.refused("line 1.*" + pattern, "data", "messages", self.file([wrong]),
                          self.path("o"))
+
+    def test_text_in_trains_own_fields(self):
+        """It stays as it is, whether it comes in lines or in an array."""
+        start = "\n\nHuman: Hi\n\nAssistant:"
+        for rows in ([{"prompt": "a", "chosen": "b", "rejected": "c"}] * 2,
+                     [{"chosen": start + " b", "rejected": start + " c"}] * 2,
+                     [{"prompt": "", "completion": "b"}, {"prompt": "a", "completion": " \u00fc"}],
+                     [{"text": "a\n"}, {"text": "b"}, {"text": "b"}]):
+            array = json.dumps(rows, indent=1).encode()
+            self.assertEqual(self.converted("messages", rows), rows)
+            self.assertEqual(self.converted("messages", gzip.compress(array)), rows)
+            more = [{**row, "id": 7} for row in rows]
+            self.assertEqual(self.converted("messages", more), rows)
+            self.refused(r"line 2: has prompt/completion, those before it prompt/chosen/rejected.*"
+                         "mixed", "data", "messages", self.file([
+                             {"prompt": "a", "chosen": "b", "rejected": "c"},
+                             {"prompt": "a", "response": "b"}]), self.path("o"))
+        turn = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}]
+        self.assertEqual(self.converted("messages", [
+            {"prompt": "a", "response": "b"}, {"prompt": turn[:1], "response": turn[1:]},
+            {"prompt": "a", "response": " "}]),
+            [{"prompt": "a", "completion": "b"}, {"prompt": start, "completion": " b"}])
+        self.assertIn("1 dropped: empty answer", self.output)
+        # A list beside the text is the conversation that it was taken from.
+        self.assertEqual(self.converted("messages", [
+            {"prompt": "Hi", "messages": turn, "response": "b", "text": "Hi b"}]),
+            [{"prompt": start, "completion": " b"}])
+        for wrong, pattern in (
+                ({"prompt": "a", "chosen": "b"}, "line 1: has no 'rejected'"),
+                ({"completion": "b"}, "line 1: has no 'prompt'"),
+                ({"messages": "b"}, "line 1: 'messages' is \"b\", not a list"),
+                ({"prompt": turn[:1], "chosen": "b", "rejected": "c"}, "line 1: 'prompt' is"),
+                ({"prompt": "a", "chosen": "b", "rejected": 3}, "line 1: 'rejected' is 3"),
+                ({"text": 3}, "line 1: 'text' is 3, not a str"),
+                ({"question": "a", "chosen": "b", "rejected": "c"},
+                 "1 dropped: neither a prompt nor")):
+            self.refused(pattern, "data", "messages", self.file([wrong]), self.path("o"))
 
     def test_refused(self):
         row = {"instruction": "a", "output": "b"}
@@ -1426,6 +1501,53 @@ class DataTest(ConvertTest):
             status, out, _err = self.run_main(*arguments)
             self.assertEqual(status, 0)
             self.assertIn("usage: convert.py", out)
+
+
+class DemoTest(ConvertTest):
+    """demo/run.sh beside programs that only write down how they were called."""
+
+    def setUp(self):
+        super().setUp()
+        os.makedirs(self.path("demo"))
+        os.makedirs(self.path("build", "demo"))
+        shutil.copy(os.path.join(PROJECT, "demo", "run.sh"), self.path("demo"))
+        for program in ("train", "eval"):
+            with open(self.path(program), "w") as file:
+                file.write(f'#!/bin/sh\necho "{program} $*" >> calls\n')
+            os.chmod(self.path(program), 0o755)
+
+    def demo(self, *arguments):
+        """Status, what was said, whether the last demo is still there, how programs were called."""
+        for path in (self.path("calls"), self.path("build", "demo", "last")):
+            with open(path, "w"):
+                pass
+        done = subprocess.run(["sh", self.path("demo", "run.sh"), *arguments], text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              env={**os.environ, "PYTHON": "true"})
+        with open(self.path("calls")) as file:
+            calls = file.read()
+        return (done.returncode, done.stdout + done.stderr,
+                os.path.exists(self.path("build", "demo", "last")), calls)
+
+    def test_refused_arguments_remove_nothing(self):
+        for arguments in (["abc"], ["7", "-1"], ["--lora", "x"], ["--lara"], [""], ["1" * 16]):
+            status, said, kept, calls = self.demo(*arguments)
+            self.assertEqual((status, kept, calls), (2, True, ""), arguments)
+            self.assertRegex(said, f"^demo: '{arguments[-1]}' is no seed.*usage: .*\n$")
+        for arguments in (["--help"], ["-h"], ["7", "--help"]):
+            self.assertEqual(self.demo(*arguments), (
+                0, "usage: sh demo/run.sh [SEED] [--lora]\n", True, ""))
+
+    def test_arguments_reach_the_programs(self):
+        for arguments, seed, lora in (([], "1", False), (["7"], "7", False),
+                                      (["--lora"], "1", True),
+                                      (["123456789012345", "--lora"], "123456789012345", True),
+                                      (["--lora", "0"], "0", True)):
+            _status, _said, kept, calls = self.demo(*arguments)
+            self.assertFalse(kept)
+            for command in ("init", "sft", "dpo"):
+                self.assertRegex(calls, f"train {command} .*--seed {seed}\\b")
+            self.assertEqual(" --lora\n" in calls, lora, calls)
 
 
 @unittest.skipUnless(os.path.isdir(SHARED), "no ../shared/data beside the project")
