@@ -571,6 +571,7 @@ static void test_bad_data(void)
         { &pairs, "{\"prompt\":\"a\",\"chosen\":\"b\"}\n", "d.jsonl:1: a record of an unknown kind" },
         { &pairs, "{\"rejected\":\"b\"}\n", "unknown kind" },
         { &sft, "{\"prompt\":\"b\"}\n", "unknown kind" },
+        { &sft, "\xFF\xFE{", "d.jsonl:1: UTF-16" }, { &sft, "[{\"text\":\"b\"}]\n", "an object {...}" },
         { &sft, "{\"completion\":\"b\"}\n", "unknown kind" },
         { &pairs, "{\"prompt\":3,\"chosen\":\"b\",\"rejected\":\"c\"}\n", "\"prompt\" is not a string" },
         { &pairs, "{\"chosen\":[{\"role\":\"user\"}],\"rejected\":\"c\"}\n", "d.jsonl:1: \"chosen\" is not" },
