@@ -587,7 +587,66 @@ static inline void plan_scoring(dpo_plan_options *plan, const dpo_data *data, si
                         data->n - i < SCORE_PIECE ? data->n - i : SCORE_PIECE, micro_tokens, 0);
 }
 
-#define LESS_MEMORY "lower --micro-tokens or --max-length, use --dtype bf16, or a smaller model"
+/* Rows of the longest example: no micro-batch can have fewer. */
+static inline size_t longest_example(const dpo_data *data)
+{
+    size_t longest = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        const size_t rows = dpo_example_rows(&data->examples[i]);
+        if (rows > longest) longest = rows;
+    }
+    return longest;
+}
+
+/* Advice for check_memory: of the ways to need less, those that are not in use and lower this very
+   plan, and then `last`. Shorter examples alone help where no two of them fit a micro-batch. */
+static inline const char *less_memory(dpo_context *context, const dpo_config *config,
+                                      const dpo_plan_options *plan, size_t longest,
+                                      size_t micro_tokens, const char *last)
+{
+    static char text[512];
+    const int all = plan->train && !plan->lora.r, half = plan->model.dtype == DPO_BF16;
+    dpo_plan_options recompute = *plan, adapter = *plan, bf16 = *plan;
+    recompute.model.recompute = plan->train;
+    if (all) {
+        adapter.lora = (dpo_lora){.r = 16, .alpha = 1, .targets = "all-linear"};   // the defaults
+        adapter.model.frozen = 1;
+        adapter.model.stochastic = 0;
+    }
+    bf16.model.dtype = DPO_BF16;
+    bf16.model.stochastic = all;
+    // A frozen model's file in bf16 is used as it lies; but an adapter belongs to the file it has.
+    int convert = plan->model.frozen && !(plan->train && plan->lora.base_identity);
+    for (size_t i = 0; i < plan->file->n_entries; i++)
+        convert &= plan->file->entries[i].dtype != DPO_BF16;
+    const struct { const char *name; const dpo_plan_options *plan; int sure; } ways[] = {
+        {longest < plan->max_rows ? "a lower --micro-tokens"
+         : micro_tokens > longest / 2 ? "a lower --max-length and --micro-tokens"
+                                      : "a lower --max-length", NULL, 1},
+        {"--gradient-checkpointing", &recompute, 0},
+        {plan->model.stochastic ? "--lora without --stochastic-rounding" : "--lora", &adapter, 0},
+        {!all ? "--dtype bf16" : half ? "--stochastic-rounding"
+                                      : "--dtype bf16 --stochastic-rounding", &bf16, 0},
+        {half ? "a bf16 file of the model (./train merge --dtype bf16)"
+              : "a bf16 file of the model (./train merge --dtype bf16) with --dtype bf16",
+            NULL, convert},
+    };
+    dpo_memory now, then;
+    check(context, dpo_memory_plan(context, &now, config, plan));
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        int lower = ways[i].sure;
+        if (ways[i].plan) {
+            check(context, dpo_memory_plan(context, &then, config, ways[i].plan));
+            lower = then.total < now.total;
+        }
+        if (lower)
+            n += (size_t)snprintf(text + n, sizeof text - n, "%s%s", n ? ", " : "use ",
+                                  ways[i].name);
+    }
+    snprintf(text + n, sizeof text - n, ", or %s", last);
+    return text;
+}
 
 /* Prints the plan (with `show`) and refuses what does not fit. `other` is what neither the plan nor
    the context knows of. max_memory 0: what the machine has. `advice` says how to need less. */

@@ -1516,15 +1516,18 @@ static void plan_updates(run *r, dpo_plan_options *plan)
     r->at.step = 0;
 }
 
-#define LESS_TRAINING_MEMORY "lower --micro-tokens or --max-length, use --lora, --dtype bf16, " \
-    "--gradient-checkpointing or --stochastic-rounding, or a smaller model"
-
 #define RESUMING_MEMORY "a run that goes on needs what it needed, but for the scratch of " \
     "--threads; end other programs, or move its directory to a larger machine"
 
 static size_t reference_bytes(const run *r)
 {
     return r->bit == DPO ? 2 * (r->data.n + r->eval.n) * sizeof(double) : 0;
+}
+
+static size_t longest_of(const run *r)
+{
+    const size_t a = longest_example(&r->data), b = longest_example(&r->eval);
+    return a > b ? a : b;
 }
 
 static void plan_memory(run *r)
@@ -1542,8 +1545,9 @@ static void plan_memory(run *r)
         if (longest + SAMPLE_TOKENS > plan.max_positions)
             plan.max_positions = longest + SAMPLE_TOKENS;
     r->memory = check_memory(r->context, &r->source.config, &plan, reference_bytes(r),
-                             s->max_memory, 1,
-                             s->resume ? RESUMING_MEMORY : LESS_TRAINING_MEMORY);
+                             s->max_memory, 1, s->resume ? RESUMING_MEMORY
+                             : less_memory(r->context, &r->source.config, &plan, longest_of(r),
+                                           s->micro_tokens, "a smaller model"));
     say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
 }
@@ -1559,9 +1563,11 @@ static void plan_reference_memory(run *r)
     plan_scoring(&plan, &r->data, r->s->micro_tokens);
     plan_scoring(&plan, &r->eval, r->s->micro_tokens);
     dpo_memory m = check_memory(r->context, &from->config, &plan, reference_bytes(r),
-                                r->s->max_memory, 0, "for the model of --reference; lower "
-                                "--micro-tokens or --max-length, use --dtype bf16, or make a "
-                                "--reference-cache on a larger machine");
+                                r->s->max_memory, 0,
+                                less_memory(r->context, &from->config, &plan, longest_of(r),
+                                            r->s->micro_tokens, "a --reference-cache that a "
+                                            "larger machine made (it is the model of --reference "
+                                            "that needs so much)"));
     if (m.total <= r->memory.total) return;
     say("  reference model %.1f MB, before training, which takes less", 1e-6 * (double)m.total);
     r->memory.total = m.total;

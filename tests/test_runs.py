@@ -689,7 +689,7 @@ def test_reference_model(data, base):
                "--max-steps", "1"))
     shutil.rmtree(out)
     refused(begin(base, data, out, *words, "--max-memory", limit + "M"), f"{limit} MB are allowed",
-            "--reference;")
+            "it is the model of --reference")
     text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
     check_peak(text, 1, "--reference")
     check("reference model" in text and "reference model" not in alone, f"memory: {text}")
@@ -1012,6 +1012,46 @@ def test_memory(data):
     check(not (data / "x").exists(), "a run that does not fit leaves a directory")
 
 
+def test_advice(data):
+    """What is advised where memory is too small is not in use yet, and lowers the need."""
+    model, half, text = data / "large.bin", data / "half_as_large.bin", data / "words.txt"
+    text.write_text("some words " * 100)
+    run("./train", "merge", "-m", model, "-o", half, "--dtype", "bf16")
+    micro, shorter = "a lower --micro-tokens", "a lower --max-length"
+    again, bf16, rounding = "--gradient-checkpointing", ["--dtype", "bf16"], "--stochastic-rounding"
+    file = "a bf16 file of the model (./train merge --dtype bf16)"
+    both = shorter + " and --micro-tokens"
+    ways = {micro: ["--micro-tokens", "150"], shorter: ["--max-length", "32"],
+            both: ["--max-length", "32", "--micro-tokens", "32"], file: ["-m", half, *bf16]}
+
+    def need(words):
+        said = run(*words, "--max-memory", "1M", status=1).partition("needs ")[2].strip()
+        return float(said.split()[0]), said.partition("; use ")[2].split(", ")
+
+    train = begin(model, data, data / "x", "--dry-run")
+    least = ["--lora", *bf16, again, "--micro-tokens", "1"]
+    loss = ["./eval", "loss", "-m", model, "-d", text, "--max-length", "64"]
+    for words, options, expected in (
+            (train, [], [micro, again, "--lora", "--dtype bf16 --stochastic-rounding"]),
+            (train, bf16, [micro, again, "--lora", rounding]),
+            (train, [*bf16, rounding, again], [micro, "--lora without --stochastic-rounding"]),
+            (train, ["--lora"], [micro, again, file + " with --dtype bf16"]),
+            (train, least, [shorter, file]),
+            (train, [*least, "-m", half], [shorter]),
+            (train, ["-m", half, "--lora"], [micro, again, "--dtype bf16"]),
+            (loss, [], [micro, file + " with --dtype bf16"]),
+            (loss, bf16, [micro, file]),
+            (loss, ["-m", half, "--micro-tokens", "64"], [both, "--dtype bf16"]),
+            (loss, ["-m", half, *bf16, "--micro-tokens", "1"], [shorter])):
+        before, advice = need([*words, *options])
+        check(advice == [*expected, "or a smaller model"], f"{words[1]} {options}: {advice}")
+        for way in advice[:-1]:
+            kept = [o for o in options if o != rounding or "without" not in way]
+            name = way.partition(" with")[0]
+            after, _ = need([*words, *kept, *ways.get(name, name.split())])
+            check(after < before, f"{words[1]} {options}, {way}: {before} MB, then {after}")
+
+
 def main():
     forget_killed()     # of an earlier test that was interrupted
     with tempfile.TemporaryDirectory() as directory:
@@ -1043,6 +1083,7 @@ def main():
         test_adapters(data, base)
         test_reference_cache(data, base)
         test_memory(data)
+        test_advice(data)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)
 
