@@ -222,7 +222,8 @@ static void set_if_given(int *value, int choice)
     if (choice >= 0) *value = choice;
 }
 
-static dpo_config make_config(dpo_context *context, const settings *s)
+/* Finds the model of --tokenizer as well, and leaves it closed. */
+static dpo_config make_config(dpo_context *context, const settings *s, source *other)
 {
     const struct preset *p = &presets[s->preset];
     dpo_config c = {0};
@@ -232,11 +233,10 @@ static dpo_config make_config(dpo_context *context, const settings *s)
     c.d_ff = s->d_ff ? s->d_ff : p->d_ff * c.d_model / p->d_model;
     c.context_length = s->context_length ? s->context_length : p->context_length;
 
-    source other = {0};
-    if (s->tokenizer) open_model(context, &other, s->tokenizer, NULL);
-    else check(context, dpo_tokenizer_load(context, &other.tokenizer, NULL));
-    size_t n_tokens = other.tokenizer.n_tokens;
-    close_model(context, &other);
+    if (s->tokenizer) open_model(context, other, s->tokenizer, NULL);
+    else check(context, dpo_tokenizer_load(context, &other->tokenizer, NULL));
+    size_t n_tokens = other->tokenizer.n_tokens;
+    close_model(context, other);
     c.vocab_size = s->tokenizer && p->vocab_size > n_tokens ? p->vocab_size : n_tokens;
     if (s->vocab_size && s->vocab_size < n_tokens)
         fail("--vocab-size %zu is too small for %zu tokens", s->vocab_size, n_tokens);
@@ -252,8 +252,8 @@ static dpo_config make_config(dpo_context *context, const settings *s)
     else if (!c.rotary_dims) c.rotary_dims = c.d_model / c.n_heads / 4 * 2;
     c.bos_id = c.eos_id = (int64_t)n_tokens - 1;    // the byte tokenizer's <|endoftext|>
     if (s->tokenizer) {
-        c.bos_id = other.config.bos_id;
-        c.eos_id = other.config.eos_id;
+        c.bos_id = other->config.bos_id;
+        c.eos_id = other->config.eos_id;
     }
     check(context, dpo_config_check(context, &c));
     return c;
@@ -263,14 +263,15 @@ static const dpo_dtype dtypes[] = {DPO_F32, DPO_BF16};
 
 static void init_model(dpo_context *context, const settings *s)
 {
+    static source other;    // whose path is NULL without --tokenizer
     check_can_make(s->output);
-    dpo_config config = make_config(context, s);
+    dpo_config config = make_config(context, s, &other);
     const dpo_dtype dtype = dtypes[s->dtype];
     dpo_plan_options plan = {.n_threads = context->n_threads,
                              .model = {.dtype = dtype, .stochastic = 1}};
     check_memory(context, &config, &plan, 0, s->max_memory, 0, "make a smaller model");
     dpo_model model;
-    check(context, dpo_model_init(context, &model, &config, s->tokenizer, s->seed, &plan.model));
+    check(context, dpo_model_init(context, &model, &config, other.path, s->seed, &plan.model));
     check(context, dpo_model_save(&model, s->output, dtype));
     say("made    %s: %.2f M parameters, vocabulary %zu", s->output, 1e-6 * (double)model.n_params,
         config.vocab_size);

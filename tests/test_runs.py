@@ -885,6 +885,7 @@ def test_adapters(data, base):
                       "--reference", base))
     check("as --reference says" in text and
           rows(data / "named" / "log.csv")[0]["rewards/margins"] != "0", f"--reference: {text}")
+    run("./train", "init", "-o", data / "new.bin", "--tokenizer", sft)  # that of its base
     # --adapter over its base is the same as the run directory; a merged bf16 file is mapped
     generate = ["--prompt", "How do I make tea?", "--temperature", "0", "--max-new-tokens", "12"]
     ways = (["-m", dpo], ["-m", base, "--adapter", dpo], ["-m", dpo / "adapter.bin"])
