@@ -398,6 +398,19 @@ static inline int is_directory(const char *path)
     return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
 }
 
+/* A path as a shell takes it, in commands that are printed to be pasted. */
+static inline const char *shell_path(const char *path)
+{
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+                                "0123456789_./-";
+    if (!path[strspn(path, plain)]) return path;
+    char *quoted = allocate(4 * strlen(path) + 3, 1), *end = quoted;
+    *end++ = '\'';
+    for (; *path; path++) end += sprintf(end, *path == '\'' ? "'\\''" : "%c", *path);
+    *end = '\'';
+    return quoted;
+}
+
 /* The file in a run directory, or NULL. */
 static inline char *run_file(const char *directory, const char *name)
 {
@@ -726,6 +739,17 @@ static inline int is_adapter(const char *path)
     return n == 4 && !memcmp(head, "dpo.h", 5) && head[3] == DPO_FILE_ADAPTER;
 }
 
+/* Whether a training run began there: its config.json starts with the command, as no other does. */
+static inline int is_run(const char *directory)
+{
+    char *path = path_join(directory, "config.json"), quote = 0;
+    FILE *file = fopen(path, "r");
+    free(path);
+    const int named = file && fscanf(file, " { \"command%c", &quote) == 1 && quote == '"';
+    if (file) fclose(file);
+    return named || run_file(directory, "log.csv");
+}
+
 /* Finds out what `path` means: a model file, an adapter over the base that it was made for, or a
    run directory with one of the two. */
 static inline void find_model(dpo_context *context, source *s, const char *path,
@@ -742,9 +766,13 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
         if (state)
             say("note    %s holds an unfinished run: its model is as old as its last interrupt",
                 path);
+        if (!s->path && is_run(path))
+            fail("%s holds a run that has saved no model; if it has ended, begin it anew with "
+                 "another -o", path);
         if (!s->path)
             fail("%s: neither model.bin nor adapter.bin in this directory; a Hugging Face "
-                 "checkpoint is made one by `python3 convert.py import %s model.bin`", path, path);
+                 "checkpoint is made one by `python3 convert.py import %s model.bin`", path,
+                 shell_path(path));
     }
     if (adapter && is_directory(adapter)) {
         s->adapter = run_file(adapter, "adapter.bin");
@@ -769,7 +797,7 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
     if (!path_exists(s->path))
         fail("%s: its base model was %s, which is not there now; put it back, or name it by -m "
              "BASE --adapter %s", s->adapter, *s->path ? s->path : "at a path too odd or long to "
-             "keep", s->adapter);
+             "keep", shell_path(s->adapter));
 }
 
 /* Opens what find_model found, for its configuration and tokenizer, which say what it will need. */
