@@ -51,9 +51,11 @@ typedef struct settings {
     int dtype, stochastic_rounding, recompute, lora, rslora, resume, dry_run;
     size_t lora_r, save_steps, patience;
     double lora_alpha, lora_dropout, save_minutes, min_delta;
-    // Of a run that goes on: what config.json says of a reference that is not named anew.
+    // Of a run that goes on: what config.json says of a reference that is not named anew, and how
+    // many updates the run has.
     int reference_known;
     uint64_t reference_identity, reference_adapter_identity;
+    size_t steps_before;
 } settings;
 
 /* Fewer numbers learn at a higher rate, so defaults depend on whether an adapter is trained. */
@@ -464,16 +466,51 @@ static void remove_temporaries(const char *directory)
     if (stream) closedir(stream);
 }
 
+static char *read_text(const char *path)
+{
+    struct stat status;
+    FILE *file = fopen(path, "rb");
+    if (!file || fstat(fileno(file), &status)) fail("%s: %s", path, strerror(errno));
+    size_t n = (size_t)status.st_size;
+    char *text = allocate(n + 1, 1);
+    if (fread(text, 1, n, file) != n) fail("%s cannot be read", path);
+    fclose(file);
+    return text;
+}
+
+/* The update of the last whole row in a run's log. */
+static size_t last_step(const char *directory)
+{
+    const char *path = run_file(directory, "log.csv");
+    char *text = path ? read_text(path) : NULL, *end = text ? strrchr(text, '\n') : NULL;
+    if (!end) return 0;
+    *end = 0;
+    const char *row = strrchr(text, '\n');
+    return row ? strtoull(row + 1, NULL, 10) : 0;
+}
+
+/* What is left to do with a run that cannot go on. */
+static const char *begin_anew(const char *directory, unsigned bit)
+{
+    return bit == DPO && run_file(directory, "reference.bin")
+         ? "begin anew with another -o (its reference.bin serves as --reference-cache)"
+         : "begin anew with another -o";
+}
+
 static void check_directory(const run *r)
 {
     const char *directory = r->s->output;
     if (r->s->resume) {
         if (path_exists(r->state_path)) return;
-        fail("%s cannot be resumed: it has no state.bin%s%s", directory,
-             path_exists(r->result_path) ? ", because the run is complete"
-             : "; begin anew with another -o", path_exists(r->result_path) ||
-             !path_exists(r->reference_path) ? ""
-             : " (its reference.bin serves as --reference-cache)");
+        const size_t last = last_step(directory), all = r->s->steps_before;
+        const int saved = path_exists(r->result_path);
+        if (saved && all && last >= all)
+            fail("%s cannot be resumed: the run is complete, with %zu updates; for more of them "
+                 "begin another run, from this one's model", directory, all);
+        fail("%s cannot be resumed: it has no state.bin, and its log ends at update %zu of %zu%s; "
+             "%s", directory, last, all, saved && r->s->patience
+             ? " (if --patience ended it there, it is complete)" : "",
+             begin_anew(directory, r->bit));
     }
     for (size_t i = 0; i < N_RUN_FILES; i++)
         if (run_file(directory, run_files[i]))
@@ -491,6 +528,12 @@ static void remove_empty_directories(void)
     while (n_made_directories && !rmdir(made_directories[--n_made_directories]));
 }
 
+static void check_no_file(const char *path)
+{
+    if (path_exists(path) && !is_directory(path))
+        fail("%s is a file; -o names a directory", path);
+}
+
 static void make_directories(const char *path)
 {
     enum { MOST = sizeof made_directories / sizeof *made_directories };
@@ -505,25 +548,27 @@ static void make_directories(const char *path)
         }
         *slash = '/';
     }
-    if (!is_directory(path)) fail("%s is not a directory", path);
     free(copy);
 }
 
 /* One process at a time trains in a directory: it holds a lock on it until it ends, however it
    ends. A file system without locks has to do without. */
-static void lock_directory(const char *directory)
+static void lock_directory(const run *r)
 {
+    const char *directory = r->s->output;
     int descriptor = open(directory, O_RDONLY | O_CLOEXEC);
     if (descriptor < 0) fail("cannot open %s: %s", directory, strerror(errno));
     if (!flock(descriptor, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return;
     n_made_directories = 0;     // it is the other's now
-    fail("another process is training in %s; wait for it, or choose another -o", directory);
+    fail("another process is training in %s; %s", directory, r->s->resume
+         ? "wait until it ends, or stop it by Ctrl-C, which saves its state"
+         : "wait for it, or choose another -o");
 }
 
 /* From here on the run directory, which exists, is this process's alone. */
 static void enter_directory(const run *r)
 {
-    lock_directory(r->s->output);
+    lock_directory(r);
     check_directory(r);
     if (!r->s->dry_run) remove_temporaries(r->s->output);
 }
@@ -645,18 +690,6 @@ static void describe_run(const run *r, FILE *file, const option *options, size_t
     fputs("  \"compiler\": ", file);
     write_quoted(r->context, file, __VERSION__, strlen(__VERSION__));
     fputs("\n}\n", file);
-}
-
-static char *read_text(const char *path)
-{
-    struct stat status;
-    FILE *file = fopen(path, "rb");
-    if (!file || fstat(fileno(file), &status)) fail("%s: %s", path, strerror(errno));
-    size_t n = (size_t)status.st_size;
-    char *text = allocate(n + 1, 1);
-    if (fread(text, 1, n, file) != n) fail("%s cannot be read", path);
-    fclose(file);
-    return text;
 }
 
 /* The next line that two descriptions of runs do not share; a line is one member, so it names what
@@ -814,12 +847,13 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     int begun = 0;      // reference.bin is made before config.json
     for (size_t i = 0; i < N_RUN_FILES && !path; i++)
         begun |= strcmp(run_files[i], "reference.bin") && run_file(directory, run_files[i]);
+    check_no_file(directory);
+    if (!path && !is_directory(directory))
+        fail("%s cannot be resumed: it does not exist; check -o", directory);
     if (!path)
         fail("%s cannot be resumed: it has no config.json; %s%s", directory,
-             begun ? "put it back, or begin anew with another -o"
-             : reference ? "begin anew with another -o"
-             : "begin it without --resume (the same -o will do)",
-             bit == DPO && reference ? " (its reference.bin serves as --reference-cache)" : "");
+             begun ? "put it back, or " : "", begun || reference ? begin_anew(directory, bit)
+             : "begin it without --resume (the same -o will do)");
     char *text = read_text(path);
     check(&context, dpo_context_init(&context, 1));
     if (dpo_json_parse(&context, &json, text, strlen(text), path))
@@ -847,6 +881,9 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     }
     s->reference_identity = read_identity(&json, "reference_identity");
     s->reference_adapter_identity = read_identity(&json, "reference_adapter_identity");
+    const dpo_json_value *steps = dpo_json_member(&json, json.values, "steps");
+    if (steps && steps->kind == DPO_JSON_NUMBER && steps->number > 0)
+        s->steps_before = (size_t)steps->number;
     dpo_json_free(&context, &json);
     dpo_context_free(&context);
     free(text);
@@ -1591,6 +1628,7 @@ static void prepare(run *r, const option *options, size_t n_options)
     const settings *s = r->s;
     const int exists = is_directory(s->output);
     if (exists) enter_directory(r);
+    else check_no_file(s->output);
     open_found(r->context, &r->source);
     r->reference_source = r->source;
     if (s->reference_known) {       // its log-probabilities are in reference.bin

@@ -312,8 +312,14 @@ def replaced(path, content, words, *say):
 def test_resume_refusals(data, base):
     cut, other = data / "cut", data / "other"
     resume = ["./train", "dpo", "--resume", "-o", cut]
-    refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
+    refused(resume, "it does not exist; check -o")
+    cut.write_text("a file")
+    refused(resume, "cut is a file; -o names a directory")
+    text = refused(begin(base, data, cut), "cut is a file; -o names a directory")
+    check("data    " not in text, f"-o is looked at after the data: {text}")
+    cut.unlink()
     cut.mkdir()
+    refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
     (cut / "reference.bin").write_text("")
     refused(resume, "no config.json; begin anew with another -o", "--reference-cache")
     refused(["./train", "sft", *resume[2:]], "no config.json; begin anew with another -o")
@@ -396,9 +402,14 @@ def test_resume_refusals(data, base):
     refused(resume, "reference.bin is missing; put back the run's own", "begin another run")
     (cut / "state.bin").unlink()
     text = run(*resume, status=1)
-    check("no state.bin; begin anew" in text and "reference.bin" not in text, text)
+    step = int(rows(cut / "log.csv")[-1]["step"])
+    said = f"no state.bin, and its log ends at update {step} of 500; begin anew with another -o"
+    check(said in text and "reference.bin" not in text, text)
     hidden.rename(cut / "reference.bin")
-    refused(resume, "no state.bin; begin anew", "reference.bin serves as --reference-cache")
+    refused(resume, said, "reference.bin serves as --reference-cache")
+    (cut / "adapter.bin").write_text("that of an interrupt")
+    text = refused(resume, said)
+    check("patience" not in text, text)
     for path in (cut, other, data / "adapter"):
         shutil.rmtree(path)
     leave(begin(base, data, cut, "--max-steps", "500"), cut)
@@ -408,6 +419,22 @@ def test_resume_refusals(data, base):
     shutil.rmtree(cut)
     leave(begin(base, data, cut, "--max-steps", "500", "--lora"), cut)
     refused(resume + ["--lora-r", "8"], "--lora-r was 16 there, and is 8 now")
+    shutil.rmtree(cut)
+    run(*begin(base, data, cut, "--max-steps", "5", "--patience", "1", "--learning-rate", "0",
+               "--eval-steps", "1"))
+    refused(resume, "its log ends at update 2 of 5 (if --patience ended it there, it is complete)")
+    shutil.rmtree(cut)
+    run(*begin(base, data, cut, "--max-steps", "2"))
+    refused(resume, "the run is complete, with 2 updates; for more of them begin another run")
+    run("./train", "init", "-o", data / "new.bin", "--tokenizer", cut)
+    (data / "new.bin").unlink()
+    (cut / "model.bin").unlink()    # as if it had been killed before the end
+    refused(resume, "its log ends at update 2 of 2; begin anew")
+    refused(["./eval", "chat", "-m", cut], "holds a run that has saved no model", "begin it anew")
+    (cut / "log.csv").unlink()
+    refused(["./eval", "chat", "-m", cut], "holds a run that has saved no model")
+    (cut / "config.json").write_text('{"architectures": ["GPTNeoXForCausalLM"]}')
+    refused(["./eval", "chat", "-m", cut], "a Hugging Face checkpoint", "convert.py import")
     shutil.rmtree(cut)
     environment = shim(data)
     if environment:     # a run that has no whole config.json was never there
@@ -471,13 +498,15 @@ def test_save_minutes(data, base):
 def test_one_process(data, base):
     """Two processes never train in one directory, and a start that fails leaves none behind."""
     out = data / "deep" / "run"
-    process = start(*begin(base, data, out, "--max-steps", "500", "--save-steps", "1"))
+    process = start(*begin(base, data, out, "--max-steps", "5000", "--save-steps", "1"))
     while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
     temporary = out / "best.bin.tmp-1"
     temporary.write_text("the other process is writing this")
-    refused(["./train", "dpo", "--resume", "-o", out], "another process is training in", "deep/run")
-    refused(begin(base, data, out), "another process is training in")
+    text = refused(["./train", "dpo", "--resume", "-o", out], "another process is training in",
+                   "deep/run; wait until it ends, or stop it by Ctrl-C")
+    check("data    " not in text, f"the lock is tried after the data: {text}")
+    refused(begin(base, data, out), "another process is training in", "or choose another -o")
     check(temporary.exists(), "a process that has no business there cleans up")
     kill(process)
     shutil.rmtree(data / "deep")
