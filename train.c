@@ -994,13 +994,13 @@ static void settle_best(run *r, int verify)
     at->evaluations = at->waited = 0;
 }
 
-/* Fails for a state that was refused, unless it is whole and of this run. */
-static void explain_refusal(const run *r)
+/* Fails unless the state is whole and of this run, and says why. */
+static void check_state(const run *r)
 {
     dpo_file file;
     if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1))
-        fail("%s; without a whole state.bin, begin another run%s", r->context->error,
-             r->bit == DPO ? " (its reference.bin serves as --reference-cache)" : "");
+        fail("%s; without a whole state.bin, %s", r->context->error,
+             begin_anew(r->s->output, r->bit));
     const dpo_entry *notes = dpo_file_find(&file, "notes");
     const size_t n = notes && notes->bytes > sizeof r->at ? notes->bytes - sizeof r->at : 0;
     char *text = allocate(n + 1, 1);
@@ -1021,7 +1021,7 @@ static void load_state(run *r)
 {
     dpo_string notes = {0};
     if (dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes)) {
-        explain_refusal(r);
+        check_state(r);
         fail("%s", r->context->error);
     }
     if (notes.n != sizeof r->at + strlen(r->description) ||
@@ -1708,7 +1708,9 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     prepare(&r, options, n_options);
     if (s->dry_run) {   // the directories that prepare made are taken away again at the end
         if (bit == DPO) say_reference(&r);
-        say("dry run: nothing was made; without --dry-run this trains");
+        if (s->resume) check_state(&r);
+        say("dry run: nothing was made; without --dry-run this trains, if the models are whole%s",
+            s->no_verify ? "" : ": their checksums are checked then");
         return 0;
     }
     if (bit == DPO) load_reference(&r);

@@ -388,7 +388,7 @@ def test_resume_refusals(data, base):
     model = pathlib.Path(base).read_bytes()
     for n in (len(state) - 10, 80):
         replaced(cut / "state.bin", state[:n], resume, "state.bin", "cut short or added to; put a "
-                 "whole copy in its place; without a whole state.bin, begin another run",
+                 "whole copy in its place; without a whole state.bin, begin anew with another -o",
                  "--reference-cache")
     replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
     leave(begin(base, data, other, *begun, "--seed", "4"), other)
@@ -396,8 +396,9 @@ def test_resume_refusals(data, base):
              "another run", "--seed was 4 there, and is 0 here")
     damaged = bytearray(state)
     damaged[-100] ^= 1
-    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum",
-             "cut short; put a whole copy", "begin another run")
+    for words in (resume, resume + ["--dry-run"]):
+        replaced(cut / "state.bin", bytes(damaged), words, "state.bin", "checksum",
+                 "cut short; put a whole copy", "begin anew")
     hidden = (cut / "reference.bin").rename(cut / "hidden")
     refused(resume, "reference.bin is missing; put back the run's own", "begin another run")
     (cut / "state.bin").unlink()
@@ -625,7 +626,7 @@ def test_dry_run(data, base):
             before = sorted(data.rglob("*"))
             text = run(*words)
             for said in ("memory  ", "disk    ", "data    ", "plan    2 updates", "trains  ",
-                         "dry run: nothing was made"):
+                         "dry run: nothing was made", "checksums are checked then"):
                 check(said in text, f"{command} --dry-run does not say {said!r}: {text}")
             check(("reference: " in text) == (command == "dpo"), f"{command}'s reference: {text}")
             check("step 0" not in text and sorted(data.rglob("*")) == before,
@@ -639,6 +640,8 @@ def test_dry_run(data, base):
     check("dry run" in text and before == {path: path.read_bytes() for path in out.iterdir()},
           f"--resume --dry-run changes something: {text}")
     refused(begin(base, data, out, "--dry-run"), "holds another run")
+    (out / "state.bin").write_bytes(before[out / "state.bin"][:-10])
+    refused(["./train", "dpo", "--resume", "-o", out, "--dry-run"], "state.bin", "cut short")
     shutil.rmtree(data / "deep")
 
 
