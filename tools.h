@@ -65,10 +65,12 @@ static inline void usage_fail(const char *format, ...)
     stop(2, format, arguments);
 }
 
+static const char *remedy = "";     // what ends errors of the library and of tables: what to do
+
 /* Passes on a failure of the library. */
 static inline void check(const dpo_context *context, int status)
 {
-    if (status) fail("%s", context->error);
+    if (status) fail("%s%s", context->error, remedy);
 }
 
 static inline void *allocate(size_t n, size_t size)
@@ -487,7 +489,7 @@ static inline void csv_check(const csv *c, int failed)
     if (!failed) return;
     int reason = errno;
     if (c->target) remove(c->path);
-    fail("cannot write %s: %s", c->target ? c->target : c->path, strerror(reason));
+    fail("cannot write %s: %s%s", c->target ? c->target : c->path, strerror(reason), remedy);
 }
 
 __attribute__((format(printf, 2, 3)))

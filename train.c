@@ -935,8 +935,28 @@ static size_t synced_bytes(FILE *file, const char *path)
     struct stat status;
     if (!file) return 0;
     if (fflush(file) || fsync(fileno(file)) || fstat(fileno(file), &status))
-        fail("cannot write %s: %s", path, strerror(errno));
+        fail("cannot write %s: %s%s", path, strerror(errno), remedy);
     return (size_t)status.st_size;
+}
+
+static const char *resume_command(const run *r)
+{
+    static char text[8192];
+    snprintf(text, sizeof text, "./train %s --resume -o %s", r->bit == DPO ? "dpo" : "sft",
+             shell_path(r->s->output));
+    return text;
+}
+
+/* From here on errors that are no fault of the run's say how it can go on. */
+static void set_remedy(const run *r)
+{
+    static char text[8192 + 64];
+    if (path_exists(r->state_path))
+        snprintf(text, sizeof text, "; when that is mended, go on by %s", resume_command(r));
+    else
+        snprintf(text, sizeof text, "; no state was saved yet: when that is mended, %s",
+                 begin_anew(r->s->output, r->bit));
+    remedy = text;
 }
 
 /* state.bin takes the place of the one before at once, or not at all: whenever the run is killed,
@@ -956,6 +976,7 @@ static void save_state(run *r)
     free(notes);
     r->saved = now();
     r->saved_step = r->at.step;
+    set_remedy(r);
 }
 
 /* Of a model or adapter of the run's own, all of which is read if `verify`; 0 if there is none. */
@@ -1267,6 +1288,7 @@ static void load_reference(run *r)
     }
     if (s->resume) return;
     if (same) self_check(r, cached);
+    set_remedy(r);
     const char *const paths[] = {s->reference_cache, r->reference_path};
     const dpo_reference_key key = reference_key(r);
     for (int i = 0; i < 2; i++)
@@ -1324,7 +1346,8 @@ static void write_samples(run *r)
         dpo_string_free(r->context, &prompt);
         dpo_string_free(r->context, &answer);
     }
-    if (fflush(r->samples)) fail("cannot write %s: %s", r->samples_path, strerror(errno));
+    if (fflush(r->samples))
+        fail("cannot write %s: %s%s", r->samples_path, strerror(errno), remedy);
 }
 
 /* What makes one evaluation better than another: accuracy, or for sft a lower loss. */
@@ -1420,6 +1443,7 @@ static void train(run *r)
     const settings *s = r->s;
     size_t eval_steps = s->eval_steps ? s->eval_steps : (r->steps + 19) / 20;
     progress bar = progress_start(r->bit == DPO ? "dpo" : "sft");
+    set_remedy(r);
     bar.before = r->at.step;
     r->started = now() - r->at.seconds;
     r->saved = now();
@@ -1739,8 +1763,8 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
         1e-6 * (double)r.memory.total, 1e-6 * (double)r.memory.mapped,
         1e-6 * (double)peak_memory());
     if (stopped)
-        say("interrupted: the %s is as update %zu left it; go on by ./train %s --resume -o %s",
-            r.lora.r ? "adapter" : "model", r.at.step, bit == DPO ? "dpo" : "sft", s->output);
+        say("interrupted: the %s is as update %zu left it; go on by %s",
+            r.lora.r ? "adapter" : "model", r.at.step, resume_command(&r));
     dpo_optimizer_free(&r.model, &r.optimizer);
     dpo_model_free(&r.model);
     dpo_data_free(context, &r.data);

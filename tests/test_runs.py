@@ -10,6 +10,7 @@ import pathlib
 import pty
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -477,6 +478,23 @@ def test_odd_paths(data, base):
     shutil.rmtree(odd)
 
 
+def test_pasted(data, base):
+    """Commands that are printed can be pasted, whatever the path."""
+    out = data / "it's a run"
+    process = start(*begin(base, data, out, "--max-steps", "5000"))
+    while not (out / "log.csv").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    command = err.strip().splitlines()[-1].partition("go on by ")[2]
+    check(shlex.split(command) == ["./train", "dpo", "--resume", "-o", str(out)], err)
+    shutil.rmtree(out)
+    out.mkdir()
+    text = refused(["./eval", "chat", "-m", out], "convert.py")
+    check(shlex.split(text.split("`")[1])[2:] == ["import", str(out), "model.bin"], text)
+    out.rmdir()
+
+
 def test_save_minutes(data, base):
     """--save-minutes alone saves the state, and 0 does not."""
     out = data / "run"
@@ -678,7 +696,16 @@ def test_file_limit(data, base):
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)))
     check("cannot write" in text and "b.csv: File too large" in text, text)
     check(not list(place.iterdir()), f"left: {list(place.iterdir())}")
-    place.rmdir()
+    words = begin(base, data, place / "run", "--max-steps", "500", "--save-steps", "1")
+    text = run(*words, status=1, preexec_fn=limit)
+    check("state.bin: cannot be written: File too large" in text and
+          "no state was saved yet: when that is mended, begin anew" in text, text)
+    shutil.rmtree(place / "run")
+    leave(words, place / "run")
+    text = run("./train", "dpo", "--resume", "-o", place / "run", status=1, preexec_fn=limit)
+    check("File too large" in text and
+          f"go on by ./train dpo --resume -o {place / 'run'}" in text, text)
+    shutil.rmtree(place)
 
 
 def test_busy_machine(data, base):
@@ -1099,6 +1126,7 @@ def main():
         test_killed(data, base, "--lora", "--dtype", "bf16", "--lora-dropout", "0.1")
         test_resume_refusals(data, base)
         test_odd_paths(data, base)
+        test_pasted(data, base)
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
