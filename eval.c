@@ -142,7 +142,9 @@ static void load(dpo_context *context, const settings *s, source *models, size_t
         dpo_plan_options plan = {.n_threads = context->n_threads, .model = model_options(s),
                                  .file = &models[i].file, .lora = models[i].lora};
         plan_scoring(&plan, data, s->micro_tokens);
-        check_memory(context, &models[i].config, &plan, 0, s->max_memory, 0, LESS_MEMORY);
+        check_memory(context, &models[i].config, &plan, 0, s->max_memory, 0,
+                     less_memory(context, &models[i].config, &plan, longest_example(data),
+                                 s->micro_tokens, "a smaller model"));
         close_model(context, &models[i]);
     }
 }

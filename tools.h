@@ -65,10 +65,12 @@ static inline void usage_fail(const char *format, ...)
     stop(2, format, arguments);
 }
 
+static const char *remedy = "";     // what ends errors of the library and of tables: what to do
+
 /* Passes on a failure of the library. */
 static inline void check(const dpo_context *context, int status)
 {
-    if (status) fail("%s", context->error);
+    if (status) fail("%s%s", context->error, remedy);
 }
 
 static inline void *allocate(size_t n, size_t size)
@@ -398,6 +400,19 @@ static inline int is_directory(const char *path)
     return stat(path, &status) == 0 && S_ISDIR(status.st_mode);
 }
 
+/* A path as a shell takes it, in commands that are printed to be pasted. */
+static inline const char *shell_path(const char *path)
+{
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+                                "0123456789_./-";
+    if (!path[strspn(path, plain)]) return path;
+    char *quoted = allocate(4 * strlen(path) + 3, 1), *end = quoted;
+    *end++ = '\'';
+    for (; *path; path++) end += sprintf(end, *path == '\'' ? "'\\''" : "%c", *path);
+    *end = '\'';
+    return quoted;
+}
+
 /* The file in a run directory, or NULL. */
 static inline char *run_file(const char *directory, const char *name)
 {
@@ -474,7 +489,7 @@ static inline void csv_check(const csv *c, int failed)
     if (!failed) return;
     int reason = errno;
     if (c->target) remove(c->path);
-    fail("cannot write %s: %s", c->target ? c->target : c->path, strerror(reason));
+    fail("cannot write %s: %s%s", c->target ? c->target : c->path, strerror(reason), remedy);
 }
 
 __attribute__((format(printf, 2, 3)))
@@ -587,7 +602,66 @@ static inline void plan_scoring(dpo_plan_options *plan, const dpo_data *data, si
                         data->n - i < SCORE_PIECE ? data->n - i : SCORE_PIECE, micro_tokens, 0);
 }
 
-#define LESS_MEMORY "lower --micro-tokens or --max-length, use --dtype bf16, or a smaller model"
+/* Rows of the longest example: no micro-batch can have fewer. */
+static inline size_t longest_example(const dpo_data *data)
+{
+    size_t longest = 0;
+    for (size_t i = 0; i < data->n; i++) {
+        const size_t rows = dpo_example_rows(&data->examples[i]);
+        if (rows > longest) longest = rows;
+    }
+    return longest;
+}
+
+/* Advice for check_memory: of the ways to need less, those that are not in use and lower this very
+   plan, and then `last`. Shorter examples alone help where no two of them fit a micro-batch. */
+static inline const char *less_memory(dpo_context *context, const dpo_config *config,
+                                      const dpo_plan_options *plan, size_t longest,
+                                      size_t micro_tokens, const char *last)
+{
+    static char text[512];
+    const int all = plan->train && !plan->lora.r, half = plan->model.dtype == DPO_BF16;
+    dpo_plan_options recompute = *plan, adapter = *plan, bf16 = *plan;
+    recompute.model.recompute = plan->train;
+    if (all) {
+        adapter.lora = (dpo_lora){.r = 16, .alpha = 1, .targets = "all-linear"};   // the defaults
+        adapter.model.frozen = 1;
+        adapter.model.stochastic = 0;
+    }
+    bf16.model.dtype = DPO_BF16;
+    bf16.model.stochastic = all;
+    // A frozen model's file in bf16 is used as it lies; but an adapter belongs to the file it has.
+    int convert = plan->model.frozen && !(plan->train && plan->lora.base_identity);
+    for (size_t i = 0; i < plan->file->n_entries; i++)
+        convert &= plan->file->entries[i].dtype != DPO_BF16;
+    const struct { const char *name; const dpo_plan_options *plan; int sure; } ways[] = {
+        {longest < plan->max_rows ? "a lower --micro-tokens"
+         : micro_tokens > longest / 2 ? "a lower --max-length and --micro-tokens"
+                                      : "a lower --max-length", NULL, 1},
+        {"--gradient-checkpointing", &recompute, 0},
+        {plan->model.stochastic ? "--lora without --stochastic-rounding" : "--lora", &adapter, 0},
+        {!all ? "--dtype bf16" : half ? "--stochastic-rounding"
+                                      : "--dtype bf16 --stochastic-rounding", &bf16, 0},
+        {half ? "a bf16 file of the model (./train merge --dtype bf16)"
+              : "a bf16 file of the model (./train merge --dtype bf16) with --dtype bf16",
+            NULL, convert},
+    };
+    dpo_memory now, then;
+    check(context, dpo_memory_plan(context, &now, config, plan));
+    size_t n = 0;
+    for (size_t i = 0; i < sizeof ways / sizeof *ways; i++) {
+        int lower = ways[i].sure;
+        if (ways[i].plan) {
+            check(context, dpo_memory_plan(context, &then, config, ways[i].plan));
+            lower = then.total < now.total;
+        }
+        if (lower)
+            n += (size_t)snprintf(text + n, sizeof text - n, "%s%s", n ? ", " : "use ",
+                                  ways[i].name);
+    }
+    snprintf(text + n, sizeof text - n, ", or %s", last);
+    return text;
+}
 
 /* Prints the plan (with `show`) and refuses what does not fit. `other` is what neither the plan nor
    the context knows of. max_memory 0: what the machine has. `advice` says how to need less. */
@@ -679,6 +753,17 @@ static inline int is_adapter(const char *path)
     return n == 4 && !memcmp(head, "dpo.h", 5) && head[3] == DPO_FILE_ADAPTER;
 }
 
+/* Whether a training run began there: its config.json starts with the command, as no other does. */
+static inline int is_run(const char *directory)
+{
+    char *path = path_join(directory, "config.json"), quote = 0;
+    FILE *file = fopen(path, "r");
+    free(path);
+    const int named = file && fscanf(file, " { \"command%c", &quote) == 1 && quote == '"';
+    if (file) fclose(file);
+    return named || run_file(directory, "log.csv");
+}
+
 /* Finds out what `path` means: a model file, an adapter over the base that it was made for, or a
    run directory with one of the two. */
 static inline void find_model(dpo_context *context, source *s, const char *path,
@@ -695,9 +780,13 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
         if (state)
             say("note    %s holds an unfinished run: its model is as old as its last interrupt",
                 path);
+        if (!s->path && is_run(path))
+            fail("%s holds a run that has saved no model; if it has ended, begin it anew with "
+                 "another -o", path);
         if (!s->path)
             fail("%s: neither model.bin nor adapter.bin in this directory; a Hugging Face "
-                 "checkpoint is made one by `python3 convert.py import %s model.bin`", path, path);
+                 "checkpoint is made one by `python3 convert.py import %s model.bin`", path,
+                 shell_path(path));
     }
     if (adapter && is_directory(adapter)) {
         s->adapter = run_file(adapter, "adapter.bin");
@@ -722,7 +811,7 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
     if (!path_exists(s->path))
         fail("%s: its base model was %s, which is not there now; put it back, or name it by -m "
              "BASE --adapter %s", s->adapter, *s->path ? s->path : "at a path too odd or long to "
-             "keep", s->adapter);
+             "keep", shell_path(s->adapter));
 }
 
 /* Opens what find_model found, for its configuration and tokenizer, which say what it will need. */

@@ -51,9 +51,11 @@ typedef struct settings {
     int dtype, stochastic_rounding, recompute, lora, rslora, resume, dry_run;
     size_t lora_r, save_steps, patience;
     double lora_alpha, lora_dropout, save_minutes, min_delta;
-    // Of a run that goes on: what config.json says of a reference that is not named anew.
+    // Of a run that goes on: what config.json says of a reference that is not named anew, and how
+    // many updates the run has.
     int reference_known;
     uint64_t reference_identity, reference_adapter_identity;
+    size_t steps_before;
 } settings;
 
 /* Fewer numbers learn at a higher rate, so defaults depend on whether an adapter is trained. */
@@ -223,7 +225,8 @@ static void set_if_given(int *value, int choice)
     if (choice >= 0) *value = choice;
 }
 
-static dpo_config make_config(dpo_context *context, const settings *s)
+/* Finds the model of --tokenizer as well, and leaves it closed. */
+static dpo_config make_config(dpo_context *context, const settings *s, source *other)
 {
     const struct preset *p = &presets[s->preset];
     dpo_config c = {0};
@@ -233,11 +236,10 @@ static dpo_config make_config(dpo_context *context, const settings *s)
     c.d_ff = s->d_ff ? s->d_ff : p->d_ff * c.d_model / p->d_model;
     c.context_length = s->context_length ? s->context_length : p->context_length;
 
-    source other = {0};
-    if (s->tokenizer) open_model(context, &other, s->tokenizer, NULL);
-    else check(context, dpo_tokenizer_load(context, &other.tokenizer, NULL));
-    size_t n_tokens = other.tokenizer.n_tokens;
-    close_model(context, &other);
+    if (s->tokenizer) open_model(context, other, s->tokenizer, NULL);
+    else check(context, dpo_tokenizer_load(context, &other->tokenizer, NULL));
+    size_t n_tokens = other->tokenizer.n_tokens;
+    close_model(context, other);
     c.vocab_size = s->tokenizer && p->vocab_size > n_tokens ? p->vocab_size : n_tokens;
     if (s->vocab_size && s->vocab_size < n_tokens)
         fail("--vocab-size %zu is too small for %zu tokens", s->vocab_size, n_tokens);
@@ -253,8 +255,8 @@ static dpo_config make_config(dpo_context *context, const settings *s)
     else if (!c.rotary_dims) c.rotary_dims = c.d_model / c.n_heads / 4 * 2;
     c.bos_id = c.eos_id = (int64_t)n_tokens - 1;    // the byte tokenizer's <|endoftext|>
     if (s->tokenizer) {
-        c.bos_id = other.config.bos_id;
-        c.eos_id = other.config.eos_id;
+        c.bos_id = other->config.bos_id;
+        c.eos_id = other->config.eos_id;
     }
     check(context, dpo_config_check(context, &c));
     return c;
@@ -264,14 +266,15 @@ static const dpo_dtype dtypes[] = {DPO_F32, DPO_BF16};
 
 static void init_model(dpo_context *context, const settings *s)
 {
+    static source other;    // whose path is NULL without --tokenizer
     check_can_make(s->output);
-    dpo_config config = make_config(context, s);
+    dpo_config config = make_config(context, s, &other);
     const dpo_dtype dtype = dtypes[s->dtype];
     dpo_plan_options plan = {.n_threads = context->n_threads,
                              .model = {.dtype = dtype, .stochastic = 1}};
     check_memory(context, &config, &plan, 0, s->max_memory, 0, "make a smaller model");
     dpo_model model;
-    check(context, dpo_model_init(context, &model, &config, s->tokenizer, s->seed, &plan.model));
+    check(context, dpo_model_init(context, &model, &config, other.path, s->seed, &plan.model));
     check(context, dpo_model_save(&model, s->output, dtype));
     say("made    %s: %.2f M parameters, vocabulary %zu", s->output, 1e-6 * (double)model.n_params,
         config.vocab_size);
@@ -457,16 +460,51 @@ static void remove_temporaries(const char *directory)
     if (stream) closedir(stream);
 }
 
+static char *read_text(const char *path)
+{
+    struct stat status;
+    FILE *file = fopen(path, "rb");
+    if (!file || fstat(fileno(file), &status)) fail("%s: %s", path, strerror(errno));
+    size_t n = (size_t)status.st_size;
+    char *text = allocate(n + 1, 1);
+    if (fread(text, 1, n, file) != n) fail("%s cannot be read", path);
+    fclose(file);
+    return text;
+}
+
+/* The update of the last whole row in a run's log. */
+static size_t last_step(const char *directory)
+{
+    const char *path = run_file(directory, "log.csv");
+    char *text = path ? read_text(path) : NULL, *end = text ? strrchr(text, '\n') : NULL;
+    if (!end) return 0;
+    *end = 0;
+    const char *row = strrchr(text, '\n');
+    return row ? strtoull(row + 1, NULL, 10) : 0;
+}
+
+/* What is left to do with a run that cannot go on. */
+static const char *begin_anew(const char *directory, unsigned bit)
+{
+    return bit == DPO && run_file(directory, "reference.bin")
+         ? "begin anew with another -o (its reference.bin serves as --reference-cache)"
+         : "begin anew with another -o";
+}
+
 static void check_directory(const run *r)
 {
     const char *directory = r->s->output;
     if (r->s->resume) {
         if (path_exists(r->state_path)) return;
-        fail("%s cannot be resumed: it has no state.bin%s%s", directory,
-             path_exists(r->result_path) ? ", because the run is complete"
-             : "; begin anew with another -o", path_exists(r->result_path) ||
-             !path_exists(r->reference_path) ? ""
-             : " (its reference.bin serves as --reference-cache)");
+        const size_t last = last_step(directory), all = r->s->steps_before;
+        const int saved = path_exists(r->result_path);
+        if (saved && all && last >= all)
+            fail("%s cannot be resumed: the run is complete, with %zu updates; for more of them "
+                 "begin another run, from this one's model", directory, all);
+        fail("%s cannot be resumed: it has no state.bin, and its log ends at update %zu of %zu%s; "
+             "%s", directory, last, all, saved && r->s->patience
+             ? " (if --patience ended it there, it is complete)" : "",
+             begin_anew(directory, r->bit));
     }
     for (size_t i = 0; i < N_RUN_FILES; i++)
         if (run_file(directory, run_files[i]))
@@ -484,6 +522,12 @@ static void remove_empty_directories(void)
     while (n_made_directories && !rmdir(made_directories[--n_made_directories]));
 }
 
+static void check_no_file(const char *path)
+{
+    if (path_exists(path) && !is_directory(path))
+        fail("%s is a file; -o names a directory", path);
+}
+
 static void make_directories(const char *path)
 {
     enum { MOST = sizeof made_directories / sizeof *made_directories };
@@ -498,25 +542,27 @@ static void make_directories(const char *path)
         }
         *slash = '/';
     }
-    if (!is_directory(path)) fail("%s is not a directory", path);
     free(copy);
 }
 
 /* One process at a time trains in a directory: it holds a lock on it until it ends, however it
    ends. A file system without locks has to do without. */
-static void lock_directory(const char *directory)
+static void lock_directory(const run *r)
 {
+    const char *directory = r->s->output;
     int descriptor = open(directory, O_RDONLY | O_CLOEXEC);
     if (descriptor < 0) fail("cannot open %s: %s", directory, strerror(errno));
     if (!flock(descriptor, LOCK_EX | LOCK_NB) || errno != EWOULDBLOCK) return;
     n_made_directories = 0;     // it is the other's now
-    fail("another process is training in %s; wait for it, or choose another -o", directory);
+    fail("another process is training in %s; %s", directory, r->s->resume
+         ? "wait until it ends, or stop it by Ctrl-C, which saves its state"
+         : "wait for it, or choose another -o");
 }
 
 /* From here on the run directory, which exists, is this process's alone. */
 static void enter_directory(const run *r)
 {
-    lock_directory(r->s->output);
+    lock_directory(r);
     check_directory(r);
     if (!r->s->dry_run) remove_temporaries(r->s->output);
 }
@@ -638,18 +684,6 @@ static void describe_run(const run *r, FILE *file, const option *options, size_t
     fputs("  \"compiler\": ", file);
     write_quoted(r->context, file, __VERSION__, strlen(__VERSION__));
     fputs("\n}\n", file);
-}
-
-static char *read_text(const char *path)
-{
-    struct stat status;
-    FILE *file = fopen(path, "rb");
-    if (!file || fstat(fileno(file), &status)) fail("%s: %s", path, strerror(errno));
-    size_t n = (size_t)status.st_size;
-    char *text = allocate(n + 1, 1);
-    if (fread(text, 1, n, file) != n) fail("%s cannot be read", path);
-    fclose(file);
-    return text;
 }
 
 /* The next line that two descriptions of runs do not share; a line is one member, so it names what
@@ -808,12 +842,13 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     int begun = 0;      // reference.bin is made before config.json
     for (size_t i = 0; i < N_RUN_FILES && !path; i++)
         begun |= strcmp(run_files[i], "reference.bin") && run_file(directory, run_files[i]);
+    check_no_file(directory);
+    if (!path && !is_directory(directory))
+        fail("%s cannot be resumed: it does not exist; check -o", directory);
     if (!path)
         fail("%s cannot be resumed: it has no config.json; %s%s", directory,
-             begun ? "put it back, or begin anew with another -o"
-             : reference ? "begin anew with another -o"
-             : "begin it without --resume (the same -o will do)",
-             bit == DPO && reference ? " (its reference.bin serves as --reference-cache)" : "");
+             begun ? "put it back, or " : "", begun || reference ? begin_anew(directory, bit)
+             : "begin it without --resume (the same -o will do)");
     char *text = read_text(path);
     check(&context, dpo_context_init(&context, 1));
     if (dpo_json_parse(&context, &json, text, strlen(text), path))
@@ -841,6 +876,9 @@ static void read_config(const char *directory, unsigned bit, const option *optio
     }
     s->reference_identity = read_identity(&json, "reference_identity");
     s->reference_adapter_identity = read_identity(&json, "reference_adapter_identity");
+    const dpo_json_value *steps = dpo_json_member(&json, json.values, "steps");
+    if (steps && steps->kind == DPO_JSON_NUMBER && steps->number > 0)
+        s->steps_before = (size_t)steps->number;
     dpo_json_free(&context, &json);
     dpo_context_free(&context);
     free(text);
@@ -892,8 +930,28 @@ static size_t synced_bytes(FILE *file, const char *path)
     struct stat status;
     if (!file) return 0;
     if (fflush(file) || fsync(fileno(file)) || fstat(fileno(file), &status))
-        fail("cannot write %s: %s", path, strerror(errno));
+        fail("cannot write %s: %s%s", path, strerror(errno), remedy);
     return (size_t)status.st_size;
+}
+
+static const char *resume_command(const run *r)
+{
+    static char text[8192];
+    snprintf(text, sizeof text, "./train %s --resume -o %s", r->bit == DPO ? "dpo" : "sft",
+             shell_path(r->s->output));
+    return text;
+}
+
+/* From here on errors that are no fault of the run's say how it can go on. */
+static void set_remedy(const run *r)
+{
+    static char text[8192 + 64];
+    if (path_exists(r->state_path))
+        snprintf(text, sizeof text, "; when that is mended, go on by %s", resume_command(r));
+    else
+        snprintf(text, sizeof text, "; no state was saved yet: when that is mended, %s",
+                 begin_anew(r->s->output, r->bit));
+    remedy = text;
 }
 
 /* state.bin takes the place of the one before at once, or not at all: whenever the run is killed,
@@ -913,6 +971,7 @@ static void save_state(run *r)
     free(notes);
     r->saved = now();
     r->saved_step = r->at.step;
+    set_remedy(r);
 }
 
 /* Of a model or adapter of the run's own, all of which is read if `verify`; 0 if there is none. */
@@ -951,13 +1010,13 @@ static void settle_best(run *r, int verify)
     at->evaluations = at->waited = 0;
 }
 
-/* Fails for a state that was refused, unless it is whole and of this run. */
-static void explain_refusal(const run *r)
+/* Fails unless the state is whole and of this run, and says why. */
+static void check_state(const run *r)
 {
     dpo_file file;
     if (dpo_file_open(r->context, &file, r->state_path, DPO_FILE_STATE, 1))
-        fail("%s; without a whole state.bin, begin another run%s", r->context->error,
-             r->bit == DPO ? " (its reference.bin serves as --reference-cache)" : "");
+        fail("%s; without a whole state.bin, %s", r->context->error,
+             begin_anew(r->s->output, r->bit));
     const dpo_entry *notes = dpo_file_find(&file, "notes");
     const size_t n = notes && notes->bytes > sizeof r->at ? notes->bytes - sizeof r->at : 0;
     char *text = allocate(n + 1, 1);
@@ -978,7 +1037,7 @@ static void load_state(run *r)
 {
     dpo_string notes = {0};
     if (dpo_state_load(&r->model, &r->optimizer, r->state_path, r->identity, &notes)) {
-        explain_refusal(r);
+        check_state(r);
         fail("%s", r->context->error);
     }
     if (notes.n != sizeof r->at + strlen(r->description) ||
@@ -1226,6 +1285,7 @@ static void load_reference(run *r)
     }
     if (s->resume) return;
     if (same) self_check(r, cached);
+    set_remedy(r);
     const char *const paths[] = {s->reference_cache, r->reference_path};
     const dpo_reference_key key = reference_key(r);
     for (int i = 0; i < 2; i++)
@@ -1283,7 +1343,8 @@ static void write_samples(run *r)
         dpo_string_free(r->context, &prompt);
         dpo_string_free(r->context, &answer);
     }
-    if (fflush(r->samples)) fail("cannot write %s: %s", r->samples_path, strerror(errno));
+    if (fflush(r->samples))
+        fail("cannot write %s: %s%s", r->samples_path, strerror(errno), remedy);
 }
 
 /* What makes one evaluation better than another: accuracy, or for sft a lower loss. */
@@ -1379,6 +1440,7 @@ static void train(run *r)
     const settings *s = r->s;
     size_t eval_steps = s->eval_steps ? s->eval_steps : (r->steps + 19) / 20;
     progress bar = progress_start(r->bit == DPO ? "dpo" : "sft");
+    set_remedy(r);
     bar.before = r->at.step;
     r->started = now() - r->at.seconds;
     r->saved = now();
@@ -1513,15 +1575,18 @@ static void plan_updates(run *r, dpo_plan_options *plan)
     r->at.step = 0;
 }
 
-#define LESS_TRAINING_MEMORY "lower --micro-tokens or --max-length, use --lora, --dtype bf16, " \
-    "--gradient-checkpointing or --stochastic-rounding, or a smaller model"
-
 #define RESUMING_MEMORY "a run that goes on needs what it needed, but for the scratch of " \
     "--threads; end other programs, or move its directory to a larger machine"
 
 static size_t reference_bytes(const run *r)
 {
     return r->bit == DPO ? 2 * (r->data.n + r->eval.n) * sizeof(double) : 0;
+}
+
+static size_t longest_of(const run *r)
+{
+    const size_t a = longest_example(&r->data), b = longest_example(&r->eval);
+    return a > b ? a : b;
 }
 
 static void plan_memory(run *r)
@@ -1539,8 +1604,9 @@ static void plan_memory(run *r)
         if (longest + SAMPLE_TOKENS > plan.max_positions)
             plan.max_positions = longest + SAMPLE_TOKENS;
     r->memory = check_memory(r->context, &r->source.config, &plan, reference_bytes(r),
-                             s->max_memory, 1,
-                             s->resume ? RESUMING_MEMORY : LESS_TRAINING_MEMORY);
+                             s->max_memory, 1, s->resume ? RESUMING_MEMORY
+                             : less_memory(r->context, &r->source.config, &plan, longest_of(r),
+                                           s->micro_tokens, "a smaller model"));
     say("trains  %.2f M of %.2f M parameters, %s", 1e-6 * (double)r->memory.trainable,
         1e-6 * (double)r->memory.params, r->lora.r ? "an adapter" : "all");
 }
@@ -1556,9 +1622,11 @@ static void plan_reference_memory(run *r)
     plan_scoring(&plan, &r->data, r->s->micro_tokens);
     plan_scoring(&plan, &r->eval, r->s->micro_tokens);
     dpo_memory m = check_memory(r->context, &from->config, &plan, reference_bytes(r),
-                                r->s->max_memory, 0, "for the model of --reference; lower "
-                                "--micro-tokens or --max-length, use --dtype bf16, or make a "
-                                "--reference-cache on a larger machine");
+                                r->s->max_memory, 0,
+                                less_memory(r->context, &from->config, &plan, longest_of(r),
+                                            r->s->micro_tokens, "a --reference-cache that a "
+                                            "larger machine made (it is the model of --reference "
+                                            "that needs so much)"));
     if (m.total <= r->memory.total) return;
     say("  reference model %.1f MB, before training, which takes less", 1e-6 * (double)m.total);
     r->memory.total = m.total;
@@ -1581,6 +1649,7 @@ static void prepare(run *r, const option *options, size_t n_options)
     const settings *s = r->s;
     const int exists = is_directory(s->output);
     if (exists) enter_directory(r);
+    else check_no_file(s->output);
     open_found(r->context, &r->source);
     r->reference_source = r->source;
     if (s->reference_known) {       // its log-probabilities are in reference.bin
@@ -1666,7 +1735,9 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     prepare(&r, options, n_options);
     if (s->dry_run) {   // the directories that prepare made are taken away again at the end
         if (bit == DPO) say_reference(&r);
-        say("dry run: nothing was made; without --dry-run this trains");
+        if (s->resume) check_state(&r);
+        say("dry run: nothing was made; without --dry-run this trains, if the models are whole%s",
+            s->no_verify ? "" : ": their checksums are checked then");
         return 0;
     }
     if (bit == DPO) load_reference(&r);
@@ -1695,8 +1766,8 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
         1e-6 * (double)r.memory.total, 1e-6 * (double)r.memory.mapped,
         1e-6 * (double)peak_memory());
     if (stopped)
-        say("interrupted: the %s is as update %zu left it; go on by ./train %s --resume -o %s",
-            r.lora.r ? "adapter" : "model", r.at.step, bit == DPO ? "dpo" : "sft", s->output);
+        say("interrupted: the %s is as update %zu left it; go on by %s",
+            r.lora.r ? "adapter" : "model", r.at.step, resume_command(&r));
     dpo_optimizer_free(&r.model, &r.optimizer);
     dpo_model_free(&r.model);
     dpo_data_free(context, &r.data);

@@ -10,6 +10,7 @@ import pathlib
 import pty
 import random
 import resource
+import shlex
 import shutil
 import signal
 import subprocess
@@ -313,8 +314,14 @@ def replaced(path, content, words, *say):
 def test_resume_refusals(data, base):
     cut, other = data / "cut", data / "other"
     resume = ["./train", "dpo", "--resume", "-o", cut]
-    refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
+    refused(resume, "it does not exist; check -o")
+    cut.write_text("a file")
+    refused(resume, "cut is a file; -o names a directory")
+    text = refused(begin(base, data, cut), "cut is a file; -o names a directory")
+    check("data    " not in text, f"-o is looked at after the data: {text}")
+    cut.unlink()
     cut.mkdir()
+    refused(resume, "cannot be resumed", "no config.json", "without --resume", "same -o")
     (cut / "reference.bin").write_text("")
     refused(resume, "no config.json; begin anew with another -o", "--reference-cache")
     refused(["./train", "sft", *resume[2:]], "no config.json; begin anew with another -o")
@@ -383,7 +390,7 @@ def test_resume_refusals(data, base):
     model = pathlib.Path(base).read_bytes()
     for n in (len(state) - 10, 80):
         replaced(cut / "state.bin", state[:n], resume, "state.bin", "cut short or added to; put a "
-                 "whole copy in its place; without a whole state.bin, begin another run",
+                 "whole copy in its place; without a whole state.bin, begin anew with another -o",
                  "--reference-cache")
     replaced(cut / "state.bin", model, resume, 'the kind "model"; "training state" is expected')
     leave(begin(base, data, other, *begun, "--seed", "4"), other)
@@ -391,15 +398,21 @@ def test_resume_refusals(data, base):
              "another run", "--seed was 4 there, and is 0 here")
     damaged = bytearray(state)
     damaged[-100] ^= 1
-    replaced(cut / "state.bin", bytes(damaged), resume, "state.bin", "checksum",
-             "cut short; put a whole copy", "begin another run")
+    for words in (resume, resume + ["--dry-run"]):
+        replaced(cut / "state.bin", bytes(damaged), words, "state.bin", "checksum",
+                 "cut short; put a whole copy", "begin anew")
     hidden = (cut / "reference.bin").rename(cut / "hidden")
     refused(resume, "reference.bin is missing; put back the run's own", "begin another run")
     (cut / "state.bin").unlink()
     text = run(*resume, status=1)
-    check("no state.bin; begin anew" in text and "reference.bin" not in text, text)
+    step = int(rows(cut / "log.csv")[-1]["step"])
+    said = f"no state.bin, and its log ends at update {step} of 500; begin anew with another -o"
+    check(said in text and "reference.bin" not in text, text)
     hidden.rename(cut / "reference.bin")
-    refused(resume, "no state.bin; begin anew", "reference.bin serves as --reference-cache")
+    refused(resume, said, "reference.bin serves as --reference-cache")
+    (cut / "adapter.bin").write_text("that of an interrupt")
+    text = refused(resume, said)
+    check("patience" not in text, text)
     for path in (cut, other, data / "adapter"):
         shutil.rmtree(path)
     leave(begin(base, data, cut, "--max-steps", "500"), cut)
@@ -409,6 +422,22 @@ def test_resume_refusals(data, base):
     shutil.rmtree(cut)
     leave(begin(base, data, cut, "--max-steps", "500", "--lora"), cut)
     refused(resume + ["--lora-r", "8"], "--lora-r was 16 there, and is 8 now")
+    shutil.rmtree(cut)
+    run(*begin(base, data, cut, "--max-steps", "5", "--patience", "1", "--learning-rate", "0",
+               "--eval-steps", "1"))
+    refused(resume, "its log ends at update 2 of 5 (if --patience ended it there, it is complete)")
+    shutil.rmtree(cut)
+    run(*begin(base, data, cut, "--max-steps", "2"))
+    refused(resume, "the run is complete, with 2 updates; for more of them begin another run")
+    run("./train", "init", "-o", data / "new.bin", "--tokenizer", cut)
+    (data / "new.bin").unlink()
+    (cut / "model.bin").unlink()    # as if it had been killed before the end
+    refused(resume, "its log ends at update 2 of 2; begin anew")
+    refused(["./eval", "chat", "-m", cut], "holds a run that has saved no model", "begin it anew")
+    (cut / "log.csv").unlink()
+    refused(["./eval", "chat", "-m", cut], "holds a run that has saved no model")
+    (cut / "config.json").write_text('{"architectures": ["GPTNeoXForCausalLM"]}')
+    refused(["./eval", "chat", "-m", cut], "a Hugging Face checkpoint", "convert.py import")
     shutil.rmtree(cut)
     environment = shim(data)
     if environment:     # a run that has no whole config.json was never there
@@ -450,6 +479,23 @@ def test_odd_paths(data, base):
     shutil.rmtree(odd)
 
 
+def test_pasted(data, base):
+    """Commands that are printed can be pasted, whatever the path."""
+    out = data / "it's a run"
+    process = start(*begin(base, data, out, "--max-steps", "5000"))
+    while not (out / "log.csv").exists() and process.poll() is None:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    command = err.strip().splitlines()[-1].partition("go on by ")[2]
+    check(shlex.split(command) == ["./train", "dpo", "--resume", "-o", str(out)], err)
+    shutil.rmtree(out)
+    out.mkdir()
+    text = refused(["./eval", "chat", "-m", out], "convert.py")
+    check(shlex.split(text.split("`")[1])[2:] == ["import", str(out), "model.bin"], text)
+    out.rmdir()
+
+
 def test_save_minutes(data, base):
     """--save-minutes alone saves the state, and 0 does not."""
     out = data / "run"
@@ -472,13 +518,15 @@ def test_save_minutes(data, base):
 def test_one_process(data, base):
     """Two processes never train in one directory, and a start that fails leaves none behind."""
     out = data / "deep" / "run"
-    process = start(*begin(base, data, out, "--max-steps", "500", "--save-steps", "1"))
+    process = start(*begin(base, data, out, "--max-steps", "5000", "--save-steps", "1"))
     while not (out / "state.bin").exists() and process.poll() is None:
         time.sleep(0.002)
     temporary = out / "best.bin.tmp-1"
     temporary.write_text("the other process is writing this")
-    refused(["./train", "dpo", "--resume", "-o", out], "another process is training in", "deep/run")
-    refused(begin(base, data, out), "another process is training in")
+    text = refused(["./train", "dpo", "--resume", "-o", out], "another process is training in",
+                   "deep/run; wait until it ends, or stop it by Ctrl-C")
+    check("data    " not in text, f"the lock is tried after the data: {text}")
+    refused(begin(base, data, out), "another process is training in", "or choose another -o")
     check(temporary.exists(), "a process that has no business there cleans up")
     kill(process)
     shutil.rmtree(data / "deep")
@@ -610,7 +658,7 @@ def test_dry_run(data, base):
             before = sorted(data.rglob("*"))
             text = run(*words)
             for said in ("memory  ", "disk    ", "data    ", "plan    2 updates", "trains  ",
-                         "dry run: nothing was made"):
+                         "dry run: nothing was made", "checksums are checked then"):
                 check(said in text, f"{command} --dry-run does not say {said!r}: {text}")
             check(("reference: " in text) == (command == "dpo"), f"{command}'s reference: {text}")
             check("step 0" not in text and sorted(data.rglob("*")) == before,
@@ -624,6 +672,8 @@ def test_dry_run(data, base):
     check("dry run" in text and before == {path: path.read_bytes() for path in out.iterdir()},
           f"--resume --dry-run changes something: {text}")
     refused(begin(base, data, out, "--dry-run"), "holds another run")
+    (out / "state.bin").write_bytes(before[out / "state.bin"][:-10])
+    refused(["./train", "dpo", "--resume", "-o", out, "--dry-run"], "state.bin", "cut short")
     shutil.rmtree(data / "deep")
 
 
@@ -660,7 +710,16 @@ def test_file_limit(data, base):
                preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024)))
     check("cannot write" in text and "b.csv: File too large" in text, text)
     check(not list(place.iterdir()), f"left: {list(place.iterdir())}")
-    place.rmdir()
+    words = begin(base, data, place / "run", "--max-steps", "500", "--save-steps", "1")
+    text = run(*words, status=1, preexec_fn=limit)
+    check("state.bin: cannot be written: File too large" in text and
+          "no state was saved yet: when that is mended, begin anew" in text, text)
+    shutil.rmtree(place / "run")
+    leave(words, place / "run")
+    text = run("./train", "dpo", "--resume", "-o", place / "run", status=1, preexec_fn=limit)
+    check("File too large" in text and
+          f"go on by ./train dpo --resume -o {place / 'run'}" in text, text)
+    shutil.rmtree(place)
 
 
 def test_busy_machine(data, base):
@@ -703,7 +762,7 @@ def test_reference_model(data, base):
                "--max-steps", "1"))
     shutil.rmtree(out)
     refused(begin(base, data, out, *words, "--max-memory", limit + "M"), f"{limit} MB are allowed",
-            "--reference;")
+            "it is the model of --reference")
     text = run(*begin(base, data, out, *words, "--reference-cache", cache, "--learning-rate", "0"))
     check_peak(text, 1, "--reference")
     check("reference model" in text and "reference model" not in alone, f"memory: {text}")
@@ -900,6 +959,7 @@ def test_adapters(data, base):
                       "--reference", base))
     check("as --reference says" in text and
           rows(data / "named" / "log.csv")[0]["rewards/margins"] != "0", f"--reference: {text}")
+    run("./train", "init", "-o", data / "new.bin", "--tokenizer", sft)  # that of its base
     # --adapter over its base is the same as the run directory; a merged bf16 file is mapped
     generate = ["--prompt", "How do I make tea?", "--temperature", "0", "--max-new-tokens", "12"]
     ways = (["-m", dpo], ["-m", base, "--adapter", dpo], ["-m", dpo / "adapter.bin"])
@@ -1029,6 +1089,46 @@ def test_memory(data):
     check(not (data / "x").exists(), "a run that does not fit leaves a directory")
 
 
+def test_advice(data):
+    """What is advised where memory is too small is not in use yet, and lowers the need."""
+    model, half, text = data / "large.bin", data / "half_as_large.bin", data / "words.txt"
+    text.write_text("some words " * 100)
+    run("./train", "merge", "-m", model, "-o", half, "--dtype", "bf16")
+    micro, shorter = "a lower --micro-tokens", "a lower --max-length"
+    again, bf16, rounding = "--gradient-checkpointing", ["--dtype", "bf16"], "--stochastic-rounding"
+    file = "a bf16 file of the model (./train merge --dtype bf16)"
+    both = shorter + " and --micro-tokens"
+    ways = {micro: ["--micro-tokens", "150"], shorter: ["--max-length", "32"],
+            both: ["--max-length", "32", "--micro-tokens", "32"], file: ["-m", half, *bf16]}
+
+    def need(words):
+        said = run(*words, "--max-memory", "1M", status=1).partition("needs ")[2].strip()
+        return float(said.split()[0]), said.partition("; use ")[2].split(", ")
+
+    train = begin(model, data, data / "x", "--dry-run")
+    least = ["--lora", *bf16, again, "--micro-tokens", "1"]
+    loss = ["./eval", "loss", "-m", model, "-d", text, "--max-length", "64"]
+    for words, options, expected in (
+            (train, [], [micro, again, "--lora", "--dtype bf16 --stochastic-rounding"]),
+            (train, bf16, [micro, again, "--lora", rounding]),
+            (train, [*bf16, rounding, again], [micro, "--lora without --stochastic-rounding"]),
+            (train, ["--lora"], [micro, again, file + " with --dtype bf16"]),
+            (train, least, [shorter, file]),
+            (train, [*least, "-m", half], [shorter]),
+            (train, ["-m", half, "--lora"], [micro, again, "--dtype bf16"]),
+            (loss, [], [micro, file + " with --dtype bf16"]),
+            (loss, bf16, [micro, file]),
+            (loss, ["-m", half, "--micro-tokens", "64"], [both, "--dtype bf16"]),
+            (loss, ["-m", half, *bf16, "--micro-tokens", "1"], [shorter])):
+        before, advice = need([*words, *options])
+        check(advice == [*expected, "or a smaller model"], f"{words[1]} {options}: {advice}")
+        for way in advice[:-1]:
+            kept = [o for o in options if o != rounding or "without" not in way]
+            name = way.partition(" with")[0]
+            after, _ = need([*words, *kept, *ways.get(name, name.split())])
+            check(after < before, f"{words[1]} {options}, {way}: {before} MB, then {after}")
+
+
 def main():
     forget_killed()     # of an earlier test that was interrupted
     with tempfile.TemporaryDirectory() as directory:
@@ -1043,6 +1143,7 @@ def main():
         test_killed(data, base, "--lora", "--dtype", "bf16")
         test_resume_refusals(data, base)
         test_odd_paths(data, base)
+        test_pasted(data, base)
         test_save_minutes(data, base)
         test_one_process(data, base)
         test_disk(data, base)
@@ -1061,6 +1162,7 @@ def main():
         test_adapters(data, base)
         test_reference_cache(data, base)
         test_memory(data)
+        test_advice(data)
     print(f"{passed} passed, {failed} failed")
     sys.exit(failed > 0)
 
