@@ -313,37 +313,57 @@ static inline void explain_unknown(const char *word, const tool_command *c, unsi
     usage_fail("no option %s; try ./%s --help", word, tool_name);
 }
 
+static inline int is_help(const char *word)
+{
+    return !strcmp(word, "--help") || !strcmp(word, "-h");
+}
+
+/* Whether a word looks like an option: --name, or a letter without a value. */
+static inline int has_option_form(const char *word)
+{
+    return word[0] == '-' && (word[1] == '-' || strlen(word) == 2);
+}
+
+/* The command's option that a word names (--name, --name=value, -l, -lvalue), or NULL. */
+static inline const option *find_option(const char *word, unsigned bit, const option *options,
+                                        size_t n)
+{
+    const int is_long = word[0] == '-' && word[1] == '-';
+    if (word[0] != '-' || !word[1]) return NULL;
+    for (const option *o = options; o < options + n; o++)
+        if ((o->commands & bit) && (is_long ? strlen(o->name) == strcspn(word + 2, "=") &&
+                                    !strncmp(o->name, word + 2, strlen(o->name))
+                                            : o->letter == word[1])) return o;
+    return NULL;
+}
+
 /* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. */
 static inline void parse_options(int argc, char **argv, const tool_command *c, unsigned bit,
                                  const option *options, size_t n)
 {
     const option *end = options + n;
     for (int i = 2; i < argc; i++) {
-        const char *word = argv[i], *value = NULL;
-        const option *found = NULL;
-        size_t length;
-        if (!strcmp(word, "--help") || !strcmp(word, "-h")) print_help(c, bit, options, n);
+        const char *word = argv[i], *value = NULL, *next = i + 1 < argc ? argv[i + 1] : NULL;
+        if (is_help(word)) print_help(c, bit, options, n);
         if (word[0] != '-' || !word[1])
             usage_fail("'%s' is no option; try ./%s --help", word, tool_name);
-        int is_long = word[1] == '-';
-        const char *name = word + 1 + is_long;
-        length = is_long ? strcspn(name, "=") : 1;
-        if (is_long && name[length] == '=') value = name + length + 1;
-        if (!is_long && name[1]) value = name + 1;
-        for (const option *o = options; o < end && !found; o++) {
-            if (!(o->commands & bit)) continue;
-            if (is_long ? strlen(o->name) == length && !strncmp(o->name, name, length)
-                        : o->letter == name[0]) found = o;
-        }
+        const int is_long = word[1] == '-';
+        const option *found = find_option(word, bit, options, n);
         if (!found && is_long) explain_unknown(word, c, bit, options, n);
         if (!found) usage_fail("no option %s; try ./%s --help", word, tool_name);
+        if (is_long && strchr(word, '=')) value = strchr(word, '=') + 1;
+        if (!is_long && word[2]) value = word + 2;
         if (found->kind == OPTION_FLAG) {
             if (value) usage_fail("--%s takes no value", found->name);
             *(int *)found->value = 1;
             continue;
         }
-        if (!value && ++i == argc) usage_fail("--%s needs a value", found->name);
-        parse_value(found, value ? value : argv[i]);
+        if (!value && !next) usage_fail("--%s needs a value", found->name);
+        if (!value && has_option_form(next) &&
+            (is_help(next) || find_option(next, bit, options, n)))
+            usage_fail("--%s needs a value before %s", found->name, next);
+        if (!value) i++;
+        parse_value(found, value ? value : next);
     }
     for (const option *o = options; o < end; o++) {
         const char *text = o->kind == OPTION_TEXT ? *(const char **)o->value : "";
@@ -356,7 +376,7 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
 static inline const tool_command *find_command(int argc, char **argv, const tool_command *commands,
                                                size_t n, unsigned *bit)
 {
-    int help = argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"));
+    int help = argc > 1 && is_help(argv[1]);
     for (size_t i = 0; i < n && argc > 1; i++) {
         *bit = 1u << i;
         if (!strcmp(argv[1], commands[i].name)) return &commands[i];
@@ -408,14 +428,15 @@ static inline char *run_file(const char *directory, const char *name)
 }
 
 /* What an argument of a command line names: the word after --name or its letter, also as
-   --name=word; the last if there are several, as parse_options has it, and NULL without one. For
-   what must be known before options are read. */
+   --name=word; the last if there are several, as parse_options has it, and NULL without one; ""
+   before what looks like an option. For what must be known before options are read. */
 static inline const char *given_value(int argc, char **argv, const char *name, char letter)
 {
     const char *value = NULL;
     size_t n = strlen(name);
     for (int i = 2; i < argc; i++) {
-        const char *word = argv[i], *next = i + 1 < argc ? argv[i + 1] : "";
+        const char *word = argv[i];
+        const char *next = i + 1 < argc && !has_option_form(argv[i + 1]) ? argv[i + 1] : "";
         if (word[0] == '-' && word[1] == letter && letter) value = word[2] ? word + 2 : next;
         if (strncmp(word, "--", 2) || strncmp(word + 2, name, n)) continue;
         if (word[2 + n] == '=') value = word + 3 + n;

@@ -562,6 +562,24 @@ def test_unknown_options():
         refused(["./" + command.split()[0], command.split()[1], option], said, status=2)
 
 
+def test_option_values(data, base):
+    """A value that is missing is missed where it is."""
+    dpo = ["./train", "dpo"]
+    for words, said in (
+            (["-m", "--max-steps", "1"], "--model needs a value before --max-steps"),
+            (["--beta", "--max-steps=1"], "--beta needs a value before --max-steps=1"),
+            (["-o", "-m", base], "--output needs a value before -m"),
+            (["-m", base, "-o", "--help"], "--output needs a value before --help"),
+            (["-m", base, "-o", "--resume"], "--resume needs -o DIR"),
+            (["--resume", "-o", "-d", "x"], "--resume needs -o DIR"),
+            (["-d", "--data", "x"], "--data needs a value before --data"),
+            (["-d"], "--data needs a value")):
+        refused(dpo + words, said, status=2)
+    # what is no option of this command is a value, as is all that stands after = or a letter
+    refused(dpo + ["-m", "--top-k", "-d-m", "-o", "-x"], "--top-k: cannot be opened")
+    refused(dpo + ["--model=--data", "-d", "-x", "-o-d"], "--data: cannot be opened")
+
+
 def test_text_as_prompts(data, base):
     """What eval says of text, and of nothing, where prompts are expected."""
     text = data / "words.txt"
@@ -1031,6 +1049,7 @@ def main():
         test_disk(data, base)
         test_help()
         test_unknown_options()
+        test_option_values(data, base)
         test_text_as_prompts(data, base)
         test_dry_run(data, base)
         test_warmup(data, base)
