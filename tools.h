@@ -110,7 +110,7 @@ typedef struct option {
     void *value;            // holds the default until parse_options
     const char *argument;   // what help calls the value; of a choice, the choices
     const char *help;
-    double low, high;       // accepted numbers; a high of 0: no end
+    double low, high;       // accepted numbers; of bytes any, and both are 0
     int required;           // 2: except with --resume, whose run has it
 } option;
 
@@ -159,6 +159,14 @@ static inline const char *real_text(char text[32], double x)
     return text;
 }
 
+/* An end of a range as people write it: 1000000, not 1e+06. */
+static inline const char *limit_text(char text[32], double x)
+{
+    if (x != floor(x)) return real_text(text, x);
+    snprintf(text, 32, "%.0f", x);
+    return text;
+}
+
 static inline void parse_value(const option *o, const char *text)
 {
     char *end, low[32], high[32];
@@ -181,7 +189,6 @@ static inline void parse_value(const option *o, const char *text)
     default: break;
     }
     int digit = isdigit((unsigned char)text[0]);
-    errno = 0;
     if (o->kind == OPTION_SIZE) {
         unsigned long long n = strtoull(text, &end, 10);
         number = (double)n;
@@ -194,14 +201,17 @@ static inline void parse_value(const option *o, const char *text)
             end++;
         }
     }
-    if (!digit || end == text || *end || errno == ERANGE || !isfinite(number))
-        usage_fail("--%s must be a %s, not '%s'", o->name, o->kind == OPTION_SIZE ? "whole number" :
-                   o->kind == OPTION_BYTES ? "size like 500M or 8G" : "number", text);
-    if (o->kind == OPTION_BYTES && number * scale >= 0x1p63)
-        usage_fail("--%s %s is more than any machine has", o->name, text);
-    if (number < o->low || (o->high > 0 && number > o->high))
-        usage_fail("--%s must be from %s to %s, not %s", o->name, real_text(low, o->low),
-                   o->high > 0 ? real_text(high, o->high) : "any size", text);
+    const int is_number = digit && end != text && !*end && !isnan(number);
+    if (o->kind == OPTION_BYTES) {
+        if (!is_number || number < 0)
+            usage_fail("--%s must be a size like 500M or 8G, not '%s'", o->name, text);
+        if (number * scale >= 0x1p63)
+            usage_fail("--%s %s is more than any machine has", o->name, text);
+    } else if (!is_number || number < o->low || number > o->high) {
+        usage_fail("--%s must be a %s from %s to %s, not '%s'", o->name,
+                   o->kind == OPTION_SIZE ? "whole number" : "number", limit_text(low, o->low),
+                   limit_text(high, o->high), text);
+    }
     if (o->kind == OPTION_REAL) *(double *)o->value = number;
     if (o->kind == OPTION_BYTES) *(size_t *)o->value = (size_t)(number * scale);
 }

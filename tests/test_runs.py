@@ -563,7 +563,7 @@ def test_unknown_options():
 
 
 def test_option_values(data, base):
-    """A value that is missing is missed where it is."""
+    """A value that is missing is missed where it is, and of one that cannot be the range is said."""
     dpo = ["./train", "dpo"]
     for words, said in (
             (["-m", "--max-steps", "1"], "--model needs a value before --max-steps"),
@@ -575,6 +575,22 @@ def test_option_values(data, base):
             (["-d", "--data", "x"], "--data needs a value before --data"),
             (["-d"], "--data needs a value")):
         refused(dpo + words, said, status=2)
+    whole, huge = "must be a whole number from", 20 * "9"
+    for option, value, said in (
+            ("batch-size", huge, f"{whole} 1 to 1000000, not '{huge}'"),
+            ("limit", "-3", f"{whole} 0 to 1000000000000000, not '-3'"),
+            ("seed", str(2 ** 64), f"{whole} 0 to {2 ** 53 - 1}, not"),
+            ("seed", str(2 ** 53), f"{whole} 0 to {2 ** 53 - 1}, not"), ("seed", "-1", whole),
+            ("max-steps", "1e3", whole), ("max-steps", "", whole), ("lora-r", "many", whole),
+            ("epochs", "0", "must be a number from 1e-09 to 1000000, not '0'"),
+            ("beta", "1e999", "must be a number from 1e-06 to 1000000, not '1e999'"),
+            ("beta", "-nan", "must be a number from"), ("beta", "0.1x", "must be a number from"),
+            ("adam-beta2", "1", "must be a number from 0 to 0.99999999, not '1'"),
+            ("max-memory", "-1", "must be a size like 500M or 8G, not '-1'"),
+            ("max-memory", "8Q", "must be a size like 500M or 8G, not '8Q'"),
+            ("max-memory", "1e999", "--max-memory 1e999 is more than any machine has"),
+            ("max-memory", huge + "G", f"--max-memory {huge}G is more than any machine has")):
+        refused(dpo + ["--" + option, value], "--" + option, said, status=2)
     # what is no option of this command is a value, as is all that stands after = or a letter
     refused(dpo + ["-m", "--top-k", "-d-m", "-o", "-x"], "--top-k: cannot be opened")
     refused(dpo + ["--model=--data", "-d", "-x", "-o-d"], "--data: cannot be opened")
