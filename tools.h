@@ -276,7 +276,9 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
         print_default(stdout, o);
         putchar('\n');
     }
-    printf("      --help                        print this\n");
+    printf("      --help                        print this\n\n"
+           "--name=value is --name value. Of numbers, choices and flags the last one counts;\n"
+           "a second file or text is refused, unless the option may be repeated.\n");
     finish_stdout();
     exit(0);
 }
@@ -347,11 +349,14 @@ static inline const option *find_option(const char *word, unsigned bit, const op
     return NULL;
 }
 
-/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. */
+/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. Of two
+   files or texts no one is let go silently: they may have been meant to add up. */
 static inline void parse_options(int argc, char **argv, const tool_command *c, unsigned bit,
                                  const option *options, size_t n)
 {
     const option *end = options + n;
+    char given[n];
+    memset(given, 0, n);
     for (int i = 2; i < argc; i++) {
         const char *word = argv[i], *value = NULL, *next = i + 1 < argc ? argv[i + 1] : NULL;
         if (is_help(word)) print_help(c, bit, options, n);
@@ -372,6 +377,9 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
         if (!value && has_option_form(next) &&
             (is_help(next) || find_option(next, bit, options, n)))
             usage_fail("--%s needs a value before %s", found->name, next);
+        if (found->kind == OPTION_TEXT && given[found - options]++)
+            usage_fail("--%s was given twice; %s", found->name, strstr(found->name, "data")
+                       ? "join the files with cat" : "give it once");
         if (!value) i++;
         parse_value(found, value ? value : next);
     }

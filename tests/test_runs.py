@@ -190,23 +190,27 @@ def hard(data):
 
 
 def begin(base, data, out, *more):
-    return ["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--eval-data",
-            data / "held.jsonl", "--batch-size", "8", "--max-length", "96", "--max-prompt-length",
-            "48", "--learning-rate", "1e-3", "--eval-steps", "2", *more]
+    """Of numbers the last one counts; files are those of `more`, if it names any."""
+    files = [word for option, name in (("-d", "pairs.jsonl"), ("--eval-data", "held.jsonl"))
+             if option not in more for word in (option, data / name)]
+    return ["./train", "dpo", "-m", base, *files, "-o", out, "--batch-size", "8", "--max-length",
+            "96", "--max-prompt-length", "48", "--learning-rate", "1e-3", "--eval-steps", "2",
+            *more]
 
 
 def test_resume(data, base):
     """10 updates equal 5, killed, and 5 more, whatever the mode and the threads."""
     adapter = data / "adapter"
     run(*begin(base, data, adapter, "--max-steps", "2", "--lora"))
-    more = {"SFT": [], "SFT of an adapter": ["--lora"], "an adapter trained further": []}
-    for name, options in {**MODES, **more}.items():
+    others = {"SFT": [], "SFT of an adapter": ["--lora"], "an adapter trained further": []}
+    for name, options in {**MODES, **others}.items():
         whole, cut = data / "whole", data / "cut"
         model = adapter if "further" in name else base
-        words = begin(model, data, "", "--max-steps", "10", "--sample", "1", *options)
-        words[1] = "sft" if "SFT" in name else "dpo"
-        run(*words, "-o", whole)
-        process = start(*words, "-o", cut, "--save-steps", "5", "--threads", "1")
+        command = "sft" if "SFT" in name else "dpo"
+        more = ["--max-steps", "10", "--sample", "1", *options]
+        run("./train", command, *begin(model, data, whole, *more)[2:])
+        process = start("./train", command, *begin(model, data, cut, *more)[2:], "--save-steps",
+                        "5", "--threads", "1")
         while not (cut / "state.bin").exists() and process.poll() is None:
             time.sleep(0.002)
         kill(process)
@@ -220,7 +224,7 @@ def test_resume(data, base):
         shutil.copy(base, data / "copy.bin")
         copy = [] if "--lora" in options or model != base else ["-m", data / "copy.bin"]
         # (adapters say where their base is, and would be other files)
-        text = run("./train", words[1], "--resume", "-o", cut, "--threads", "3", *copy)
+        text = run("./train", command, "--resume", "-o", cut, "--threads", "3", *copy)
         check("resumed after update" in text, f"{name}: {text}")
         same_files(whole, cut, ["model.bin", "adapter.bin", "best.bin", "eval.csv",
                                 "samples.jsonl", "reference.bin"], f"{name}, resumed")
@@ -563,7 +567,8 @@ def test_unknown_options():
 
 
 def test_option_values(data, base):
-    """A value that is missing is missed where it is, and of one that cannot be the range is said."""
+    """A value that is missing is missed where it is, of one that cannot be the range is said, and
+    none is let go for another that may have been meant to be added."""
     dpo = ["./train", "dpo"]
     for words, said in (
             (["-m", "--max-steps", "1"], "--model needs a value before --max-steps"),
@@ -591,6 +596,22 @@ def test_option_values(data, base):
             ("max-memory", "1e999", "--max-memory 1e999 is more than any machine has"),
             ("max-memory", huge + "G", f"--max-memory {huge}G is more than any machine has")):
         refused(dpo + ["--" + option, value], "--" + option, said, status=2)
+    train, pairs = begin(base, data, data / "no"), data / "pairs.jsonl"
+    prefs = ["./eval", "prefs", "-m", base, "-r", base, "-d", pairs]
+    for words, option, now in (
+            (train, ["-d", pairs], "--data was given twice; join the files with cat"),
+            (train, ["--eval-data", pairs], "--eval-data was given twice; join the files with cat"),
+            (train, [f"--model={base}"], "--model was given twice; give it once"),
+            (train, ["-o", data / "other"], "--output was given twice; give it once"),
+            (prefs, ["--reference", base], "--reference was given twice; give it once"),
+            (prefs, ["--versus", base, "--versus", base], "--versus was given twice"),
+            (["./eval", "generate"], ["-p", "a", "--prompt", ""], "--prompt was given twice")):
+        refused(words + option, now, status=2)
+    text = run(*train, "--batch-size", "20", "--max-steps", "3", "--epochs", "2", "--max-steps",
+               "0", "--dry-run", "--dry-run")    # of numbers and flags the last counts
+    check("plan    4 updates" in text, text)
+    run("./eval", "generate", "-m", base, "-p", "a", "--max-new-tokens", "1", "--stop", "x", "--stop",
+        "y")
     # what is no option of this command is a value, as is all that stands after = or a letter
     refused(dpo + ["-m", "--top-k", "-d-m", "-o", "-x"], "--top-k: cannot be opened")
     refused(dpo + ["--model=--data", "-d", "-x", "-o-d"], "--data: cannot be opened")
@@ -941,12 +962,6 @@ def test_adapters(data, base):
             "qkv", "mlp.dense_h_to_4h")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "embed_out"),
             "the head takes no adapter here")
-    words = ["./train", "dpo", "-m", sft, "--model", base, "-d", data / "pairs.jsonl", "-o",
-             data / "x", "-o", data / "last", "--max-steps", "1"]
-    run(*words)     # the last of a repeated option counts, for defaults as well
-    rate = json.loads((data / "last" / "config.json").read_text())["options"]["learning-rate"]
-    check(rate == 1e-6, f"all weights are trained at {rate}")
-    shutil.rmtree(data / "last")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "dense,"),
             '"" is no linear layer')
     refused(begin(base, data, data / "x", "--lora-r", "8"), "--lora-r goes with --lora", status=2)
@@ -1005,12 +1020,13 @@ def test_reference_cache(data, base):
     run(*begin(base, data, data / "a", *with_cache))
     text = run(*begin(base, data, data / "b", *with_cache, "--beta", "0.4", "--loss-type", "ipo"))
     check("read from" in text, f"the cache serves another beta and loss: {text}")
-    long = data / "long.bin"        # the context is 128: what counts is what was applied
-    run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long, "--max-length",
-               "600", "--max-prompt-length", "900"))
+    # the context is 128: what counts is what was applied
+    long = ["--max-steps", "1", "--reference-cache", data / "long.bin"]
+    run(*begin(base, data, data / "long", *long, "--max-length", "600", "--max-prompt-length",
+               "900"))
     shutil.rmtree(data / "long")
-    text = run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long,
-                      "--max-length", "700", "--max-prompt-length", "800"))
+    text = run(*begin(base, data, data / "long", *long, "--max-length", "700",
+                      "--max-prompt-length", "800"))
     check("read from" in text, f"a cache of the same tokens: {text}")
     check(text.count("--max-length becomes 128") == 1, f"said for each data file: {text}")
     shutil.rmtree(data / "long")
