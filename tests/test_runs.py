@@ -617,6 +617,31 @@ def test_option_values(data, base):
     refused(dpo + ["--model=--data", "-d", "-x", "-o-d"], "--data: cannot be opened")
 
 
+def test_useless_options(data, base):
+    """An option that would have no effect is refused before anything is read; a run that goes on has
+    all options, and is asked for none."""
+    out, rmsprop = data / "run", ["--optim", "rmsprop"]
+    alone = ["./train", "dpo", "-m", base, "-d", data / "none.jsonl", "-o", out]
+    none = alone + ["--dtype", "bf16", "--stochastic-rounding"]
+    for words, said in (
+            (alone + ["--eval-examples", "3"], "--eval-examples needs --eval-data"),
+            (alone + ["--eval-steps", "3"], "--eval-steps needs --eval-data or --sample"),
+            (alone + ["--rmsprop-alpha", "0.9"], "--rmsprop-alpha goes with --optim rmsprop"),
+            (alone + ["--adam-beta1", "0.8", *rmsprop], "--adam-beta1 goes with --optim adamw"),
+            (alone + [*rmsprop, "--adam-beta2=0.8"], "--adam-beta2 goes with --optim adamw"),
+            (none + ["--lora"], "--stochastic-rounding is for training all weights, not an adapter"),
+            (none + ["--adapter", data / "none"], "--stochastic-rounding is for training all")):
+        refused(words, said, status=2)
+    run(*begin(base, data, out, *rmsprop, "--rmsprop-alpha", "0.9", "--adam-epsilon", "1e-7",
+               "--eval-examples", "3", "--dry-run"))
+    leave(begin(base, data, out, *rmsprop, "--rmsprop-alpha", "0.9", "--max-steps", "500",
+                "--eval-examples", "3"), out)
+    resume = ["./train", "dpo", "--resume", "-o", out]
+    run(*resume, "--rmsprop-alpha", "0.9", "--eval-examples", "3", "--dry-run")
+    refused(resume + ["--adam-beta1", "0.9"], "--adam-beta1 goes with --optim adamw", status=2)
+    shutil.rmtree(out)
+
+
 def test_text_as_prompts(data, base):
     """What eval says of text, and of nothing, where prompts are expected."""
     text = data / "words.txt"
@@ -1082,6 +1107,7 @@ def main():
         test_help()
         test_unknown_options()
         test_option_values(data, base)
+        test_useless_options(data, base)
         test_text_as_prompts(data, base)
         test_dry_run(data, base)
         test_warmup(data, base)
