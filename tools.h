@@ -283,33 +283,44 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
     exit(0);
 }
 
-/* What other programs call options of ours. */
-static const struct { const char *name, *ours, *value; } foreign_names[] = {
-    {"lr", "learning-rate", ""}, {"bf16", "dtype", " bf16"}, {"num-train-epochs", "epochs", ""},
+/* What other programs call options of ours, and what is to be said after ours. */
+static const struct { const char *name, *ours, *more; } foreign_names[] = {
+    {"lr", "learning-rate", ""}, {"num-train-epochs", "epochs", ""},
+    {"bf16", "dtype", " bf16"}, {"precision", "dtype", ""}, {"ref-model", "reference", ""},
+    {"resume-from-checkpoint", "resume", " -o DIR"},
     {"per-device-train-batch-size", "batch-size", ""},
+    {"gradient-accumulation-steps", "batch-size",
+        ", the whole update; --micro-tokens cuts it into passes"},
 };
 
-/* Says of a long option that this command has not what may have been meant, and exits: the same of
-   another command, ours for another program's, or the nearest by its letters. */
+/* Says of a long option that this command has not what may have been meant, and exits: ours for
+   another program's, the same of another command, the only one that begins so, or the nearest by
+   its letters. */
 __attribute__((noreturn))
 static inline void explain_unknown(const char *word, const tool_command *c, unsigned bit,
                                    const option *options, size_t n)
 {
     char name[64], others[128] = "";
     const int length = (int)strcspn(word, "=");
-    const option *nearest = NULL;
-    size_t distance = SIZE_MAX, used = 0;
+    const char *ours = name, *more = "";
+    const option *nearest = NULL, *begun = NULL;
+    size_t distance = SIZE_MAX, used = 0, n_begun = 0;
     snprintf(name, sizeof name, "%.*s", length - 2, word + 2);
     for (char *p = name; *p; p++) if (*p == '_') *p = '-';      // as Python's programs have it
+    for (size_t i = 0; i < sizeof foreign_names / sizeof *foreign_names; i++) {
+        if (strcmp(foreign_names[i].name, name)) continue;
+        ours = foreign_names[i].ours;
+        more = foreign_names[i].more;
+    }
     for (const option *o = options; o < options + n; o++) {
         const size_t d = edit_distance(name, o->name);
+        const int is_ours = !strcmp(ours, o->name);
         if (o->commands & bit) {
+            if (is_ours && ours != name)
+                usage_fail("no option %.*s; here it is --%s%s", length, word, ours, more);
             if (d < distance) { distance = d; nearest = o; }
-            for (size_t i = 0; i < sizeof foreign_names / sizeof *foreign_names; i++)
-                if (!strcmp(foreign_names[i].name, name) && !strcmp(foreign_names[i].ours, o->name))
-                    usage_fail("no option %.*s; here it is --%s%s", length, word, o->name,
-                               foreign_names[i].value);
-        } else if (!d) {
+            if (!strncmp(name, o->name, strlen(name))) { begun = o; n_begun++; }
+        } else if (is_ours) {
             const tool_command *other = c;
             for (unsigned b = bit; b > 1; b >>= 1) other--;     // the first command
             for (unsigned b = 1; b && b <= o->commands && used < sizeof others; b <<= 1, other++)
@@ -319,7 +330,10 @@ static inline void explain_unknown(const char *word, const tool_command *c, unsi
                                              tool_name, other->name);
         }
     }
+    if (used && ours != name)
+        usage_fail("no option %.*s; in %s it is --%s%s", length, word, others, ours, more);
     if (used) usage_fail("no option %.*s; it is one of %s", length, word, others);
+    if (n_begun == 1) { nearest = begun; distance = 0; }
     if (nearest && distance <= 1 + strlen(name) / 3)
         usage_fail("no option %.*s; did you mean --%s?", length, word, nearest->name);
     usage_fail("no option %s; try ./%s --help", word, tool_name);

@@ -558,6 +558,20 @@ def test_unknown_options():
             ("train sft", "--bf16", "here it is --dtype bf16"),
             ("train sft", "--num_train_epochs=2", "no option --num_train_epochs; here it is --epochs"),
             ("train sft", "--per-device-train-batch-size", "here it is --batch-size"),
+            ("train dpo", "--ref_model", "no option --ref_model; here it is --reference"),
+            ("eval prefs", "--ref-model=x", "no option --ref-model; here it is --reference"),
+            ("train sft", "--ref-model", "no option --ref-model; in train dpo it is --reference"),
+            ("train dpo", "--resume-from-checkpoint", "here it is --resume -o DIR"),
+            ("train sft", "--gradient_accumulation_steps=4", "here it is --batch-size, the whole "
+             "update; --micro-tokens cuts it into passes"),
+            ("eval loss", "--precision", "no option --precision; here it is --dtype"),
+            ("train plan", "--precision", "in train init, train sft, train dpo, train merge it is "
+             "--dtype"),
+            ("train dpo", "--batch", "no option --batch; did you mean --batch-size?"),
+            ("train dpo", "--reference-c=x", "did you mean --reference-cache?"),
+            ("train dpo", "--gradient", "did you mean --gradient-checkpointing?"),
+            ("train dpo", "--warmup", "no option --warmup; try ./train dpo --help"),
+            ("train sft", "--max_length_", "did you mean --max-length?"),
             ("train sft", "--learning_rate", "did you mean --learning-rate?"),
             ("train dpo", "--betta", "did you mean --beta?"), ("eval chat", "--lr", "try ./eval chat"),
             ("train dpo", "--zzzzzzzzzzzz", "no option --zzzzzzzzzzzz; try ./train dpo --help"),
@@ -610,16 +624,16 @@ def test_option_values(data, base):
     text = run(*train, "--batch-size", "20", "--max-steps", "3", "--epochs", "2", "--max-steps",
                "0", "--dry-run", "--dry-run")    # of numbers and flags the last counts
     check("plan    4 updates" in text, text)
-    run("./eval", "generate", "-m", base, "-p", "a", "--max-new-tokens", "1", "--stop", "x", "--stop",
-        "y")
+    run("./eval", "generate", "-m", base, "-p", "a", "--max-new-tokens", "1", "--stop", "x",
+        "--stop", "y")
     # what is no option of this command is a value, as is all that stands after = or a letter
     refused(dpo + ["-m", "--top-k", "-d-m", "-o", "-x"], "--top-k: cannot be opened")
     refused(dpo + ["--model=--data", "-d", "-x", "-o-d"], "--data: cannot be opened")
 
 
 def test_useless_options(data, base):
-    """An option that would have no effect is refused before anything is read; a run that goes on has
-    all options, and is asked for none."""
+    """An option that would have no effect is refused before anything is read; a run that goes on
+    has all options, and is asked for none."""
     out, rmsprop = data / "run", ["--optim", "rmsprop"]
     alone = ["./train", "dpo", "-m", base, "-d", data / "none.jsonl", "-o", out]
     none = alone + ["--dtype", "bf16", "--stochastic-rounding"]
@@ -629,7 +643,7 @@ def test_useless_options(data, base):
             (alone + ["--rmsprop-alpha", "0.9"], "--rmsprop-alpha goes with --optim rmsprop"),
             (alone + ["--adam-beta1", "0.8", *rmsprop], "--adam-beta1 goes with --optim adamw"),
             (alone + [*rmsprop, "--adam-beta2=0.8"], "--adam-beta2 goes with --optim adamw"),
-            (none + ["--lora"], "--stochastic-rounding is for training all weights, not an adapter"),
+            (none + ["--lora"], "--stochastic-rounding is for training all weights, not an"),
             (none + ["--adapter", data / "none"], "--stochastic-rounding is for training all")):
         refused(words, said, status=2)
     run(*begin(base, data, out, *rmsprop, "--rmsprop-alpha", "0.9", "--adam-epsilon", "1e-7",
