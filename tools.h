@@ -112,7 +112,7 @@ typedef struct option {
     void *value;            // holds the default until parse_options
     const char *argument;   // what help calls the value; of a choice, the choices
     const char *help;
-    double low, high;       // accepted numbers; a high of 0: no end
+    double low, high;       // accepted numbers; of bytes any, and both are 0
     int required;           // 2: except with --resume, whose run has it
 } option;
 
@@ -161,6 +161,14 @@ static inline const char *real_text(char text[32], double x)
     return text;
 }
 
+/* An end of a range as people write it: 1000000, not 1e+06. */
+static inline const char *limit_text(char text[32], double x)
+{
+    if (x != floor(x)) return real_text(text, x);
+    snprintf(text, 32, "%.0f", x);
+    return text;
+}
+
 static inline void parse_value(const option *o, const char *text)
 {
     char *end, low[32], high[32];
@@ -183,7 +191,6 @@ static inline void parse_value(const option *o, const char *text)
     default: break;
     }
     int digit = isdigit((unsigned char)text[0]);
-    errno = 0;
     if (o->kind == OPTION_SIZE) {
         unsigned long long n = strtoull(text, &end, 10);
         number = (double)n;
@@ -196,14 +203,17 @@ static inline void parse_value(const option *o, const char *text)
             end++;
         }
     }
-    if (!digit || end == text || *end || errno == ERANGE || !isfinite(number))
-        usage_fail("--%s must be a %s, not '%s'", o->name, o->kind == OPTION_SIZE ? "whole number" :
-                   o->kind == OPTION_BYTES ? "size like 500M or 8G" : "number", text);
-    if (o->kind == OPTION_BYTES && number * scale >= 0x1p63)
-        usage_fail("--%s %s is more than any machine has", o->name, text);
-    if (number < o->low || (o->high > 0 && number > o->high))
-        usage_fail("--%s must be from %s to %s, not %s", o->name, real_text(low, o->low),
-                   o->high > 0 ? real_text(high, o->high) : "any size", text);
+    const int is_number = digit && end != text && !*end && !isnan(number);
+    if (o->kind == OPTION_BYTES) {
+        if (!is_number || number < 0)
+            usage_fail("--%s must be a size like 500M or 8G, not '%s'", o->name, text);
+        if (number * scale >= 0x1p63)
+            usage_fail("--%s %s is more than any machine has", o->name, text);
+    } else if (!is_number || number < o->low || number > o->high) {
+        usage_fail("--%s must be a %s from %s to %s, not '%s'", o->name,
+                   o->kind == OPTION_SIZE ? "whole number" : "number", limit_text(low, o->low),
+                   limit_text(high, o->high), text);
+    }
     if (o->kind == OPTION_REAL) *(double *)o->value = number;
     if (o->kind == OPTION_BYTES) *(size_t *)o->value = (size_t)(number * scale);
 }
@@ -268,38 +278,51 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
         print_default(stdout, o);
         putchar('\n');
     }
-    printf("      --help                        print this\n");
+    printf("      --help                        print this\n\n"
+           "--name=value is --name value. Of numbers, choices and flags the last one counts;\n"
+           "a second file or text is refused, unless the option may be repeated.\n");
     finish_stdout();
     exit(0);
 }
 
-/* What other programs call options of ours. */
-static const struct { const char *name, *ours, *value; } foreign_names[] = {
-    {"lr", "learning-rate", ""}, {"bf16", "dtype", " bf16"}, {"num-train-epochs", "epochs", ""},
+/* What other programs call options of ours, and what is to be said after ours. */
+static const struct { const char *name, *ours, *more; } foreign_names[] = {
+    {"lr", "learning-rate", ""}, {"num-train-epochs", "epochs", ""},
+    {"bf16", "dtype", " bf16"}, {"precision", "dtype", ""}, {"ref-model", "reference", ""},
+    {"resume-from-checkpoint", "resume", " -o DIR"},
     {"per-device-train-batch-size", "batch-size", ""},
+    {"gradient-accumulation-steps", "batch-size",
+        ", the whole update; --micro-tokens cuts it into passes"},
 };
 
-/* Says of a long option that this command has not what may have been meant, and exits: the same of
-   another command, ours for another program's, or the nearest by its letters. */
+/* Says of a long option that this command has not what may have been meant, and exits: ours for
+   another program's, the same of another command, the only one that begins so, or the nearest by
+   its letters. */
 __attribute__((noreturn))
 static inline void explain_unknown(const char *word, const tool_command *c, unsigned bit,
                                    const option *options, size_t n)
 {
     char name[64], others[128] = "";
     const int length = (int)strcspn(word, "=");
-    const option *nearest = NULL;
-    size_t distance = SIZE_MAX, used = 0;
+    const char *ours = name, *more = "";
+    const option *nearest = NULL, *begun = NULL;
+    size_t distance = SIZE_MAX, used = 0, n_begun = 0;
     snprintf(name, sizeof name, "%.*s", length - 2, word + 2);
     for (char *p = name; *p; p++) if (*p == '_') *p = '-';      // as Python's programs have it
+    for (size_t i = 0; i < sizeof foreign_names / sizeof *foreign_names; i++) {
+        if (strcmp(foreign_names[i].name, name)) continue;
+        ours = foreign_names[i].ours;
+        more = foreign_names[i].more;
+    }
     for (const option *o = options; o < options + n; o++) {
         const size_t d = edit_distance(name, o->name);
+        const int is_ours = !strcmp(ours, o->name);
         if (o->commands & bit) {
+            if (is_ours && ours != name)
+                usage_fail("no option %.*s; here it is --%s%s", length, word, ours, more);
             if (d < distance) { distance = d; nearest = o; }
-            for (size_t i = 0; i < sizeof foreign_names / sizeof *foreign_names; i++)
-                if (!strcmp(foreign_names[i].name, name) && !strcmp(foreign_names[i].ours, o->name))
-                    usage_fail("no option %.*s; here it is --%s%s", length, word, o->name,
-                               foreign_names[i].value);
-        } else if (!d) {
+            if (!strncmp(name, o->name, strlen(name))) { begun = o; n_begun++; }
+        } else if (is_ours) {
             const tool_command *other = c;
             for (unsigned b = bit; b > 1; b >>= 1) other--;     // the first command
             for (unsigned b = 1; b && b <= o->commands && used < sizeof others; b <<= 1, other++)
@@ -309,43 +332,72 @@ static inline void explain_unknown(const char *word, const tool_command *c, unsi
                                              tool_name, other->name);
         }
     }
+    if (used && ours != name)
+        usage_fail("no option %.*s; in %s it is --%s%s", length, word, others, ours, more);
     if (used) usage_fail("no option %.*s; it is one of %s", length, word, others);
+    if (n_begun == 1) { nearest = begun; distance = 0; }
     if (nearest && distance <= 1 + strlen(name) / 3)
         usage_fail("no option %.*s; did you mean --%s?", length, word, nearest->name);
     usage_fail("no option %s; try ./%s --help", word, tool_name);
 }
 
-/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. */
+static inline int is_help(const char *word)
+{
+    return !strcmp(word, "--help") || !strcmp(word, "-h");
+}
+
+/* Whether a word looks like an option: --name, or a letter without a value. */
+static inline int has_option_form(const char *word)
+{
+    return word[0] == '-' && (word[1] == '-' || strlen(word) == 2);
+}
+
+/* The command's option that a word names (--name, --name=value, -l, -lvalue), or NULL. */
+static inline const option *find_option(const char *word, unsigned bit, const option *options,
+                                        size_t n)
+{
+    const int is_long = word[0] == '-' && word[1] == '-';
+    if (word[0] != '-' || !word[1]) return NULL;
+    for (const option *o = options; o < options + n; o++)
+        if ((o->commands & bit) && (is_long ? strlen(o->name) == strcspn(word + 2, "=") &&
+                                    !strncmp(o->name, word + 2, strlen(o->name))
+                                            : o->letter == word[1])) return o;
+    return NULL;
+}
+
+/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. Of two
+   files or texts no one is let go silently: they may have been meant to add up. */
 static inline void parse_options(int argc, char **argv, const tool_command *c, unsigned bit,
                                  const option *options, size_t n)
 {
     const option *end = options + n;
+    char given[n];
+    memset(given, 0, n);
     for (int i = 2; i < argc; i++) {
-        const char *word = argv[i], *value = NULL;
-        const option *found = NULL;
-        size_t length;
-        if (!strcmp(word, "--help") || !strcmp(word, "-h")) print_help(c, bit, options, n);
+        const char *word = argv[i], *value = NULL, *next = i + 1 < argc ? argv[i + 1] : NULL;
+        if (is_help(word)) print_help(c, bit, options, n);
         if (word[0] != '-' || !word[1])
             usage_fail("'%s' is no option; try ./%s --help", word, tool_name);
-        int is_long = word[1] == '-';
-        const char *name = word + 1 + is_long;
-        length = is_long ? strcspn(name, "=") : 1;
-        if (is_long && name[length] == '=') value = name + length + 1;
-        if (!is_long && name[1]) value = name + 1;
-        for (const option *o = options; o < end && !found; o++) {
-            if (!(o->commands & bit)) continue;
-            if (is_long ? strlen(o->name) == length && !strncmp(o->name, name, length)
-                        : o->letter == name[0]) found = o;
-        }
+        const int is_long = word[1] == '-';
+        const option *found = find_option(word, bit, options, n);
         if (!found && is_long) explain_unknown(word, c, bit, options, n);
         if (!found) usage_fail("no option %s; try ./%s --help", word, tool_name);
+        if (is_long && strchr(word, '=')) value = strchr(word, '=') + 1;
+        if (!is_long && word[2]) value = word + 2;
         if (found->kind == OPTION_FLAG) {
             if (value) usage_fail("--%s takes no value", found->name);
             *(int *)found->value = 1;
             continue;
         }
-        if (!value && ++i == argc) usage_fail("--%s needs a value", found->name);
-        parse_value(found, value ? value : argv[i]);
+        if (!value && !next) usage_fail("--%s needs a value", found->name);
+        if (!value && has_option_form(next) &&
+            (is_help(next) || find_option(next, bit, options, n)))
+            usage_fail("--%s needs a value before %s", found->name, next);
+        if (found->kind == OPTION_TEXT && given[found - options]++)
+            usage_fail("--%s was given twice; %s", found->name, strstr(found->name, "data")
+                       ? "join the files with cat" : "give it once");
+        if (!value) i++;
+        parse_value(found, value ? value : next);
     }
     for (const option *o = options; o < end; o++) {
         const char *text = o->kind == OPTION_TEXT ? *(const char **)o->value : "";
@@ -358,7 +410,7 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
 static inline const tool_command *find_command(int argc, char **argv, const tool_command *commands,
                                                size_t n, unsigned *bit)
 {
-    int help = argc > 1 && (!strcmp(argv[1], "--help") || !strcmp(argv[1], "-h"));
+    int help = argc > 1 && is_help(argv[1]);
     for (size_t i = 0; i < n && argc > 1; i++) {
         *bit = 1u << i;
         if (!strcmp(argv[1], commands[i].name)) return &commands[i];
@@ -423,14 +475,15 @@ static inline char *run_file(const char *directory, const char *name)
 }
 
 /* What an argument of a command line names: the word after --name or its letter, also as
-   --name=word; the last if there are several, as parse_options has it, and NULL without one. For
-   what must be known before options are read. */
+   --name=word; the last if there are several, as parse_options has it, and NULL without one; ""
+   before what looks like an option. For what must be known before options are read. */
 static inline const char *given_value(int argc, char **argv, const char *name, char letter)
 {
     const char *value = NULL;
     size_t n = strlen(name);
     for (int i = 2; i < argc; i++) {
-        const char *word = argv[i], *next = i + 1 < argc ? argv[i + 1] : "";
+        const char *word = argv[i];
+        const char *next = i + 1 < argc && !has_option_form(argv[i + 1]) ? argv[i + 1] : "";
         if (word[0] == '-' && word[1] == letter && letter) value = word[2] ? word + 2 : next;
         if (strncmp(word, "--", 2) || strncmp(word + 2, name, n)) continue;
         if (word[2 + n] == '=') value = word + 3 + n;

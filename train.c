@@ -1548,8 +1548,6 @@ static void allocate_buffers(run *r)
 static void plan_adapter(run *r)
 {
     const settings *s = r->s;
-    if (s->stochastic_rounding && (s->lora || r->source.adapter))
-        usage_fail("--stochastic-rounding is for training all weights, not an adapter");
     if (r->source.adapter) {
         r->lora = r->source.lora;
         return;
@@ -1785,16 +1783,25 @@ static int trains_adapter(int argc, char **argv)
     return !run_file(model, "model.bin") && run_file(model, "adapter.bin");
 }
 
-/* Options of an adapter are for one that is made here. */
-static void check_lora_options(int argc, char **argv, const settings *s)
+/* Refuses what is given without effect: options of an adapter are for one that is made here, those
+   of an optimizer for that. Only the command line is asked, as config.json has all options. */
+static void check_given_options(int argc, char **argv, const settings *s)
 {
-    static const char *const names[] = {"lora-r", "lora-alpha", "use-rslora", "lora-dropout",
-                                        "lora-target-modules"};
-    int continues = trains_adapter(argc, argv) && (!s->lora || s->adapter);
-    for (size_t i = 0; i < sizeof names / sizeof *names; i++)
-        if ((!s->lora || continues) && given_value(argc, argv, names[i], 0))
-            usage_fail(continues ? "--%s: the adapter that is trained further has its own"
-                                 : "--%s goes with --lora", names[i]);
+    const int adapts = trains_adapter(argc, argv), continues = adapts && (!s->lora || s->adapter);
+    const char *lora = continues ? ": the adapter that is trained further has its own"
+                     : s->lora ? NULL : " goes with --lora";
+    const char *adamw = s->optimizer == DPO_ADAMW ? NULL : " goes with --optim adamw";
+    const struct { const char *name, *refusal; } table[] = {
+        {"lora-r", lora}, {"lora-alpha", lora}, {"use-rslora", lora}, {"lora-dropout", lora},
+        {"lora-target-modules", lora}, {"adam-beta1", adamw}, {"adam-beta2", adamw},
+        {"rmsprop-alpha", s->optimizer == DPO_RMSPROP ? NULL : " goes with --optim rmsprop"},
+        {"eval-examples", s->eval_data ? NULL : " needs --eval-data"},
+        {"stochastic-rounding",
+            adapts || s->lora ? " is for training all weights, not an adapter" : NULL},
+    };
+    for (size_t i = 0; i < sizeof table / sizeof *table; i++)
+        if (table[i].refusal && given_value(argc, argv, table[i].name, 0))
+            usage_fail("--%s%s", table[i].name, table[i].refusal);
 }
 
 int main(int argc, char **argv)
@@ -1821,7 +1828,7 @@ int main(int argc, char **argv)
     }
     parse_options(argc, argv, c, bit, options, n_options);
     if (resumes) check_inputs(&s);
-    if (bit & TRAIN) check_lora_options(argc, argv, &s);
+    if (bit & TRAIN) check_given_options(argc, argv, &s);
     if (bit & TRAIN) note_busy_machine(s.threads);
 
     dpo_context context;

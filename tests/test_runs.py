@@ -191,24 +191,28 @@ def hard(data):
 
 
 def begin(base, data, out, *more):
-    return ["./train", "dpo", "-m", base, "-d", data / "pairs.jsonl", "-o", out, "--eval-data",
-            data / "held.jsonl", "--batch-size", "8", "--max-length", "96", "--max-prompt-length",
-            "48", "--learning-rate", "1e-3", "--eval-steps", "2", *more]
+    """Of numbers the last one counts; files are those of `more`, if it names any."""
+    files = [word for option, name in (("-d", "pairs.jsonl"), ("--eval-data", "held.jsonl"))
+             if option not in more for word in (option, data / name)]
+    return ["./train", "dpo", "-m", base, *files, "-o", out, "--batch-size", "8", "--max-length",
+            "96", "--max-prompt-length", "48", "--learning-rate", "1e-3", "--eval-steps", "2",
+            *more]
 
 
 def test_resume(data, base):
     """10 updates equal 5, killed, and 5 more, whatever the mode and the threads."""
     adapter = data / "adapter"
     run(*begin(base, data, adapter, "--max-steps", "2", "--lora"))
-    more = {"SFT": [], "SFT of an adapter": ["--lora", "--lora-dropout", "0.1"],
-            "an adapter trained further": []}
-    for name, options in {**MODES, **more}.items():
+    others = {"SFT": [], "SFT of an adapter": ["--lora", "--lora-dropout", "0.1"],
+              "an adapter trained further": []}
+    for name, options in {**MODES, **others}.items():
         whole, cut = data / "whole", data / "cut"
         model = adapter if "further" in name else base
-        words = begin(model, data, "", "--max-steps", "10", "--sample", "1", *options)
-        words[1] = "sft" if "SFT" in name else "dpo"
-        run(*words, "-o", whole)
-        process = start(*words, "-o", cut, "--save-steps", "5", "--threads", "1")
+        command = "sft" if "SFT" in name else "dpo"
+        more = ["--max-steps", "10", "--sample", "1", *options]
+        run("./train", command, *begin(model, data, whole, *more)[2:])
+        process = start("./train", command, *begin(model, data, cut, *more)[2:], "--save-steps",
+                        "5", "--threads", "1")
         while not (cut / "state.bin").exists() and process.poll() is None:
             time.sleep(0.002)
         kill(process)
@@ -222,7 +226,7 @@ def test_resume(data, base):
         shutil.copy(base, data / "copy.bin")
         copy = [] if "--lora" in options or model != base else ["-m", data / "copy.bin"]
         # (adapters say where their base is, and would be other files)
-        text = run("./train", words[1], "--resume", "-o", cut, "--threads", "3", *copy)
+        text = run("./train", command, "--resume", "-o", cut, "--threads", "3", *copy)
         check("resumed after update" in text, f"{name}: {text}")
         same_files(whole, cut, ["model.bin", "adapter.bin", "best.bin", "eval.csv",
                                 "samples.jsonl", "reference.bin"], f"{name}, resumed")
@@ -603,12 +607,102 @@ def test_unknown_options():
             ("train sft", "--bf16", "here it is --dtype bf16"),
             ("train sft", "--num_train_epochs=2", "no option --num_train_epochs; here it is --epochs"),
             ("train sft", "--per-device-train-batch-size", "here it is --batch-size"),
+            ("train dpo", "--ref_model", "no option --ref_model; here it is --reference"),
+            ("eval prefs", "--ref-model=x", "no option --ref-model; here it is --reference"),
+            ("train sft", "--ref-model", "no option --ref-model; in train dpo it is --reference"),
+            ("train dpo", "--resume-from-checkpoint", "here it is --resume -o DIR"),
+            ("train sft", "--gradient_accumulation_steps=4", "here it is --batch-size, the whole "
+             "update; --micro-tokens cuts it into passes"),
+            ("eval loss", "--precision", "no option --precision; here it is --dtype"),
+            ("train plan", "--precision", "in train init, train sft, train dpo, train merge it is "
+             "--dtype"),
+            ("train dpo", "--batch", "no option --batch; did you mean --batch-size?"),
+            ("train dpo", "--reference-c=x", "did you mean --reference-cache?"),
+            ("train dpo", "--gradient", "did you mean --gradient-checkpointing?"),
+            ("train dpo", "--warmup", "no option --warmup; try ./train dpo --help"),
+            ("train sft", "--max_length_", "did you mean --max-length?"),
             ("train sft", "--learning_rate", "did you mean --learning-rate?"),
             ("train dpo", "--betta", "did you mean --beta?"), ("eval chat", "--lr", "try ./eval chat"),
             ("train dpo", "--zzzzzzzzzzzz", "no option --zzzzzzzzzzzz; try ./train dpo --help"),
             ("train dpo", "--" + "x" * 99, "try ./train dpo --help"), ("train dpo", "--=", "--help"),
             ("train sft", "-r", "no option -r; try ./train sft --help")):
         refused(["./" + command.split()[0], command.split()[1], option], said, status=2)
+
+
+def test_option_values(data, base):
+    """A value that is missing is missed where it is, of one that cannot be the range is said, and
+    none is let go for another that may have been meant to be added."""
+    dpo = ["./train", "dpo"]
+    for words, said in (
+            (["-m", "--max-steps", "1"], "--model needs a value before --max-steps"),
+            (["--beta", "--max-steps=1"], "--beta needs a value before --max-steps=1"),
+            (["-o", "-m", base], "--output needs a value before -m"),
+            (["-m", base, "-o", "--help"], "--output needs a value before --help"),
+            (["-m", base, "-o", "--resume"], "--resume needs -o DIR"),
+            (["--resume", "-o", "-d", "x"], "--resume needs -o DIR"),
+            (["-d", "--data", "x"], "--data needs a value before --data"),
+            (["-d"], "--data needs a value")):
+        refused(dpo + words, said, status=2)
+    whole, huge = "must be a whole number from", 20 * "9"
+    for option, value, said in (
+            ("batch-size", huge, f"{whole} 1 to 1000000, not '{huge}'"),
+            ("limit", "-3", f"{whole} 0 to 1000000000000000, not '-3'"),
+            ("seed", str(2 ** 64), f"{whole} 0 to {2 ** 53 - 1}, not"),
+            ("seed", str(2 ** 53), f"{whole} 0 to {2 ** 53 - 1}, not"), ("seed", "-1", whole),
+            ("max-steps", "1e3", whole), ("max-steps", "", whole), ("lora-r", "many", whole),
+            ("epochs", "0", "must be a number from 1e-09 to 1000000, not '0'"),
+            ("beta", "1e999", "must be a number from 1e-06 to 1000000, not '1e999'"),
+            ("beta", "-nan", "must be a number from"), ("beta", "0.1x", "must be a number from"),
+            ("adam-beta2", "1", "must be a number from 0 to 0.99999999, not '1'"),
+            ("max-memory", "-1", "must be a size like 500M or 8G, not '-1'"),
+            ("max-memory", "8Q", "must be a size like 500M or 8G, not '8Q'"),
+            ("max-memory", "1e999", "--max-memory 1e999 is more than any machine has"),
+            ("max-memory", huge + "G", f"--max-memory {huge}G is more than any machine has")):
+        refused(dpo + ["--" + option, value], "--" + option, said, status=2)
+    train, pairs = begin(base, data, data / "no"), data / "pairs.jsonl"
+    prefs = ["./eval", "prefs", "-m", base, "-r", base, "-d", pairs]
+    for words, option, now in (
+            (train, ["-d", pairs], "--data was given twice; join the files with cat"),
+            (train, ["--eval-data", pairs], "--eval-data was given twice; join the files with cat"),
+            (train, [f"--model={base}"], "--model was given twice; give it once"),
+            (train, ["-o", data / "other"], "--output was given twice; give it once"),
+            (prefs, ["--reference", base], "--reference was given twice; give it once"),
+            (prefs, ["--versus", base, "--versus", base], "--versus was given twice"),
+            (["./eval", "generate"], ["-p", "a", "--prompt", ""], "--prompt was given twice")):
+        refused(words + option, now, status=2)
+    text = run(*train, "--batch-size", "20", "--max-steps", "3", "--epochs", "2", "--max-steps",
+               "0", "--dry-run", "--dry-run")    # of numbers and flags the last counts
+    check("plan    4 updates" in text, text)
+    run("./eval", "generate", "-m", base, "-p", "a", "--max-new-tokens", "1", "--stop", "x",
+        "--stop", "y")
+    # what is no option of this command is a value, as is all that stands after = or a letter
+    refused(dpo + ["-m", "--top-k", "-d-m", "-o", "-x"], "--top-k: cannot be opened")
+    refused(dpo + ["--model=--data", "-d", "-x", "-o-d"], "--data: cannot be opened")
+
+
+def test_useless_options(data, base):
+    """An option that would have no effect is refused before anything is read; a run that goes on
+    has all options, and is asked for none."""
+    out, rmsprop = data / "run", ["--optim", "rmsprop"]
+    alone = ["./train", "dpo", "-m", base, "-d", data / "none.jsonl", "-o", out]
+    none = alone + ["--dtype", "bf16", "--stochastic-rounding"]
+    for words, said in (
+            (alone + ["--eval-examples", "3"], "--eval-examples needs --eval-data"),
+            (alone + ["--eval-steps", "3"], "--eval-steps needs --eval-data or --sample"),
+            (alone + ["--rmsprop-alpha", "0.9"], "--rmsprop-alpha goes with --optim rmsprop"),
+            (alone + ["--adam-beta1", "0.8", *rmsprop], "--adam-beta1 goes with --optim adamw"),
+            (alone + [*rmsprop, "--adam-beta2=0.8"], "--adam-beta2 goes with --optim adamw"),
+            (none + ["--lora"], "--stochastic-rounding is for training all weights, not an"),
+            (none + ["--adapter", data / "none"], "--stochastic-rounding is for training all")):
+        refused(words, said, status=2)
+    run(*begin(base, data, out, *rmsprop, "--rmsprop-alpha", "0.9", "--adam-epsilon", "1e-7",
+               "--eval-examples", "3", "--dry-run"))
+    leave(begin(base, data, out, *rmsprop, "--rmsprop-alpha", "0.9", "--max-steps", "500",
+                "--eval-examples", "3"), out)
+    resume = ["./train", "dpo", "--resume", "-o", out]
+    run(*resume, "--rmsprop-alpha", "0.9", "--eval-examples", "3", "--dry-run")
+    refused(resume + ["--adam-beta1", "0.9"], "--adam-beta1 goes with --optim adamw", status=2)
+    shutil.rmtree(out)
 
 
 def test_text_as_prompts(data, base):
@@ -982,12 +1076,6 @@ def test_adapters(data, base):
             "qkv", "mlp.dense_h_to_4h")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "embed_out"),
             "the head takes no adapter here")
-    words = ["./train", "dpo", "-m", sft, "--model", base, "-d", data / "pairs.jsonl", "-o",
-             data / "x", "-o", data / "last", "--max-steps", "1"]
-    run(*words)     # the last of a repeated option counts, for defaults as well
-    rate = json.loads((data / "last" / "config.json").read_text())["options"]["learning-rate"]
-    check(rate == 1e-6, f"all weights are trained at {rate}")
-    shutil.rmtree(data / "last")
     refused(begin(base, data, data / "x", "--lora", "--lora-target-modules", "dense,"),
             '"" is no linear layer')
     refused(begin(base, data, data / "x", "--lora-r", "8"), "--lora-r goes with --lora", status=2)
@@ -1048,12 +1136,13 @@ def test_reference_cache(data, base):
     run(*begin(base, data, data / "a", *with_cache))
     text = run(*begin(base, data, data / "b", *with_cache, "--beta", "0.4", "--loss-type", "ipo"))
     check("read from" in text, f"the cache serves another beta and loss: {text}")
-    long = data / "long.bin"        # the context is 128: what counts is what was applied
-    run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long, "--max-length",
-               "600", "--max-prompt-length", "900"))
+    # the context is 128: what counts is what was applied
+    long = ["--max-steps", "1", "--reference-cache", data / "long.bin"]
+    run(*begin(base, data, data / "long", *long, "--max-length", "600", "--max-prompt-length",
+               "900"))
     shutil.rmtree(data / "long")
-    text = run(*begin(base, data, data / "long", *with_cache, "--reference-cache", long,
-                      "--max-length", "700", "--max-prompt-length", "800"))
+    text = run(*begin(base, data, data / "long", *long, "--max-length", "700",
+                      "--max-prompt-length", "800"))
     check("read from" in text, f"a cache of the same tokens: {text}")
     check(text.count("--max-length becomes 128") == 1, f"said for each data file: {text}")
     shutil.rmtree(data / "long")
@@ -1102,6 +1191,9 @@ def test_advice(data):
             both: ["--max-length", "32", "--micro-tokens", "32"], file: ["-m", half, *bf16]}
 
     def need(words):
+        while words.count("-m") > 1:    # the last model counts
+            at = words.index("-m")
+            words = words[:at] + words[at + 2:]
         said = run(*words, "--max-memory", "1M", status=1).partition("needs ")[2].strip()
         return float(said.split()[0]), said.partition("; use ")[2].split(", ")
 
@@ -1149,6 +1241,8 @@ def main():
         test_disk(data, base)
         test_help()
         test_unknown_options()
+        test_option_values(data, base)
+        test_useless_options(data, base)
         test_text_as_prompts(data, base)
         test_long_prompts(base)
         test_dry_run(data, base)
