@@ -159,7 +159,7 @@ def atomic_file(path):
             os.link(temporary, path)        # never over a file that has appeared meanwhile
             os.remove(temporary)
         except FileExistsError:
-            raise
+            refuse_existing(path)
         except OSError:                     # a file system without links
             refuse_existing(path)
             os.rename(temporary, path)

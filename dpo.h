@@ -106,7 +106,10 @@
        beta times the summed log-ratio whatever the loss.
        Weight decay (0 unless asked for) applies to matrices and embeddings only.
        muP models train each block's matrices at mup_width_scale times the learning rate.
-       Dropout that a config asks for is ignored.
+       Dropout that a config asks for is ignored. train dpo runs adapters without theirs, so that a
+       policy that still equals its reference has rewards of 0.
+       eval generate and chat read a prompt's last tokens, so that the answer has the room that it
+       may take, or half of the context.
        LoRA adapts the linear layers of the blocks, not the head, which only full fine-tuning
        trains; muP's multiplier of the learning rate is 1 for its factors.
        Biases, norms and ALiBi's slopes stay fp32 in bf16 mode: a thousandth of the parameters.
@@ -590,7 +593,8 @@ typedef struct dpo_optimizer {
     uint64_t step;              // updates done
 } dpo_optimizer;
 
-/* Defaults of the kind (AdamW 0.9, 0.999, 1e-8; RMSprop alpha 0.99, 1e-8; decay 0), zero state. */
+/* Defaults of the kind (AdamW 0.9, 0.999, 1e-8; RMSprop alpha 0.99, 1e-8; decay 0), zero state.
+   Fails if nothing is trained: a frozen model's adapter comes first. */
 DPO_API int dpo_optimizer_init(dpo_model *model, dpo_optimizer *optimizer, dpo_optimizer_kind kind);
 DPO_API void dpo_optimizer_free(dpo_model *model, dpo_optimizer *optimizer);
 /* The global L2 norm of the gradients; a tensor that is not finite is an error that names it. */
@@ -621,7 +625,7 @@ DPO_API int dpo_reference_load(dpo_context *context, const char *path, const dpo
 
 /* Everything that training changes (weights or adapter, optimizer, counters), so that a run which
    loads it goes on bit for bit; `notes` are the caller's own bytes. `run` is a hash that tells runs
-   apart: dpo_state_load refuses a state of another. */
+   apart: dpo_state_load refuses a state of another. Both need dpo_optimizer_init. */
 DPO_API int dpo_state_save(dpo_model *model, const dpo_optimizer *optimizer, const char *path,
                            uint64_t run, const void *notes, size_t n_notes);
 DPO_API int dpo_state_load(dpo_model *model, dpo_optimizer *optimizer, const char *path,
@@ -668,7 +672,8 @@ typedef struct dpo_sampling {
     const char *const *stops; size_t n_stops;   // generation ends where one of these appears
 } dpo_sampling;
 /* Continues `prompt`; appends text (without the stop string or end token) to `out`. `on_text`, if
-   not NULL, gets each piece as it becomes final. Prompts beyond the context lose their start. */
+   not NULL, gets each piece as it becomes final. The answer ends where the context does; of a
+   prompt that fills it, the last context_length - 1 tokens are read. */
 DPO_API int dpo_generate(dpo_model *model, dpo_string *out, const uint32_t *prompt, size_t n_prompt,
                          const dpo_sampling *sampling,
                          void (*on_text)(void *user, const char *bytes, size_t n), void *user);
@@ -4709,6 +4714,10 @@ DPO_API int dpo_file_write(dpo_context *context, const char *path, dpo_file_kind
             (entry->bytes && !entry->data))
             return dpoi_fail(context, "%s: entry %zu: name, type, shape, length and data do not "
                              "fit each other; nothing was changed", path, i);
+        for (size_t j = 0; j < i; j++)
+            if (!strcmp(entries[j].name, entry->name))
+                return dpoi_fail(context, "%s: entries %zu and %zu are both called %s; nothing was "
+                                 "changed", path, j, i, entry->name);
     }
     return dpoi_file_write(context, path, kind, entries, n_entries, NULL, NULL);
 }
@@ -6333,8 +6342,8 @@ static int dpoi_load_records(dpoi_loader *l, dpo_jsonl *reader, int plain)
     return 0;
 }
 
-/* Makes the drafts of text. If `limit` leaves tokens out, bytes are counted again, those of tokens
-   that are not: then they are those of the text as it is normalised. */
+/* Makes the drafts of text. If `limit` leaves tokens out, the bytes are counted anew, from the
+   tokens that are read; they are then bytes of normalised text. */
 static int dpoi_add_windows(dpoi_loader *l)
 {
     dpo_data *data = l->data;
@@ -6451,7 +6460,7 @@ DPO_API int dpo_data_load(dpo_context *context, dpo_data *data, const char *path
         .end_token = end_token, .n_branches = options->use == DPO_USE_PAIRS ? 2 : 1 };
     const char *dot = strrchr(path, '.');
     int is_jsonl = dot && (!strcasecmp(dot, ".jsonl") || !strcasecmp(dot, ".ndjson") ||
-                           !strcasecmp(dot, ".json"));    // which many JSON lines are named
+                           !strcasecmp(dot, ".json"));    // as many name JSON lines
     int plain = options->use != DPO_USE_PAIRS && !is_jsonl;
     dpo_jsonl reader;
     int failed = dpo_jsonl_open(context, &reader, path) ||

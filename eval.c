@@ -262,6 +262,7 @@ static void evaluate_loss(dpo_context *context, const settings *s)
     double nats = 0, n = 0;
     static source model;
     load(context, s, &model, 1, &data, DPO_USE_TEXT);
+    if (!data.counts.bytes) fail("%s: only end tokens are read of it, which have no text", s->data);
     dpo_score *scores = allocate(data.n, sizeof *scores);
     score(context, s, &model, &data, scores);
     for (size_t i = 0; i < data.n; i++) {
@@ -311,7 +312,8 @@ static void read_prompts(dpo_context *context, const settings *s, prompts *p,
         const dpo_string *line = &reader.buffer;
         size_t blank = 0;
         while (blank < line->n && isspace((unsigned char)line->bytes[blank])) blank++;
-        if (failed && reader.line && blank < line->n && line->bytes[blank] != '{')  // mere text
+        const unsigned char first = blank < line->n ? (unsigned char)line->bytes[blank] : '{';
+        if (failed && reader.line && first < 0x80 && first != '{')  // mere text
             fail("%s:%zu: {\"prompt\": \"...\"} is expected on each line; one prompt can be given "
                  "by -p TEXT", path, reader.line);
         check(context, failed);
@@ -324,8 +326,8 @@ static void read_prompts(dpo_context *context, const settings *s, prompts *p,
     dpo_jsonl_close(context, &reader);
 }
 
-/* The tokens of a prompt that are read, its last: what the answer leaves of the context, which may
-   take half of it. */
+/* The most tokens of a prompt that are read, its last ones: the answer gets room for
+   --max-new-tokens, but at most half of the context; chat's --max-length may lower it. */
 static size_t most_read(const settings *s, size_t context_length)
 {
     size_t half = context_length / 2;
@@ -353,9 +355,12 @@ static void load_speaker(dpo_context *context, const settings *s, dpo_model *mod
     dpo_plan_options plan = {.max_rows = longest, .max_scored = 1, .max_span = longest,
                              .max_positions = positions, .n_threads = context->n_threads,
                              .model = model_options(s), .file = &from.file, .lora = from.lora};
+    // Where prompt and answer fill the context, a shorter answer makes room for a longer prompt.
+    const int fills = positions == context_length;
     check_memory(context, config, &plan, 0, s->max_memory, 0,
-                 p ? "lower --max-new-tokens, shorten the prompts, or take a smaller model"
-                   : "lower --max-length or --max-new-tokens, or take a smaller model");
+                 !p ? "give a lower --max-length, or take a smaller model"
+                 : fills ? "shorten the prompts, or take a smaller model"
+                 : "lower --max-new-tokens, shorten the prompts, or take a smaller model");
     close_model(context, &from);
     load_model(context, model, &from, model_options(s));
 }

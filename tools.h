@@ -289,6 +289,7 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
 static const struct { const char *name, *ours, *more; } foreign_names[] = {
     {"lr", "learning-rate", ""}, {"num-train-epochs", "epochs", ""},
     {"bf16", "dtype", " bf16"}, {"precision", "dtype", ""}, {"ref-model", "reference", ""},
+    {"lora-dropout", "lora-dropout", " (dpo trains without: leave it out)"},
     {"resume-from-checkpoint", "resume", " -o DIR"},
     {"per-device-train-batch-size", "batch-size", ""},
     {"gradient-accumulation-steps", "batch-size",
@@ -365,8 +366,15 @@ static inline const option *find_option(const char *word, unsigned bit, const op
     return NULL;
 }
 
-/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. Of two
-   files or texts no one is let go silently: they may have been meant to add up. */
+/* Whether a word is an option of this command, and so not the value of the one before it. */
+static inline int is_option(const char *word, unsigned bit, const option *options, size_t n)
+{
+    return has_option_form(word) && (is_help(word) || find_option(word, bit, options, n));
+}
+
+/* Reads argv[2..]; `bit` is the command's. Every option may be --name value or --name=value. A
+   second file or text is refused, not put in place of the first: the two may have been meant to add
+   up. */
 static inline void parse_options(int argc, char **argv, const tool_command *c, unsigned bit,
                                  const option *options, size_t n)
 {
@@ -383,6 +391,8 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
         if (!found && is_long) explain_unknown(word, c, bit, options, n);
         if (!found) usage_fail("no option %s; try ./%s --help", word, tool_name);
         if (is_long && strchr(word, '=')) value = strchr(word, '=') + 1;
+        if (!is_long && word[2] == '=')
+            usage_fail("%s: write -%c VALUE or --%s=VALUE", word, word[1], found->name);
         if (!is_long && word[2]) value = word + 2;
         if (found->kind == OPTION_FLAG) {
             if (value) usage_fail("--%s takes no value", found->name);
@@ -390,9 +400,9 @@ static inline void parse_options(int argc, char **argv, const tool_command *c, u
             continue;
         }
         if (!value && !next) usage_fail("--%s needs a value", found->name);
-        if (!value && has_option_form(next) &&
-            (is_help(next) || find_option(next, bit, options, n)))
-            usage_fail("--%s needs a value before %s", found->name, next);
+        if (!value && is_option(next, bit, options, n))
+            usage_fail("--%s needs a value before %s (if that is the value, write --%s=%s)",
+                       found->name, next, found->name, next);
         if (found->kind == OPTION_TEXT && given[found - options]++)
             usage_fail("--%s was given twice; %s", found->name, strstr(found->name, "data")
                        ? "join the files with cat" : "give it once");
@@ -475,15 +485,14 @@ static inline char *run_file(const char *directory, const char *name)
 }
 
 /* What an argument of a command line names: the word after --name or its letter, also as
-   --name=word; the last if there are several, as parse_options has it, and NULL without one; ""
-   before what looks like an option. For what must be known before options are read. */
+   --name=word; the last if there are several, as parse_options has it, and NULL without one. For
+   what must be known before options are read. */
 static inline const char *given_value(int argc, char **argv, const char *name, char letter)
 {
     const char *value = NULL;
     size_t n = strlen(name);
     for (int i = 2; i < argc; i++) {
-        const char *word = argv[i];
-        const char *next = i + 1 < argc && !has_option_form(argv[i + 1]) ? argv[i + 1] : "";
+        const char *word = argv[i], *next = i + 1 < argc ? argv[i + 1] : "";
         if (word[0] == '-' && word[1] == letter && letter) value = word[2] ? word + 2 : next;
         if (strncmp(word, "--", 2) || strncmp(word + 2, name, n)) continue;
         if (word[2 + n] == '=') value = word + 3 + n;
@@ -655,7 +664,7 @@ static inline void plan_scoring(dpo_plan_options *plan, const dpo_data *data, si
                         data->n - i < SCORE_PIECE ? data->n - i : SCORE_PIECE, micro_tokens, 0);
 }
 
-/* Rows of the longest example: no micro-batch can have fewer. */
+/* Rows of the longest example: the largest micro-batch cannot have fewer. */
 static inline size_t longest_example(const dpo_data *data)
 {
     size_t longest = 0;
@@ -771,9 +780,9 @@ static inline void print_counts(const char *path, const dpo_data *data, const ch
         {c->cut_prompts, "kept, prompt cut"},
         {c->cut_answers, "kept, answer cut (and its end token with it)"},
     };
-    if (c->bytes)
+    if (c->bytes)       // a window's last token is the first of the next
         say("data    %s: %zu records, %zu bytes; %zu windows of text, %zu tokens", path, c->records,
-            c->bytes, data->n, tokens);
+            c->bytes, data->n, tokens - data->n + (data->n > 0));
     else
         say("data    %s: %zu records; %zu %s of %zu prompts, %zu tokens", path, c->records, data->n,
             what, data->n_groups, tokens);
@@ -826,13 +835,15 @@ static inline void find_model(dpo_context *context, source *s, const char *path,
     if (is_directory(path)) {
         s->path = run_file(path, "model.bin");
         if (!s->path) s->path = run_file(path, "adapter.bin");
-        const char *state = run_file(path, "state.bin");
+        const char *state = run_file(path, "state.bin"), *best = run_file(path, "best.bin");
         if (!s->path && state)
-            fail("%s holds an unfinished run, which has no model yet; go on with it (--resume), or "
-                 "name its best.bin", path);
+            fail("%s holds an unfinished run, which has no model yet; go on with it (--resume)%s%s",
+                 path, best ? ", or name its " : "", best ? "best.bin" : "");
         if (state)
             say("note    %s holds an unfinished run: its model is as old as its last interrupt",
                 path);
+        if (!s->path && is_run(path) && best)
+            fail("%s holds a run whose last model is not there; name its best, %s", path, best);
         if (!s->path && is_run(path))
             fail("%s holds a run that has saved no model; if it has ended, begin it anew with "
                  "another -o", path);
@@ -934,6 +945,8 @@ static inline void load_data(dpo_context *context, dpo_data *data, const char *p
                              const dpo_tokenizer *tokenizer, const dpo_config *config,
                              dpo_data_options *options)
 {
+    if (config->context_length < 2)
+        fail("the model's context is one token, too few to predict one from another");
     if (options->max_length > config->context_length) {
         options->max_length = config->context_length;
         say("note    --max-length becomes %zu, the model's context", options->max_length);

@@ -746,12 +746,29 @@ static void check_same_file(const run *r, const char *name)
                  files[i].option);
 }
 
+/* Whether two descriptions have the same members in the same order. */
+static int same_members(const char *a, const char *b)
+{
+    while (*a && *b) {
+        const size_t n = strcspn(a, ":\n");
+        if (n != strcspn(b, ":\n") || memcmp(a, b, n)) return 0;
+        a += strcspn(a, "\n");
+        b += strcspn(b, "\n");
+        a += *a == '\n';
+        b += *b == '\n';
+    }
+    return *a == *b;
+}
+
 /* Another model comes first: what options say may only follow from it, as an adapter's rank. Data
    come in their turn, since their hash follows from options. */
 static void check_same_run(const run *r, const char *then, const char *now_text)
 {
     const char *const starts[] = {then, now_text};
     difference d;
+    if (!same_members(then, now_text))
+        fail("%s was begun by another version of this program, which alone can go on with it; %s",
+             r->s->output, begin_anew(r->s->output, r->bit));
     while (next_difference(&then, &now_text, &d))
         if (strstr(d.name, "_identity")) check_same_file(r, d.name);
     then = starts[0];
@@ -825,7 +842,7 @@ static int is_possible(const option *o, const dpo_json_value *value, const char 
         return value->kind == DPO_JSON_STRING && find_choice(o->argument, text) >= 0;
     default:
         return value->kind == DPO_JSON_NUMBER && number >= o->low &&
-               (o->high <= 0 || number <= o->high) &&
+               (o->kind == OPTION_BYTES || number <= o->high) &&
                (o->kind == OPTION_REAL || (number == floor(number) && number < 0x1p63));
     }
 }
@@ -942,7 +959,7 @@ static const char *resume_command(const run *r)
     return text;
 }
 
-/* From here on errors that are no fault of the run's say how it can go on. */
+/* From here on, errors in writing say how the run can go on. */
 static void set_remedy(const run *r)
 {
     static char text[8192 + 64];
@@ -1328,7 +1345,9 @@ static void write_samples(run *r)
     for (size_t i = 0; (tokens = sample_prompt(r, i, &n)); i++) {
         dpo_string prompt = {0}, answer = {0};
         check(r->context, dpo_tokenizer_decode(r->context, &prompt, tokenizer, tokens, n));
-        check(r->context, dpo_generate(&r->model, &answer, tokens, n, &sampling, NULL, NULL));
+        if (dpo_generate(&r->model, &answer, tokens, n, &sampling, NULL, NULL))
+            fail("sample %zu after update %zu: %s; a lower --learning-rate may help", i + 1,
+                 r->at.step, r->context->error);
         check(r->context, dpo_string_make_valid(r->context, &prompt));
         check(r->context, dpo_string_make_valid(r->context, &answer));
         size_t tail = prompt.n < 60 ? prompt.n : 60;
@@ -1388,8 +1407,10 @@ static int out_of_patience(const run *r)
 static void evaluate(run *r)
 {
     dpo_metrics *m = &r->at.last_eval;
-    if (r->s->samples) write_samples(r);
-    if (!r->eval.n) return;
+    if (!r->eval.n) {
+        if (r->s->samples) write_samples(r);
+        return;
+    }
     check(r->context, dpo_score_examples(&r->model, r->scores, r->eval.examples, r->eval.n,
                                          r->s->micro_tokens));
     if (r->bit == DPO) {
@@ -1415,6 +1436,7 @@ static void evaluate(run *r)
     if (!isfinite(m->loss))
         fail("the evaluation after update %zu gives a loss of %g, so no model was saved; a lower "
              "--learning-rate may help", r->at.step, m->loss);
+    if (r->s->samples) write_samples(r);
     csv_cell(&r->eval_log, "%zu,%zu,%zu", r->at.step, r->at.examples, r->at.tokens);
     log_metrics(r, &r->eval_log, m);
     if (r->bit == DPO) csv_cell(&r->eval_log, "%zu,%.9g", m->ties, m->accuracy_error);
@@ -1694,6 +1716,26 @@ static void check_options(const settings *s)
         usage_fail("--eval-steps needs --eval-data or --sample");
 }
 
+/* An adapter that is trained further has its own settings, which config.json says, too. */
+static void settle_adapter(run *r, settings *s)
+{
+    dpo_lora *lora = &r->source.lora;
+    if (!r->source.adapter) return;
+    if (s->lora)
+        usage_fail("%s is an adapter, which is trained further without --lora; to put a new one "
+                   "over it, merge it into its model first (./train merge)", r->source.adapter);
+    if (r->bit == DPO && lora->dropout > 0) {
+        // With dropout a policy that equals its reference would not have rewards of 0.
+        say("note    dpo trains without dropout: the adapter's %g becomes 0", lora->dropout);
+        lora->dropout = 0;
+    }
+    s->lora_r = lora->r;
+    s->lora_alpha = lora->alpha;
+    s->rslora = lora->rslora;
+    s->lora_dropout = lora->dropout;
+    s->lora_targets = lora->targets;
+}
+
 /* Returns the exit status. */
 static int run_training(dpo_context *context, settings *s, unsigned bit,
                         const option *options, size_t n_options)
@@ -1708,22 +1750,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     check_options(s);
     catch_signals();
     find_model(context, &r.source, s->model, s->adapter);
-    if (r.source.adapter && s->lora)
-        usage_fail("%s is an adapter, which is trained further without --lora; to put a new one "
-                   "over it, merge it into its model first (./train merge)", r.source.adapter);
-    if (bit == DPO && r.source.lora.dropout > 0) {
-        // With dropout a policy that equals its reference would not have rewards of 0.
-        say("note    dpo trains without dropout: the adapter's %g becomes 0",
-            r.source.lora.dropout);
-        r.source.lora.dropout = 0;
-    }
-    if (r.source.adapter) {     // config.json says what is trained
-        s->lora_r = r.source.lora.r;
-        s->lora_alpha = r.source.lora.alpha;
-        s->rslora = r.source.lora.rslora;
-        s->lora_dropout = r.source.lora.dropout;
-        s->lora_targets = r.source.lora.targets;
-    }
+    settle_adapter(&r, s);
     r.result_path = path_join(s->output, s->lora || r.source.adapter ? "adapter.bin" : "model.bin");
     r.best_path = path_join(s->output, "best.bin");
     r.next_best_path = path_join(s->output, "next_best.bin");
@@ -1753,6 +1780,7 @@ static int run_training(dpo_context *context, settings *s, unsigned bit,
     if (s->resume) say("resumed after update %zu of %zu", r.at.step, r.steps);
     train(&r);
     const int stopped = interrupted;    // a signal from here on finds the run complete
+    if (r.failed) remedy = "";  // going on would end in the same way
     save_result(&r, r.result_path);
     csv_close(&r.log);
     if (r.eval.n) csv_close(&r.eval_log);
@@ -1820,7 +1848,7 @@ int main(int argc, char **argv)
     tool_name = names[c - commands];
     const char *output = given_value(argc, argv, "output", 'o');
     const int resumes = bit & TRAIN && given_value(argc, argv, "resume", 0);
-    if (resumes && (!output || !*output))
+    if (resumes && (!output || !*output || is_option(output, bit, options, n_options)))
         usage_fail("--resume needs -o DIR, the run to go on with");
     if (resumes) {
         read_config(output, bit, options, n_options, &s);

@@ -9,15 +9,17 @@ seed=1
 lora=
 rate=5e-5
 usage="usage: sh demo/run.sh [SEED] [--lora]"
+seen=
 # All arguments are checked before anything of the last demo is removed.
 for argument in "$@"; do
     case $argument in
     -h | --help) echo "$usage"; exit;;
     --lora) lora=--lora; rate=3e-4;;
     "" | *[!0-9]* | ????????????????*)
-        echo "demo: '$argument' is no seed, which is a number of 1 to 15 digits; $usage" >&2
+        echo "demo: '$argument' is no seed, a number of 1 to 15 digits; $usage" >&2
         exit 2;;
-    *) seed=$argument;;
+    *) [ -z "$seen" ] || { echo "demo: two seeds; $usage" >&2; exit 2; }
+        seed=$argument seen=1;;
     esac
 done
 out=build/demo

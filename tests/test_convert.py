@@ -25,6 +25,7 @@ import tempfile
 import types
 import unicodedata
 import unittest
+import unittest.mock
 import zipfile
 
 PROJECT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -468,6 +469,9 @@ class CheckpointTest(ConvertTest):
                 (b"\x80\x02ccollections\nOrderedDict\n}U", "instruction|damaged"),
                 (b"", "damaged"), (b"\x80\x02", "damaged"), (b"hello", "damaged|instruction"),
                 (b"\x80\x02]" + b"]a" * 3 + b".", "state dict"),
+                (b"\x80\x02})" + b"\x85" * 100000 + b"K\x01s.", "nested absurdly"),
+                (b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"K\x01s.",
+                 "nested absurdly"),
                 ({"a": Rebuilt(storage, 1, (2, 2), (2, 1))}, "outside its storage"),
                 ({"a": Rebuilt(storage, 0, (2**40, 2**40), (1, 1))}, "outside its storage"),
                 ({"a": Rebuilt(Persistent("f32", "0", 5), 0, (5,), (1,))}, "outside its storage"),
@@ -560,6 +564,40 @@ class CheckpointTest(ConvertTest):
         kilobyte = 1024 if sys.platform == "darwin" else 1
         self.assertEqual(status, 0)
         self.assertLess(peak / kilobyte, 60_000)
+
+
+class AtomicFileTest(ConvertTest):
+    def test_nothing_is_overwritten(self):
+        """Not a file that appears meanwhile, with links or without, nor what a link in the
+        temporary file's place leads to."""
+        def no_links(*_):
+            raise PermissionError(1, "Operation not permitted")
+
+        def content(path):
+            with open(path, "rb") as file:
+                return file.read()
+
+        for link in (os.link, no_links):
+            with unittest.mock.patch.object(os, "link", link):
+                out, other = self.path("out"), self.path("other")
+                with convert.atomic_file(out) as file:
+                    file.write(b"new")
+                self.assertEqual(content(out), b"new")
+                with self.assertRaisesRegex(convert.ConvertError, "exists already"):
+                    with convert.atomic_file(other) as file:
+                        file.write(b"late")
+                        with open(other, "wb") as early:
+                            early.write(b"early")
+                self.assertEqual(content(other), b"early")
+                os.remove(out)
+                os.symlink(other, f"{out}.tmp-{os.getpid()}")
+                with convert.atomic_file(out) as file:
+                    file.write(b"new")
+                self.assertEqual(content(other), b"early")
+                self.assertFalse(os.path.islink(out))
+                self.assertEqual(sorted(os.listdir(os.path.dirname(out))), ["other", "out"])
+                os.remove(out)
+                os.remove(other)
 
 
 class ConfigTest(ConvertTest):

@@ -334,6 +334,9 @@ static void test_refused_writes(void)
     bad[5].data = NULL;
     bad[6].layout = (dpo_layout)9;
     unlink(path);
+    const dpo_entry twice[] = { good, good };
+    check(dpo_file_write(&context, path, DPO_FILE_TEST, twice, 2) && strstr(context.error, "both called data"),
+          "two of a name: %s", context.error);
     for (size_t i = 0; i < 7; i++) {
         const dpo_entry both[] = { good, bad[i] };
         check(dpo_file_write(&context, path, DPO_FILE_TEST, both, 2) &&

@@ -792,6 +792,12 @@ static void test_adapter_errors(void)
     check_path(bad, "bad.bin");
     dpo_model model = open_model(&context, small[0], &modes[LORA]);
     dpo_file file;
+    dpo_lora read;
+    check_must(dpo_lora_save(&model, saved, NULL) ||
+               dpo_file_open(&context, &file, saved, DPO_FILE_ADAPTER, 1) ||
+               dpo_lora_read(&context, &read, &file), &context);
+    check(!*read.base, "a base without a path: %s", read.base);
+    dpo_file_close(&context, &file);
     check_must(dpo_lora_save(&model, saved, "base.bin") ||
                dpo_file_open(&context, &file, saved, DPO_FILE_ADAPTER, 1), &context);
     size_t n = file.n_entries, bytes = n * sizeof(dpo_entry);

@@ -375,7 +375,7 @@ def test_resume_refusals(data, base):
         refused(["./train", "dpo", "--resume", *words], "--resume needs -o DIR", status=2)
     text = run(*resume, "--max-memory", "5M", status=1)     # what could not change is no advice
     check("5.0 MB are allowed" in text and "larger machine" in text and "--lora," not in text, text)
-    refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "best.bin")
+    refused(["./eval", "generate", "-m", cut, "--prompt", "x"], "unfinished run", "go on with it (--resume)")
     refused(begin(base, data, cut), "holds another run", "--resume")
     run("./train", "init", "-o", data / "other.bin", "--seed", "7", "--d-model", "32")
     for name, option in (("pairs.jsonl", "--data"), ("held.jsonl", "--eval-data")):
@@ -426,6 +426,9 @@ def test_resume_refusals(data, base):
     shutil.rmtree(cut)
     leave(begin(base, data, cut, "--max-steps", "500", "--lora"), cut)
     refused(resume + ["--lora-r", "8"], "--lora-r was 16 there, and is 8 now")
+    config = (cut / "config.json").read_bytes()
+    replaced(cut / "config.json", config.replace(b'"lora-r"', b'"lora-dropout": 0,\n    "lora-r"'),
+             resume, "was begun by another version of this program", "serves as --reference-cache")
     shutil.rmtree(cut)
     run(*begin(base, data, cut, "--max-steps", "5", "--patience", "1", "--learning-rate", "0",
                "--eval-steps", "1"))
@@ -437,6 +440,8 @@ def test_resume_refusals(data, base):
     (data / "new.bin").unlink()
     (cut / "model.bin").unlink()    # as if it had been killed before the end
     refused(resume, "its log ends at update 2 of 2; begin anew")
+    refused(["./eval", "chat", "-m", cut], "whose last model is not there", f"{cut / 'best.bin'}")
+    (cut / "best.bin").unlink()
     refused(["./eval", "chat", "-m", cut], "holds a run that has saved no model", "begin it anew")
     (cut / "log.csv").unlink()
     refused(["./eval", "chat", "-m", cut], "holds a run that has saved no model")
@@ -607,6 +612,7 @@ def test_unknown_options():
             ("train sft", "--bf16", "here it is --dtype bf16"),
             ("train sft", "--num_train_epochs=2", "no option --num_train_epochs; here it is --epochs"),
             ("train sft", "--per-device-train-batch-size", "here it is --batch-size"),
+            ("train dpo", "--lora-dropout=0.1", "(dpo trains without: leave it out)"),
             ("train dpo", "--ref_model", "no option --ref_model; here it is --reference"),
             ("eval prefs", "--ref-model=x", "no option --ref-model; here it is --reference"),
             ("train sft", "--ref-model", "no option --ref-model; in train dpo it is --reference"),
@@ -641,8 +647,9 @@ def test_option_values(data, base):
             (["-m", base, "-o", "--resume"], "--resume needs -o DIR"),
             (["--resume", "-o", "-d", "x"], "--resume needs -o DIR"),
             (["-d", "--data", "x"], "--data needs a value before --data"),
-            (["-d"], "--data needs a value")):
+            (["-d"], "--data needs a value"), (["-o=x"], "-o=x: write -o VALUE or --output=VALUE")):
         refused(dpo + words, said, status=2)
+    refused(dpo + ["-m", "--ada", "-d", "no", "-o", data / "no"], "--ada: cannot be opened")
     whole, huge = "must be a whole number from", 20 * "9"
     for option, value, said in (
             ("batch-size", huge, f"{whole} 1 to 1000000, not '{huge}'"),
@@ -711,6 +718,15 @@ def test_text_as_prompts(data, base):
     text.write_text("\n  some words\n" * 40)
     said = run("./eval", "loss", "-m", base, "-d", text, "--max-length", "32")
     check("max-prompt-length" not in said, f"an option that loss has not: {said}")
+    scored = next(line.split()[1] for line in said.splitlines() if line.startswith("tokens"))
+    check(f"windows of text, {int(scored) + 1} tokens" in said, f"windows share a token: {said}")
+    ends = data / "ends.txt"
+    ends.write_text("<|endoftext|>" * 3)
+    refused(["./eval", "loss", "-m", base, "-d", ends], "ends.txt: only end tokens are read")
+    (data / "wide.jsonl").write_bytes('{"prompt": "a"}\n'.encode("utf-16"))
+    refused(["./eval", "generate", "-m", base, "-d", data / "wide.jsonl"], "wide.jsonl:1: UTF-16")
+    run("./train", "init", "-o", data / "one.bin", "--d-model", "32", "--context-length", "1")
+    refused(["./eval", "loss", "-m", data / "one.bin", "-d", text], "context is one token")
     generate = ["./eval", "generate", "-m", base, "--max-new-tokens", "1"]
     refused(generate + ["-d", text], 'words.txt:2: {"prompt": "..."} is expected', "-p TEXT")
     text.write_text('{"prompt": }\n')
@@ -726,6 +742,24 @@ def test_text_as_prompts(data, base):
     process = start(*generate, stdin=subprocess.PIPE)
     out, err = process.communicate('{"prompt": "a"}\n', timeout=60)
     check("completion" in out and "reading" not in err, f"in a pipe: {out}{err}")
+
+
+def test_divergence(data, base):
+    """What a run does to itself is not mended by going on with it."""
+    out = data / "run"
+    for command, more in (("sft", ["--sample", "1", "--eval-steps", "1"]), ("dpo", [])):
+        words = begin(base, data, out, "--weight-decay", "1000", "--lr-scheduler-type", "constant",
+                      "--save-steps", "1", "--max-steps", "30", *more)
+        words[words.index("1e-3")] = "1000"
+        words[1] = command
+        if command == "sft":
+            at = words.index("--eval-data")
+            del words[at:at + 2]
+        text = run(*words, status=1)
+        check("lower --learning-rate may help" in text and "--resume" not in text,
+              f"advice that cannot help: {text}")
+        check((out / "state.bin").exists(), "no state was saved")
+        shutil.rmtree(out)
 
 
 def test_long_prompts(base):
@@ -1245,6 +1279,7 @@ def main():
         test_useless_options(data, base)
         test_text_as_prompts(data, base)
         test_long_prompts(base)
+        test_divergence(data, base)
         test_dry_run(data, base)
         test_warmup(data, base)
         test_unwritable(data, base)
