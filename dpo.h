@@ -4654,6 +4654,7 @@ static int dpoi_file_write_stream(FILE *stream, dpo_file_kind kind, const dpo_en
         const dpo_entry *entry = &entries[i];
         const size_t rows = entry->bytes ? entry->shape[0] : 0;
         const size_t row_bytes = entry->bytes / DPOI_MAX(rows, (size_t)1);
+        // Data that is there already needs no pieces.
         const size_t step = entry->data || !rows ? rows
                           : DPOI_MAX(DPOI_FILL / entry->shape[1], (size_t)1);
         dpoi_file_record record = { .dtype = entry->dtype, .n_dims = (uint32_t)entry->n_dims,

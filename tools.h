@@ -285,7 +285,8 @@ static inline void print_help(const tool_command *c, unsigned bit, const option 
     exit(0);
 }
 
-/* What other programs call options of ours, and what is to be said after ours. */
+/* What other programs call options of ours, and what is to be said after ours. (PEFT's lora-dropout
+   is ours too, but other trainers of preferences take it, and this one does not.) */
 static const struct { const char *name, *ours, *more; } foreign_names[] = {
     {"lr", "learning-rate", ""}, {"num-train-epochs", "epochs", ""},
     {"bf16", "dtype", " bf16"}, {"precision", "dtype", ""}, {"ref-model", "reference", ""},

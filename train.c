@@ -959,7 +959,7 @@ static const char *resume_command(const run *r)
     return text;
 }
 
-/* From here on, errors in writing say how the run can go on. */
+/* From here on, what ends the run from outside (a full disk, no memory) says how it can go on. */
 static void set_remedy(const run *r)
 {
     static char text[8192 + 64];
@@ -1346,8 +1346,8 @@ static void write_samples(run *r)
         dpo_string prompt = {0}, answer = {0};
         check(r->context, dpo_tokenizer_decode(r->context, &prompt, tokenizer, tokens, n));
         if (dpo_generate(&r->model, &answer, tokens, n, &sampling, NULL, NULL))
-            fail("sample %zu after update %zu: %s; a lower --learning-rate may help", i + 1,
-                 r->at.step, r->context->error);
+            fail("sample %zu after update %zu: %s; if it diverged, a lower --learning-rate may "
+                 "help", i + 1, r->at.step, r->context->error);
         check(r->context, dpo_string_make_valid(r->context, &prompt));
         check(r->context, dpo_string_make_valid(r->context, &answer));
         size_t tail = prompt.n < 60 ? prompt.n : 60;
